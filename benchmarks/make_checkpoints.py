@@ -1,0 +1,148 @@
+"""Makes a Llama-shaped trio to measure with: a base and two fine-tuned models.
+
+    python benchmarks/make_checkpoints.py --size=1.1b --output=/tmp/trio
+
+The weights are random, bfloat16, and the fine-tuned models differ from the base as
+real ones do: by steps so small that bfloat16 rounds many of them away (about half of
+the entries are equal to the base's) and the rest to a few multiples of the last
+place, so that a great many task-vector entries have equal magnitudes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+
+from m3jax.checkpoints import safetensors
+from m3jax.checkpoints.dtypes import BFLOAT16
+from m3jax.checkpoints.folder import INDEX
+from m3jax.checkpoints.output import index_json, make_shards
+from m3jax.engine.plan import natural_order, split_shards
+
+SIZES = {  # hidden, intermediate, layers, heads, key-value heads
+    "10m": (256, 688, 4, 4, 2),
+    "160m": (768, 2048, 16, 12, 12),
+    "1.1b": (2048, 5632, 22, 32, 4),
+    "7b": (4096, 11008, 32, 32, 32),
+}
+VOCABULARY = 32000
+MODELS = ("base", "maths", "code")
+_SHARD = 5 * 10**9
+_BLOCK = 1 << 20  # elements drawn at a time
+
+_SIZE = flags.DEFINE_enum("size", "1.1b", list(SIZES), "Shape of the models.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the weights.")
+
+
+def config(size: str) -> dict[str, object]:
+    """config.json of a Llama of this size."""
+    hidden, intermediate, layers, heads, kv_heads = SIZES[size]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+    }
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, as transformers names them."""
+    hidden, intermediate, layers, heads, kv_heads = SIZES[size]
+    kv = hidden // heads * kv_heads
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (VOCABULARY, hidden),
+    }
+    for layer in range(layers):
+        own = {
+            "input_layernorm.weight": (hidden,),
+            "mlp.down_proj.weight": (hidden, intermediate),
+            "mlp.gate_proj.weight": (intermediate, hidden),
+            "mlp.up_proj.weight": (intermediate, hidden),
+            "post_attention_layernorm.weight": (hidden,),
+            "self_attn.k_proj.weight": (kv, hidden),
+            "self_attn.o_proj.weight": (hidden, hidden),
+            "self_attn.q_proj.weight": (hidden, hidden),
+            "self_attn.v_proj.weight": (kv, hidden),
+        }
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in own.items()}
+    return found
+
+
+def make(folder: Path, size: str, seed: int = 0) -> None:
+    """Writes base, maths and code under `folder`; what is there already is kept."""
+    if all((folder / model / "config.json").exists() for model in MODELS):
+        return
+    tensors = [(name, BFLOAT16, shape) for name, shape in shapes(size).items()]
+    tensors.sort(key=lambda tensor: natural_order(tensor[0]))
+    sizes = [2 * int(np.prod(shape)) for _, _, shape in tensors]
+    shards = make_shards(
+        [[tensors[i] for i in group] for group in split_shards(sizes, _SHARD)]
+    )
+    jobs = []
+    for model in MODELS:
+        (folder / model).mkdir(parents=True, exist_ok=True)
+        if len(shards) > 1:
+            (folder / model / INDEX).write_bytes(index_json(shards))
+    for shard in shards:
+        files = []
+        for model in MODELS:
+            fd = os.open(folder / model / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(fd, shard.size)
+            os.pwrite(fd, shard.header, 0)
+            files.append(fd)
+        for name, entry in shard.entries.items():
+            jobs.append((files, name, entry))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda job: _fill(*job, seed), jobs))
+    for model in MODELS:
+        (folder / model / "config.json").write_text(json.dumps(config(size), indent=1))
+
+
+def _fill(
+    files: list[int], name: str, entry: safetensors.TensorEntry, seed: int
+) -> None:
+    words = [seed, *name.encode()]
+    rng = np.random.Generator(np.random.SFC64(words))
+    norm = name.endswith("norm.weight")
+    for start in range(0, entry.size, _BLOCK):
+        count = min(_BLOCK, entry.size - start)
+        base = rng.standard_normal(count, np.float32) * np.float32(0.02)
+        base = (base + 1 if norm else base).astype(ml_dtypes.bfloat16)
+        wide = base.astype(np.float32)
+        values = [base]
+        for _ in MODELS[1:]:
+            step = rng.standard_normal(count, np.float32) * np.float32(4e-5)
+            values.append((wide + step).astype(ml_dtypes.bfloat16))
+        for fd, array in zip(files, values, strict=True):
+            os.pwrite(fd, array.view(np.uint8), entry.start + 2 * start)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    make(Path(_OUTPUT.value), _SIZE.value, _SEED.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

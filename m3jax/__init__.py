@@ -1,0 +1,43 @@
+"""m3jax merges fine-tuned language models in JAX.
+
+    recipe = m3jax.Recipe(method="ties", mixup=m3jax.Mixup(alpha=0.4))
+    m3jax.merge("base", ["maths", "code"], "merged", recipe, seed=0)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names are imported when they are used: `m3jax --help` must not wait for JAX.
+_HOMES = {
+    "CheckpointError": "m3jax.checkpoints.errors",
+    "Dare": "m3jax.recipe",
+    "MergeResult": "m3jax.engine.merge",
+    "Mixup": "m3jax.recipe",
+    "Recipe": "m3jax.recipe",
+    "RecipeError": "m3jax.recipe",
+    "load": "m3jax.engine.in_memory",
+    "merge": "m3jax.engine.merge",
+    "merge_params": "m3jax.engine.in_memory",
+    "save": "m3jax.engine.in_memory",
+    "verify": "m3jax.engine.verify",
+}
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from m3jax.checkpoints.errors import CheckpointError
+    from m3jax.engine.in_memory import load, merge_params, save
+    from m3jax.engine.merge import MergeResult, merge
+    from m3jax.engine.verify import verify
+    from m3jax.recipe import Dare, Mixup, Recipe, RecipeError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'm3jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,121 @@
+"""What an output says of itself: m3jax.json, the model card and the side files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import xxhash
+
+import m3jax
+from m3jax.checkpoints import model_card, side_files
+from m3jax.checkpoints.folder import Checkpoint
+from m3jax.checkpoints.output import MANIFEST, OutputFolder, Shard
+from m3jax.recipe import Recipe
+
+CHECKSUM = "xxh3_128"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All that is recorded of a merge.
+
+    Attributes:
+      input_checksums: per checkpoint (base first), over what was read from it.
+      checksums: of each tensor written.
+      config_changes: fields of config.json to set, or to remove (None).
+      tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
+    """
+
+    recipe: Recipe
+    seed: int
+    ratios: Mapping[str, tuple[float, ...]] | None
+    base: Checkpoint | None
+    models: Sequence[Checkpoint]
+    input_checksums: Sequence[str | None]
+    shards: Sequence[Shard]
+    checksums: Mapping[str, str]
+    config_changes: Mapping[str, Any]
+    tokenizer_from: str | None
+
+
+def write(folder: OutputFolder, facts: Facts) -> None:
+    """Writes the side files, the model card and m3jax.json."""
+    checkpoints = [*([facts.base] if facts.base else []), *facts.models]
+    files = _side_files(facts, checkpoints[0])
+    files["README.md"] = model_card.render(
+        facts.recipe, facts.seed, facts.ratios, facts.base, facts.models
+    ).encode()
+    for name, content in files.items():
+        folder.write(name, content)
+    folder.write(MANIFEST, _manifest(facts, checkpoints, files))
+
+
+def _side_files(facts: Facts, first: Checkpoint) -> dict[str, bytes]:
+    by_name = {model.name: model for model in facts.models}
+    tokenizer = by_name.get(facts.tokenizer_from or "", first)
+    files = {}
+    for name in side_files.SIDE_FILES:
+        owner = first if name == side_files.CONFIG else tokenizer
+        content = side_files.read_side_file(owner.folder, name)
+        if content is not None:
+            files[name] = content
+    if facts.config_changes and side_files.CONFIG in files:
+        config = json.loads(files[side_files.CONFIG])
+        for field, value in facts.config_changes.items():
+            config.pop(field, None) if value is None else config.update({field: value})
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        files[side_files.CONFIG] = text.encode()
+    return files
+
+
+def _manifest(
+    facts: Facts, checkpoints: Sequence[Checkpoint], files: Mapping[str, bytes]
+) -> bytes:
+    described = [
+        _describe(checkpoint, checksum)
+        for checkpoint, checksum in zip(checkpoints, facts.input_checksums, strict=True)
+    ]
+    manifest = {
+        "format": 1,
+        "recipe": facts.recipe.to_dict(),
+        "seed": facts.seed,
+        "ratios": facts.ratios and dict(facts.ratios),
+        "base": described[0] if facts.base else None,
+        "models": described[1:] if facts.base else described,
+        "tokenizer_from": facts.tokenizer_from,
+        "versions": {
+            "m3jax": m3jax.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+        },
+        "checksum": CHECKSUM,
+        "files": {
+            name: xxhash.xxh3_128(content).hexdigest()
+            for name, content in sorted(files.items())
+        },
+        "tensors": {
+            name: {
+                "file": shard.name,
+                "dtype": entry.dtype.code,
+                "shape": list(entry.shape),
+                "checksum": facts.checksums[name],
+            }
+            for shard in facts.shards
+            for name, entry in shard.entries.items()
+        },
+    }
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _describe(checkpoint: Checkpoint, checksum: str | None) -> dict[str, Any]:
+    return {
+        "path": checkpoint.name,
+        "revision": checkpoint.revision,
+        "files": {file.path.name: file.size for file in checkpoint.files},
+        "checksum": checksum,
+    }

@@ -1,0 +1,209 @@
+"""Sources of tensor elements: a byte range of a file, or something derived from one.
+
+A source delivers any run of a tensor's elements, in row-major order, into a buffer
+that the caller owns. Nothing is cached and nothing whole is held in memory, so the
+streaming engine treats a plain tensor, a dequantised one and one with added
+vocabulary rows alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from m3jax.checkpoints.dtypes import FLOAT32, Dtype
+from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.safetensors import TensorEntry, open_regular
+
+_BLOCK = 1 << 18  # elements that a derived source holds at a time
+
+
+class Source(Protocol):
+    """One tensor to read from.
+
+    Attributes:
+      dtype: of the elements that `read_into` delivers.
+      shape: of the whole tensor.
+      output_dtype: what `dtype: input` means for this tensor.
+    """
+
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def output_dtype(self) -> Dtype: ...
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fills 1-D `out` (of `dtype`) with elements [start, start + len(out))."""
+        ...
+
+
+class InputFile:
+    """A file of a checkpoint, opened once and read from many threads at offsets."""
+
+    def __init__(self, path: Path, expected_size: int):
+        self.path = path
+        self._fd = open_regular(path)
+        self._stat = os.fstat(self._fd)
+        self.size = self._stat.st_size
+        if self.size != expected_size:
+            raise CheckpointError(f"{path}: the file changed while it was opened")
+
+    @property
+    def modified_ns(self) -> int:
+        return self._stat.st_mtime_ns
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fills `out` with the bytes from `offset` on."""
+        while len(out):
+            count = os.preadv(self._fd, [out], offset)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {offset}, {len(out)} bytes short; "
+                    "the file became shorter while it was read"
+                )
+            out, offset = out[count:], offset + count
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if the file was written to since it was opened."""
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
+            raise CheckpointError(
+                f"{self.path}: the file was changed while it was read; merge again"
+            )
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A tensor as it stands in a file."""
+
+    file: InputFile
+    entry: TensorEntry
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return self.entry.dtype
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        offset = self.entry.start + start * self.dtype.itemsize
+        self.file.read_into(memoryview(out.view(np.uint8)), offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstRows:
+    """The first `rows` rows of a tensor."""
+
+    source: Source
+    rows: int
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.source.shape[1:])
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return self.source.output_dtype
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        self.source.read_into(out, start)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithMeanRows:
+    """A tensor with rows appended, each the mean of the rows that were there.
+
+    The mean is summed in float64 over blocks of rows, in order, and rounded to the
+    tensor's dtype.
+    """
+
+    source: Source
+    rows: int
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.source.shape[1:])
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return self.source.output_dtype
+
+    @functools.cached_property
+    def mean(self) -> np.ndarray:
+        rows, width = self.source.shape[0], math.prod(self.source.shape[1:])
+        total = np.zeros(width, np.float64)
+        step = max(1, _BLOCK // max(width, 1))
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            block = np.empty(count * width, self.dtype.numpy)
+            self.source.read_into(block, row * width)
+            total += block.reshape(count, width).astype(np.float64).sum(axis=0)
+        return (total / rows).astype(self.dtype.numpy)
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        own = math.prod(self.source.shape)
+        head = min(max(own - start, 0), len(out))
+        if head:
+            self.source.read_into(out[:head], start)
+        if head < len(out):
+            where = np.arange(start + head - own, start + len(out) - own)
+            out[head:] = self.mean[where % len(self.mean)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Float32:
+    """A tensor of another float dtype, rounded to float32: merging is done in it."""
+
+    source: Source
+
+    @property
+    def dtype(self) -> Dtype:
+        return FLOAT32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return self.source.output_dtype
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        for first in range(0, len(out), _BLOCK):
+            part = out[first : first + _BLOCK]
+            block = np.empty(len(part), self.source.dtype.numpy)
+            self.source.read_into(block, start + first)
+            with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf,
+                part[:] = block  # which the check for non-finite values reports
+
+
+def read_whole(source: Source) -> np.ndarray:
+    """The whole tensor as a NumPy array of the source's dtype."""
+    out = np.empty(math.prod(source.shape), source.dtype.numpy)
+    source.read_into(out, 0)
+    return out.reshape(source.shape)

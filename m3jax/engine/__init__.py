@@ -1,0 +1,1 @@
+"""Plans a merge in integers, and executes the plan."""

@@ -1,0 +1,264 @@
+"""Lines up the tensors of the base and the models, or says why they do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from m3jax.checkpoints.dtypes import FLOAT32, Dtype, of_numpy
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.folder import Checkpoint
+from m3jax.checkpoints.sources import FirstRows, Float32, Source, WithMeanRows
+from m3jax.methods import METHODS
+from m3jax.recipe import Recipe
+
+HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_VOCABULARY = re.compile(
+    r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embed_out"
+    r"|lm_head|output)\.(weight|bias)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInputs:
+    """One tensor of the output and what it is made of.
+
+    Attributes:
+      name: in the output.
+      base: its source in the base, None where nothing needs it.
+      models: its sources in the models; empty where it is copied unseen.
+      merged: False for a tensor that is copied from the first source.
+      dtype: of the output.
+    """
+
+    name: str
+    base: Source | None
+    models: tuple[Source, ...]
+    merged: bool
+    dtype: Dtype
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sources[0].shape
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeInputs:
+    """All tensors of the output, in order of their names.
+
+    Attributes:
+      tensors: what each tensor is made of.
+      config: changes to config.json that the merge makes necessary; a value of
+        None removes the field.
+      notes: what the user should know, one line each.
+    """
+
+    tensors: tuple[TensorInputs, ...]
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+class MismatchError(CheckpointError):
+    """The checkpoints do not fit each other; `mismatches` has a line for each."""
+
+    def __init__(self, mismatches: list[str]):
+        self.mismatches = mismatches
+        more = len(mismatches) - 3
+        tail = f"; and {more} more (--dry_run lists them)" if more > 0 else ""
+        super().__init__("; ".join(mismatches[:3]) + tail)
+
+
+def align(
+    base: Checkpoint | None, models: list[Checkpoint], recipe: Recipe
+) -> MergeInputs:
+    """Lines up the checkpoints' tensors by name.
+
+    Raises:
+      MismatchError: with every tensor that is missing, extra, or of another shape.
+    """
+    checkpoints = models if base is None else [base, *models]
+    changes: dict[str, Any] = {}
+    notes: list[str] = []
+    tables = _untie(checkpoints, changes, notes)
+    reads_base = base is not None and (
+        METHODS[recipe.method].needs_base
+        or (recipe.dare.drop_rate is not None and recipe.dare.target == "delta")
+    )
+    problems: list[str] = []
+    tensors: list[TensorInputs] = []
+    for name in _names(checkpoints, tables, recipe, problems):
+        if recipe.excludes(name):
+            source = tables[0][name]
+            source = source.source if isinstance(source, Float32) else source
+            dtype = _output_dtype(source, recipe)
+            tensors.append(TensorInputs(name, source, (), False, dtype))
+            continue
+        sources = [table[name] for table in tables]
+        kinds = {source.dtype.kind for source in sources}
+        exact = kinds == {"exact"}
+        if len(kinds) > 1 or (exact and len({s.dtype.code for s in sources}) > 1):
+            problems.append(
+                _differ(name, "dtype", checkpoints, [s.dtype.code for s in sources])
+            )
+            continue
+        if len({source.shape for source in sources}) > 1:
+            fitted = _fit_vocabulary(name, sources, checkpoints, recipe)
+            if fitted is None:
+                problems.append(
+                    _differ(
+                        name, "shape", checkpoints, [list(s.shape) for s in sources]
+                    )
+                    + _vocabulary_hint(name, sources, checkpoints)
+                )
+                continue
+            changes["vocab_size"] = fitted[0].shape[0]
+            sources = fitted
+        dtype = _output_dtype(sources[0], recipe)
+        base_source, model_sources = None, sources
+        if base is not None:
+            model_sources = sources[1:]
+            base_source = sources[0] if reads_base or exact else None
+        if len({source.dtype.code for source in model_sources}) > 1:
+            model_sources = [
+                source if source.dtype == FLOAT32 else Float32(source)
+                for source in model_sources
+            ]  # a kernel's stack has one dtype
+        tensors.append(
+            TensorInputs(name, base_source, tuple(model_sources), not exact, dtype)
+        )
+    if problems:
+        raise MismatchError(problems)
+    if not tensors:
+        raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
+    _note_changes(checkpoints[0], tensors, recipe, changes, notes)
+    return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _names(
+    checkpoints: list[Checkpoint],
+    tables: list[dict[str, Source]],
+    recipe: Recipe,
+    problems: list[str],
+) -> list[str]:
+    """The output's tensors: those of the first checkpoint, which all must have."""
+    names = sorted(tables[0])
+    for name in sorted(set().union(*tables)):
+        without = [c.name for c, table in zip(checkpoints, tables) if name not in table]
+        if not without or recipe.excludes(name):
+            continue
+        tied = " (its head is tied to its embedding)" if name == HEAD else ""
+        problems.append(
+            f"tensor {shown(name)} is missing in {', '.join(without)}{tied}; "
+            "exclude it, or merge models of one architecture"
+        )
+    missing = set().union(*(set(names) - set(table) for table in tables))
+    return [name for name in names if name not in missing or recipe.excludes(name)]
+
+
+def _untie(
+    checkpoints: list[Checkpoint], changes: dict[str, Any], notes: list[str]
+) -> list[dict[str, Source]]:
+    """Gives a tied model its own head where another model has one.
+
+    A tied model's head *is* its embedding, so the merge of the heads is well defined
+    and the output is untied.
+    """
+    tables = [dict(checkpoint.tensors) for checkpoint in checkpoints]
+    if any(HEAD in table for table in tables):
+        for checkpoint, table in zip(checkpoints, tables, strict=True):
+            embeddings = [n for n in table if n.endswith(_EMBEDDINGS)]
+            tied = (checkpoint.config or {}).get("tie_word_embeddings") is True
+            if HEAD not in table and tied and len(embeddings) == 1:
+                table[HEAD] = table[embeddings[0]]
+                changes["tie_word_embeddings"] = False
+                notes.append(
+                    f"{checkpoint.name}: its head is tied; its embedding is merged as "
+                    f"{HEAD}, and the output has a head of its own"
+                )
+    return tables
+
+
+def _is_vocabulary(
+    name: str, sources: list[Source], checkpoints: list[Checkpoint]
+) -> bool:
+    """Whether the sources differ by rows of the vocabulary alone."""
+    if len({source.shape[1:] for source in sources}) > 1 or not sources[0].shape:
+        return False
+    sizes = [(checkpoint.config or {}).get("vocab_size") for checkpoint in checkpoints]
+    rows = [source.shape[0] for source in sources]
+    return sizes == rows or _VOCABULARY.fullmatch(name) is not None
+
+
+def _fit_vocabulary(
+    name: str, sources: list[Source], checkpoints: list[Checkpoint], recipe: Recipe
+) -> list[Source] | None:
+    if recipe.vocabulary == "error" or not _is_vocabulary(name, sources, checkpoints):
+        return None
+    rows = [source.shape[0] for source in sources]
+    if recipe.vocabulary == "truncate":
+        return [FirstRows(source, min(rows)) for source in sources]
+    if min(rows) == 0:
+        return None
+    return [
+        source if source.shape[0] == max(rows) else WithMeanRows(source, max(rows))
+        for source in sources
+    ]
+
+
+def _vocabulary_hint(
+    name: str, sources: list[Source], checkpoints: list[Checkpoint]
+) -> str:
+    if not _is_vocabulary(name, sources, checkpoints):
+        return ""
+    return " (vocabulary sizes differ: set vocabulary to mean or truncate)"
+
+
+def _differ(
+    name: str, what: str, checkpoints: list[Checkpoint], values: list[Any]
+) -> str:
+    each = ", ".join(
+        f"{value} in {checkpoint.name}"
+        for checkpoint, value in zip(checkpoints, values, strict=True)
+    )
+    return f"tensor {shown(name)} has {what} {each}"
+
+
+def _output_dtype(source: Source, recipe: Recipe) -> Dtype:
+    if recipe.dtype == "input" or source.dtype.kind == "exact":
+        return source.output_dtype
+    return of_numpy(recipe.dtype)
+
+
+def _note_changes(
+    first: Checkpoint,
+    tensors: list[TensorInputs],
+    recipe: Recipe,
+    changes: dict[str, Any],
+    notes: list[str],
+) -> None:
+    config = first.config or {}
+    if "quantization_config" in config and any(
+        entry.dtype.kind == "float8" for entry in first.stored.values()
+    ):
+        changes["quantization_config"] = None
+        notes.append("float8 weights are dequantised; the output is bfloat16")
+    floats = {t.dtype for t in tensors if t.dtype.kind == "float"}
+    if recipe.dtype != "input" and len(floats) == 1:
+        for field in ("dtype", "torch_dtype"):
+            if field in config:
+                changes[field] = floats.pop().numpy.name if floats else changes["dtype"]
+    if "vocab_size" in changes:
+        if config.get("vocab_size") == changes["vocab_size"]:
+            del changes["vocab_size"]
+        else:
+            notes.append(
+                f"the output has {changes['vocab_size']} vocabulary rows, "
+                f"{first.name} has {config.get('vocab_size')}; --tokenizer_from names "
+                "the model whose tokenizer goes along"
+            )

@@ -1,0 +1,155 @@
+"""The jitted kernels: a chunk of base and models in, a merged chunk or counts out.
+
+A chunk is (T, TILE): each row a tile of one tensor. Everything that differs between
+tensors, draws and models is an array argument, so a kernel is compiled once for a
+recipe's static choices and one chunk shape, whatever the number of tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax.sharding import Mesh, PartitionSpec as P
+
+from m3jax import prng
+from m3jax.engine.plan import TILE
+from m3jax.methods import METHODS, dare
+from m3jax.methods.method import sum_over_models
+from m3jax.recipe import Recipe
+
+
+AXIS = "tiles"
+TILES = P(AXIS)
+STACK_TILES = P(None, AXIS)
+
+
+class Tiles(NamedTuple):
+    """What a kernel has to know of each tile; T tiles, K models.
+
+    Attributes:
+      counts: (T, 1) int32, valid elements of each tile.
+      coefficients: (K, T, 1) float32.
+      keys: (K, T, 2) uint32, DARE mask keys; None without random DARE.
+      blocks: (T, 2) uint32, the tile's first mask block, high and low word.
+      drop: (K, 1, 1) uint32 lane thresholds for random DARE, or (K, T, 1) float32
+        magnitudes for DARE by magnitude.
+      scales: (K, 1, 1) float32, DARE's rescale factors.
+    """
+
+    counts: Any
+    coefficients: Any
+    keys: Any = None
+    blocks: Any = None
+    drop: Any = None
+    scales: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """The static choices of DARE; `strategy` None means that it is off."""
+
+    strategy: str | None
+    target: str
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Transform:
+        on = recipe.dare.drop_rate is not None
+        return cls(recipe.dare.strategy if on else None, recipe.dare.target)
+
+    def __call__(
+        self, base: jax.Array | None, stack: jax.Array, tiles: Tiles
+    ) -> jax.Array:
+        """The stack after DARE; (K, T, TILE) float32."""
+        if self.strategy is None:
+            return stack
+        if self.strategy == "random":
+            lanes = jax.vmap(prng.mask_lanes, (0, None, None))
+            dropped = lanes(tiles.keys, tiles.blocks, TILE) < tiles.drop
+        else:
+            dropped = dare.magnitude_mask(base, stack, tiles.drop, target=self.target)
+        return dare.drop_and_rescale(
+            base, stack, dropped, tiles.scales, target=self.target
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def merge_kernel(
+    method: str, transform: Transform, dtype: str, check_finite: bool
+) -> Callable[..., jax.Array]:
+    """The kernel (base, stack, tiles, info, scaling) -> merged chunk.
+
+    Args:
+      method: a name of `METHODS`.
+      transform: DARE's static choices.
+      dtype: of the result; the only rounding of the merge goes to it.
+      check_finite: make the result non-finite wherever an input is, even if the
+        method would drop that entry, so that looking at the result is enough.
+    """
+
+    def merge(
+        base: jax.Array | None, stack: jax.Array, tiles: Tiles, info: Any, scaling: Any
+    ) -> jax.Array:
+        base, stack = _float32(base), stack.astype(jnp.float32)
+        transformed = transform(base, stack, tiles)
+        merged = METHODS[method].apply(
+            base, transformed, tiles.coefficients, info, scaling
+        )
+        if check_finite:
+            # x − x is 0, or NaN where x is NaN or infinite.
+            zero = sum_over_models(stack - stack)
+            zero = zero if base is None else zero + (base - base)
+            merged = jnp.where(zero == 0, merged, jnp.nan)
+        return merged.astype(dtype)
+
+    return jax.jit(merge)
+
+
+@functools.lru_cache(maxsize=64)
+def reduce_kernel(
+    function: Callable[..., Any], transform: Transform, mesh: Mesh | None = None
+) -> Callable[..., Any]:
+    """The kernel (base, stack, tiles, arguments) -> counts of one chunk.
+
+    The counts get a leading axis: one row per device of the mesh. The host adds them
+    up. A sum across devices here would be a collective, and collectives that several
+    threads start at once can wait for each other for ever.
+    """
+
+    def reduce(
+        base: jax.Array | None, stack: jax.Array, tiles: Tiles, arguments: Any
+    ) -> Any:
+        base, stack = _float32(base), stack.astype(jnp.float32)
+        valid = jnp.arange(TILE, dtype=jnp.int32)[None] < tiles.counts
+        counts = function(base, transform(base, stack, tiles), valid, arguments)
+        return jax.tree.map(lambda count: count[None], counts)
+
+    if mesh is None:
+        return jax.jit(reduce)
+    specs = (TILES, STACK_TILES, tiles_specs(transform), P())
+    return jax.jit(
+        jax.shard_map(reduce, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
+    )
+
+
+def tiles_specs(transform: Transform) -> Tiles:
+    """How each field of `Tiles` is laid out over a mesh of devices."""
+    random = transform.strategy == "random"
+    per_model = P() if random else STACK_TILES
+    return Tiles(
+        counts=TILES,
+        coefficients=STACK_TILES,
+        keys=STACK_TILES if random else None,
+        blocks=TILES if random else None,
+        drop=per_model if transform.strategy else None,
+        scales=P() if transform.strategy else None,
+    )
+
+
+def _float32(array: jax.Array | None) -> jax.Array | None:
+    return None if array is None else array.astype(jnp.float32)

@@ -1,0 +1,262 @@
+"""Everything about a merge that is known before the first element is read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import m3jax
+from m3jax import mixup, prng
+from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
+from m3jax.checkpoints.output import Shard, make_shards
+from m3jax.engine import plan
+from m3jax.engine.inputs import MergeInputs, align
+from m3jax.engine.kernels import Transform
+from m3jax.engine.streamed import lane_bytes, signature
+from m3jax.methods import METHODS
+from m3jax.recipe import Recipe, parse_size
+
+# Bytes of one thread's input buffers: large enough that the cost of a kernel call is
+# lost in it, small enough to stay near the cores' caches. See benchmarks/.
+_LANE_BUDGET = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a merge is run; nothing here changes a byte of the result.
+
+    Attributes:
+      threads: that read, compute and write; None: one more than cores, at most 4.
+      chunk_size: elements of a tensor that are worked on at a time; None: chosen.
+      devices: to compute on; None: all local devices of the default backend.
+      overwrite: replace a previous m3jax output.
+      resume: continue an interrupted merge.
+      allow_nonfinite: merge NaN and infinity instead of refusing them.
+      fsync: wait until the disk has the output before it gets its name.
+      tokenizer_from: the model whose tokenizer goes along; None: the base's.
+    """
+
+    threads: int | None = None
+    chunk_size: int | None = None
+    devices: Sequence[jax.Device] | None = None
+    overwrite: bool = False
+    resume: bool = False
+    allow_nonfinite: bool = False
+    fsync: bool = True
+    tokenizer_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 256:
+            raise ValueError(f"threads={self.threads} needs 1 to 256")
+
+    @property
+    def num_threads(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        return self.threads or min(4, cores + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A merge, planned.
+
+    Attributes:
+      base, models: the opened checkpoints.
+      recipe, seed: what decides the numbers.
+      inputs: the aligned tensors, in the order of the output's shards.
+      ratios: drawn or given, per group of tensors; None where M3 is off.
+      items: the same tensors as integers.
+      shards: the files to write.
+      places: for each tensor its shard.
+      tiles: of a chunk.
+      devices, execution: how it is run.
+    """
+
+    base: Checkpoint | None
+    models: tuple[Checkpoint, ...]
+    recipe: Recipe
+    seed: int
+    inputs: MergeInputs
+    ratios: dict[str, tuple[float, ...]] | None
+    items: tuple[plan.Item, ...]
+    shards: tuple[Shard, ...]
+    places: tuple[int, ...]
+    tiles: int
+    devices: tuple[jax.Device, ...]
+    execution: Execution
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def transform(self) -> Transform:
+        return Transform.of(self.recipe)
+
+    @property
+    def merged(self) -> list[int]:
+        """Positions of the tensors that are merged rather than copied."""
+        return [i for i, item in enumerate(self.items) if item.merged]
+
+    @property
+    def passes(self) -> list[str]:
+        """The reading passes, named; a sample is not counted."""
+        names = []
+        if self.transform.strategy == "magnitude":
+            names.append("magnitudes per tensor (twice)")
+        if METHODS[self.recipe.method].statistics is not None:
+            if int(sum(self.items[i].size for i in self.merged) * self.recipe.trim_rate):
+                names.append("whole-model thresholds (once or twice)")
+            if len(self.models) > 1:
+                names.append("majority sign")
+        return [*names, "merge"]
+
+    def read_bytes(self, positions: Sequence[int]) -> int:
+        """Bytes that one pass over these tensors reads."""
+        return sum(
+            self.items[i].size * sum(s.dtype.itemsize for s in t.sources)
+            for i in positions
+            for t in [self.inputs.tensors[i]]
+        )
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all buffers: inputs, results and float32 intermediates."""
+        lane = sum(lane_bytes(self.inputs.tensors, self.tiles))
+        result = self.tiles * plan.TILE * 4
+        return self.execution.num_threads * (lane + result)
+
+    def coefficients(self) -> np.ndarray:
+        """(K, N) float32: the coefficient of each model for each tensor."""
+        method = METHODS[self.recipe.method]
+        default = (method.default_coefficient(len(self.models)),) * len(self.models)
+        granularity = self.recipe.mixup.granularity
+        rows = [
+            default
+            if self.ratios is None
+            else self.ratios.get(mixup.group_of(tensor.name, granularity), default)
+            for tensor in self.inputs.tensors
+        ]
+        return np.array(rows, np.float32).reshape(-1, len(self.models)).T.copy()
+
+    def mask_keys(self) -> np.ndarray:
+        names = [tensor.name for tensor in self.inputs.tensors]
+        return prng.mask_keys(prng.root_key(self.seed), len(self.models), names)
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides the output's bytes; `--resume` compares it."""
+        facts: list[Any] = [m3jax.__version__, self.recipe.to_dict(), self.seed]
+        for checkpoint in self.checkpoints:
+            facts += [
+                [str(file.path), file.size, file.modified_ns] for file in checkpoint.files
+            ]
+        facts += [shard.header.decode() for shard in self.shards]
+        facts.append([self.base is None, self.execution.allow_nonfinite])
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def prepare(
+    base: str | None,
+    models: Sequence[str],
+    recipe: Recipe,
+    seed: int,
+    execution: Execution,
+):  # type: ignore[no-untyped-def]
+    """Opens the checkpoints and plans the merge; a context manager.
+
+    Yields:
+      `Prepared`.
+
+    Raises:
+      RecipeError, SeedError, CheckpointError: one line each.
+    """
+    recipe.check(num_models=len(models), has_base=base is not None)
+    prng.check_seed(seed)
+    with contextlib.ExitStack() as stack:
+        opened_base = (
+            None if base is None else stack.enter_context(open_checkpoint(base))
+        )
+        opened = [stack.enter_context(open_checkpoint(model)) for model in models]
+        names = [model.name for model in opened]
+        if execution.tokenizer_from not in (None, "base", *names):
+            raise CheckpointError(
+                f"tokenizer_from={execution.tokenizer_from} needs 'base' or one of the "
+                f"models: {', '.join(names)}"
+            )
+        yield _plan(opened_base, opened, recipe, seed, execution)
+
+
+def _plan(
+    base: Checkpoint | None,
+    models: list[Checkpoint],
+    recipe: Recipe,
+    seed: int,
+    execution: Execution,
+) -> Prepared:
+    inputs = align(base, models, recipe)
+    tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
+    sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
+    groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
+    shards = make_shards(
+        [[(t.name, t.dtype, t.shape) for t in map(tensors.__getitem__, g)] for g in groups]
+    )
+    by_name = {tensor.name: tensor for tensor in tensors}
+    order = [(i, name) for i, shard in enumerate(shards) for name in shard.entries]
+    inputs = dataclasses.replace(
+        inputs, tensors=tuple(by_name[name] for _, name in order)
+    )
+    items = tuple(
+        plan.Item(math.prod(t.shape), signature(t), t.merged) for t in inputs.tensors
+    )
+    merged_names = [t.name for t in inputs.tensors if t.merged]
+    devices = tuple(execution.devices or jax.local_devices())
+    tiles = plan.chunk_tiles(
+        execution.chunk_size,
+        sum(lane_bytes(inputs.tensors, 1)) // plan.TILE,
+        len(devices),
+        _LANE_BUDGET,
+    )
+    # A small model needs no chunk larger than itself.
+    whole = sum(-(-item.size // plan.TILE) for item in items)
+    tiles = min(tiles, max(len(devices), -(-whole // len(devices)) * len(devices)))
+    return Prepared(
+        base=base,
+        models=tuple(models),
+        recipe=recipe,
+        seed=seed,
+        inputs=inputs,
+        ratios=mixup.draw_ratios(recipe.mixup, len(models), merged_names, seed),
+        items=items,
+        shards=tuple(shards),
+        places=tuple(place for place, _ in order),
+        tiles=tiles,
+        devices=devices,
+        execution=execution,
+    )
+
+
+def check_apart(output: Path, checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises CheckpointError if the output is, holds or lies in an input."""
+    final = output.resolve()
+    for checkpoint in checkpoints:
+        location = checkpoint.location.resolve()
+        if final.is_relative_to(location) or location.is_relative_to(final):
+            raise CheckpointError(
+                f"{output}: lies in (or holds) the input {checkpoint.name}; "
+                "choose another --output"
+            )

@@ -1,0 +1,375 @@
+"""The streamed executor: chunks flow from files through a kernel to files.
+
+Each of a few threads owns one lane of buffers, allocated once and aligned so that
+JAX on CPU uses them without a copy. It reads a chunk's runs into them, runs the
+kernel, and hands the result on; while one thread computes, others read and write.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from m3jax import prng
+from m3jax.checkpoints.dtypes import DTYPES
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.engine import kernels
+from m3jax.engine.inputs import TensorInputs
+from m3jax.engine.pipeline import Clock, for_each
+from m3jax.engine.plan import TILE, Chunk, Run
+from m3jax.methods.method import Reduction
+
+_ALIGNMENT = 64  # bytes; what XLA's CPU backend asks of memory it uses in place
+
+
+class Lane:
+    """The buffers of one thread, reused for every chunk.
+
+    Attributes:
+      base: bytes of the base's part of a chunk.
+      stack: bytes of all models' parts.
+    """
+
+    def __init__(self, base_bytes: int, stack_bytes: int):
+        self.base = _aligned(base_bytes)
+        self.stack = _aligned(stack_bytes)
+
+
+class Emit:
+    """Receives what a merging pass makes. The methods are called from many threads."""
+
+    def write(self, item: int, start: int, values: np.ndarray) -> None:
+        """Elements [start, start + len(values)) of tensor `item`, any order."""
+
+    def record(
+        self, item: int, start: int, values: np.ndarray, inputs: list[np.ndarray]
+    ) -> None:
+        """The same with the inputs it was made of; in order within a tensor."""
+
+
+class Stream:
+    """Executes passes over the tensors of a merge."""
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorInputs],
+        tables: TileTables,
+        *,
+        tiles: int,
+        threads: int,
+        devices: Sequence[jax.Device],
+        names: Sequence[str],
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        """
+        Args:
+          tensors: the tensors of the output.
+          tables: per-tensor numbers that become `kernels.Tiles`.
+          tiles: of a chunk, a multiple of the number of devices.
+          threads: number of lanes.
+          devices: over which a chunk's tiles are shared out.
+          names: of the checkpoints in the order of `TensorInputs.sources`, for errors.
+          progress: is called with the number of bytes read or written.
+        """
+        self.clock = Clock()
+        self._tensors = tensors
+        self.tables = tables
+        self._tiles = tiles
+        self._names = names
+        self._progress = progress
+        self._mesh = Mesh(np.array(devices), (kernels.AXIS,))
+        base_bytes, stack_bytes = lane_bytes(tensors, tiles)
+        self._lanes = [Lane(base_bytes, stack_bytes) for _ in range(threads)]
+
+    def reduce(
+        self, chunks: Sequence[Chunk], reduction: Reduction, transform: kernels.Transform
+    ) -> Any:
+        """Adds up a reduction over all chunks; int64 arrays, or None without chunks."""
+        total: list[Any] = [None]
+        lock = threading.Lock()
+        mesh = self._mesh if self._mesh.size > 1 else None
+        kernel = kernels.reduce_kernel(reduction.function, transform, mesh)
+
+        def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
+            base, stack = self._fill(chunk, lane)
+            with self.clock.stage("computing"):
+                tiles = self.tables.tiles(chunk, self._tiles, transform)
+                counts = kernel(*self._placed(base, stack, tiles), reduction.arguments)
+                counts = jax.tree.map(_int64_sum, counts)
+            with lock:
+                total[0] = (
+                    counts
+                    if total[0] is None
+                    else jax.tree.map(np.add, total[0], counts)
+                )
+
+        for_each(chunks, self._lanes, work, self.clock)
+        return total[0]
+
+    def merge(
+        self,
+        chunks: Sequence[Chunk],
+        method: str,
+        transform: kernels.Transform,
+        info: Any,
+        scaling: float,
+        emit: Emit,
+        *,
+        check_finite: bool,
+    ) -> None:
+        """Merges (or copies) all chunks and hands the results to `emit`.
+
+        Raises:
+          CheckpointError: naming the tensor and the model that hold a non-finite
+            value (`check_finite`), or differ in a tensor that is copied.
+        """
+
+        def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
+            if not chunk.merged:
+                self._copy(chunk, lane, turn, emit)
+                return
+            base, stack = self._fill(chunk, lane)
+            kernel = kernels.merge_kernel(
+                method, transform, chunk.signature[2], check_finite
+            )
+            with self.clock.stage("computing"):
+                tiles = self.tables.tiles(chunk, self._tiles, transform)
+                placed = self._placed(base, stack, tiles)
+                merged = kernel(*placed, info, np.float32(scaling))
+                merged = np.asarray(merged).reshape(-1)
+            if check_finite:
+                with self.clock.stage("checking"):
+                    for run in chunk.runs:
+                        self._check_finite(run, merged, base, stack)
+            for run in chunk.runs:
+                values = self._as_output(run.item, merged[_slice(run)])
+                with self.clock.stage("writing"):
+                    emit.write(run.item, run.start, values)
+                self._progress(values.nbytes)
+            with turn():
+                with self.clock.stage("hashing"):
+                    for run in chunk.runs:
+                        inputs = [part.reshape(-1)[_slice(run)] for part in stack]
+                        if base is not None:
+                            inputs.insert(0, base.reshape(-1)[_slice(run)])
+                        values = self._as_output(run.item, merged[_slice(run)])
+                        emit.record(run.item, run.start, values, inputs)
+
+        for_each(chunks, self._lanes, work, self.clock)
+
+    def _fill(
+        self, chunk: Chunk, lane: Lane
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Reads a chunk: base (T, TILE) or None, and stack (K, T, TILE)."""
+        first = self._tensors[chunk.runs[0].item]
+        shape = (self._tiles, TILE)
+        stack = _view(
+            lane.stack, first.models[0].dtype.numpy, (len(first.models), *shape)
+        )
+        base = first.base and _view(lane.base, first.base.dtype.numpy, shape)
+        with self.clock.stage("reading"):
+            for run in chunk.runs:
+                tensor = self._tensors[run.item]
+                if tensor.base is not None and base is not None:
+                    tensor.base.read_into(base.reshape(-1)[_slice(run)], run.start)
+                for part, model in zip(stack, tensor.models, strict=True):
+                    model.read_into(part.reshape(-1)[_slice(run)], run.start)
+        itemsizes = sum(source.dtype.itemsize for source in first.sources)
+        self._progress(chunk.elements * itemsizes)
+        return base, stack
+
+    def _placed(
+        self, base: np.ndarray | None, stack: np.ndarray, tiles: kernels.Tiles
+    ) -> tuple[Any, Any, Any]:
+        """The kernel's arguments on the devices; NumPy as it is where there is one."""
+        if self._mesh.size == 1:
+            return base, stack, tiles
+        over_tiles = NamedSharding(self._mesh, kernels.TILES)
+        over_stack = NamedSharding(self._mesh, kernels.STACK_TILES)
+        return (
+            None if base is None else jax.device_put(base, over_tiles),
+            jax.device_put(stack, over_stack),
+            tiles,
+        )
+
+    def _copy(self, chunk: Chunk, lane: Lane, turn: Any, emit: Emit) -> None:
+        for run in chunk.runs:  # a copied chunk may hold many small tensors
+            tensor = self._tensors[run.item]
+            first, *others = tensor.sources
+            values = _view(lane.base, first.dtype.numpy, (self._tiles * TILE,))
+            values = values[_slice(run)]
+            with self.clock.stage("reading"):
+                first.read_into(values, run.start)
+                for place, other in enumerate(others, start=1):
+                    theirs = _view(lane.stack, first.dtype.numpy, (run.count,))
+                    other.read_into(theirs, run.start)
+                    if values.tobytes() != theirs.tobytes():
+                        raise self._unequal(run, place, values, theirs)
+            self._progress(values.nbytes * (1 + len(others)))
+            values = self._as_output(run.item, values)
+            with self.clock.stage("writing"):
+                emit.write(run.item, run.start, values)
+            self._progress(values.nbytes)
+        with turn(), self.clock.stage("hashing"):
+            for run in chunk.runs:
+                first = self._tensors[run.item].sources[0]
+                values = _view(lane.base, first.dtype.numpy, (self._tiles * TILE,))
+                values = values[_slice(run)]
+                emit.record(
+                    run.item, run.start, self._as_output(run.item, values), [values]
+                )
+
+    def _as_output(self, item: int, values: np.ndarray) -> np.ndarray:
+        return values.astype(self._tensors[item].dtype.numpy, copy=False)
+
+    def _check_finite(
+        self, run: Run, merged: np.ndarray, base: np.ndarray | None, stack: np.ndarray
+    ) -> None:
+        values = merged[_slice(run)]
+        if not has_nonfinite(values):
+            return
+        place = int(np.argmin(np.isfinite(values.astype(np.float32))))
+        tensor = self._tensors[run.item]
+        index = [int(i) for i in np.unravel_index(run.start + place, tensor.shape)]
+        parts = [*([base] if base is not None else []), *stack]
+        for name, part in zip(self._read_names(tensor), parts, strict=True):
+            value = float(part.reshape(-1)[_slice(run)][place])
+            if not np.isfinite(value):
+                raise CheckpointError(
+                    f"{name}: tensor {shown(tensor.name)} holds {value} at {index}; "
+                    "mend the checkpoint, or pass --allow_nonfinite to merge it anyway"
+                )
+        raise CheckpointError(
+            f"tensor {shown(tensor.name)}: the merged value at {index} overflows "
+            f"{tensor.dtype.numpy.name}; choose a wider dtype, or pass --allow_nonfinite"
+        )
+
+    def _read_names(self, tensor: TensorInputs) -> list[str]:
+        """Names of the checkpoints that the tensor's sources belong to."""
+        return list(self._names[-len(tensor.sources) :])
+
+    def _unequal(
+        self, run: Run, place: int, ours: np.ndarray, theirs: np.ndarray
+    ) -> CheckpointError:
+        tensor = self._tensors[run.item]
+        names = self._read_names(tensor)
+        at = int(np.argmax(ours != theirs))
+        index = [int(i) for i in np.unravel_index(run.start + at, tensor.shape)]
+        return CheckpointError(
+            f"tensor {shown(tensor.name)} ({tensor.sources[0].dtype.code}) is "
+            f"{ours[at]} in {names[0]} and {theirs[at]} in {names[place]} at {index}; "
+            "tensors that are not floating point cannot be merged and must be equal: "
+            "exclude it to take the base's"
+        )
+
+
+class TileTables:
+    """Numbers per tensor, from which a chunk's `kernels.Tiles` are made.
+
+    Attributes:
+      coefficients: (K, N) float32.
+      keys: (K, N, 2) uint32 or None.
+      drop: (K,) uint32 lane thresholds for random DARE; (K, N) float32 magnitudes.
+      scales: (K,) float32 or None.
+    """
+
+    def __init__(
+        self,
+        coefficients: np.ndarray,
+        keys: np.ndarray | None = None,
+        drop: np.ndarray | None = None,
+        scales: np.ndarray | None = None,
+    ):
+        self.coefficients = coefficients
+        self.keys = keys
+        self.drop = drop
+        self.scales = scales
+
+    def tiles(
+        self, chunk: Chunk, rows: int, transform: kernels.Transform
+    ) -> kernels.Tiles:
+        item = np.zeros(rows, np.int64)
+        tile = np.zeros(rows, np.uint64)  # number of the tile within its tensor
+        counts = np.zeros((rows, 1), np.int32)
+        for run in chunk.runs:
+            last = run.row + run.rows
+            item[run.row : last] = run.item
+            tile[run.row : last] = np.arange(run.rows) + run.start // TILE
+            counts[run.row : last] = TILE
+            counts[last - 1] = run.count - (run.rows - 1) * TILE
+        tiles = kernels.Tiles(counts, self.coefficients[:, item, None])
+        if transform.strategy is None or self.drop is None or self.scales is None:
+            return tiles
+        scales = self.scales[:, None, None]
+        if transform.strategy == "magnitude":
+            return tiles._replace(drop=self.drop[:, item, None], scales=scales)
+        block = tile * np.uint64(TILE // prng.LANES)
+        words = np.stack([block >> np.uint64(32), block & np.uint64(0xFFFFFFFF)], -1)
+        assert self.keys is not None
+        return tiles._replace(
+            keys=self.keys[:, item],
+            blocks=words.astype(np.uint32),
+            drop=self.drop[:, None, None],
+            scales=scales,
+        )
+
+
+def lane_bytes(tensors: Sequence[TensorInputs], tiles: int) -> tuple[int, int]:
+    """Bytes of a lane's base and stack buffers for chunks of `tiles` tiles."""
+    base = stack = 1
+    for tensor in tensors:
+        first = tensor.sources[0].dtype.itemsize
+        if tensor.merged:
+            models = sum(model.dtype.itemsize for model in tensor.models)
+            base = max(base, first if tensor.base is not None else 0)
+        else:
+            models = first
+            base = max(base, first)
+        stack = max(stack, models)
+    return base * tiles * TILE, stack * tiles * TILE
+
+
+def has_nonfinite(values: np.ndarray) -> bool:
+    """Whether any value is NaN or infinite; two fast integer reductions."""
+    size = values.dtype.itemsize
+    exponent = np.array(np.inf, values.dtype).view(f"u{size}")
+    sign = 1 << (8 * size - 1)
+    if not len(values):
+        return False
+    return bool(
+        values.view(f"i{size}").max() >= exponent.astype(np.int64)
+        or values.view(f"u{size}").max() >= int(exponent) | sign
+    )
+
+
+def signature(tensor: TensorInputs) -> tuple[str, ...]:
+    """What tensors must share to stand in one chunk: the dtypes a kernel sees."""
+    if not tensor.merged:
+        return "copy", tensor.sources[0].dtype.code
+    wide = DTYPES["F32"].numpy.name if tensor.dtype.code == "F64" else None
+    base = tensor.base.dtype.code if tensor.base is not None else "-"
+    return base, tensor.models[0].dtype.code, wide or tensor.dtype.numpy.name
+
+
+def _slice(run: Run) -> slice:
+    return slice(run.row * TILE, run.row * TILE + run.count)
+
+
+def _view(buffer: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return buffer[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _int64_sum(counts: jax.Array) -> np.ndarray:
+    """Adds up the devices' counts (leading axis)."""
+    return np.asarray(counts).astype(np.int64).sum(axis=0)
+
+
+def _aligned(size: int) -> np.ndarray:
+    buffer = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size]

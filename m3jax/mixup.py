@@ -1,0 +1,76 @@
+"""Draws the ratios of M3: λ ~ Beta(α, α), and Dirichlet(α, …, α) for K > 2.
+
+Source: "Mixup Model Merge", arXiv 2502.15434. The paper has two models and one
+draw for the whole model; the Dirichlet distribution is its extension to K models
+(its two-model case is Beta(α, α)), and `granularity` draws once per layer or
+tensor instead.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax import prng
+from m3jax.recipe import Mixup
+
+
+def group_of(name: str, granularity: str) -> str:
+    """The name of the group of tensors that shares one draw with tensor `name`.
+
+    ``model``: one group, named "". ``tensor``: the tensor's own name. ``layer``: the
+    name up to its first number ("model.layers.3"), or, where there is none, the
+    name of the module that holds it ("lm_head").
+    """
+    if granularity == "model":
+        return ""
+    if granularity == "tensor":
+        return name
+    numbered = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return numbered.group() if numbered else name.rpartition(".")[0] or name
+
+
+def draw_ratios(
+    mixup: Mixup, num_models: int, names: list[str], seed: int
+) -> dict[str, tuple[float, ...]] | None:
+    """The ratios of each group of tensors.
+
+    With key = the group's key (see `m3jax.prng`) the ratios of a group are
+    ``jax.random.dirichlet(key, [α] * K)``, drawn on the host's CPU backend so that
+    every machine sees the same ones. α = 0 gives the first model everything.
+
+    Returns:
+      {group: K ratios, float32 values}, or None where M3 is off.
+    """
+    if mixup.ratios is None and mixup.alpha is None:
+        return None
+    groups = sorted({group_of(name, mixup.granularity) for name in names} or {""})
+    if mixup.ratios is not None:
+        fixed = tuple(float(np.float32(ratio)) for ratio in mixup.ratios)
+        return dict.fromkeys(groups, fixed)
+    if mixup.alpha == 0:
+        return dict.fromkeys(groups, (1.0,) + (0.0,) * (num_models - 1))
+    if num_models == 1:
+        return dict.fromkeys(groups, (1.0,))
+    whole_model = mixup.granularity == "model"
+    keys = prng.ratio_keys(prng.root_key(seed), None if whole_model else groups)
+    alpha = np.full(num_models, mixup.alpha, np.float32)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.threefry_partitionable(True):
+            draws = np.asarray(_dirichlet(jnp.asarray(keys), alpha))
+    return {
+        group: tuple(float(ratio) for ratio in draw)
+        for group, draw in zip(groups, draws, strict=True)
+    }
+
+
+@jax.jit
+def _dirichlet(keys: jax.Array, alpha: jax.Array) -> jax.Array:
+    def draw(key: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        return jax.random.dirichlet(key, alpha)
+
+    return jax.vmap(draw)(keys)

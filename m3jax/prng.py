@@ -1,0 +1,158 @@
+"""Every random number of a merge, as a function of the seed and of what is drawn.
+
+    root                  key(seed)
+    ratios                fold_in(root, 0), then the words of the group's name
+    DARE mask of model i  fold_in(root, 1), then i, then the words of the tensor's name
+
+The generator is JAX's own, threefry2x32, with its 20 rounds written out: on CPU
+`jax.random` runs them as a rolled loop, eight to nine times slower. The functions
+here accept NumPy arrays (keys are derived on the host, all tensors at once) and
+JAX arrays (mask bits are made inside the merging kernel), and agree with
+`jax.random` bit for bit.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RATIOS, MASKS = 0, 1  # the first value folded into the root key
+LANES = 4  # 16-bit mask lanes that one threefry call gives
+RATE_STEPS = 1 << 16  # drop rates are multiples of 1/65536
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+class SeedError(ValueError):
+    """The seed is not an integer from 0 to 2**32 − 1."""
+
+
+def check_seed(seed: int) -> int:
+    """Returns the seed, or raises SeedError if it is out of range."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise SeedError(f"seed={seed!r} needs an integer")
+    if not 0 <= seed < 2**32:
+        raise SeedError(f"seed={seed} needs 0 <= seed < 2**32")
+    return int(seed)
+
+
+def threefry2x32(key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The 64-bit block cipher threefry2x32 with 20 rounds, elementwise.
+
+    Args:
+      key: two uint32 arrays.
+      counter: two uint32 arrays that broadcast against the key's.
+
+    Returns:
+      Two uint32 arrays, the high and the low word.
+    """
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    high, low = counter[0] + schedule[0], counter[1] + schedule[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            high = high + low
+            low = (low << np.uint32(rotation)) | (low >> np.uint32(32 - rotation))
+            low = high ^ low
+        high = high + schedule[(block + 1) % 3]
+        low = low + schedule[(block + 2) % 3] + np.uint32(block + 1)
+    return high, low
+
+
+def root_key(seed: int) -> np.ndarray:
+    """`jax.random.key(seed)` as raw data, shape (2,) uint32."""
+    return np.array([0, check_seed(seed)], np.uint32)
+
+
+def fold_in(key: np.ndarray, data: np.ndarray | int) -> np.ndarray:
+    """`jax.random.fold_in` on raw keys, elementwise over leading axes.
+
+    Args:
+      key: (..., 2) uint32.
+      data: uint32 array that broadcasts against the leading axes.
+
+    Returns:
+      (..., 2) uint32.
+    """
+    data = np.asarray(data, np.uint32)
+    words = threefry2x32((key[..., 0], key[..., 1]), (np.zeros_like(data), data))
+    return np.stack(np.broadcast_arrays(*words), axis=-1)
+
+
+def name_words(names: list[str]) -> np.ndarray:
+    """The first two little-endian uint32 of SHA-256(name): (len(names), 2)."""
+    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
+    return np.frombuffer(digests, "<u4").reshape(-1, 2).astype(np.uint32)
+
+
+def ratio_keys(root: np.ndarray, groups: list[str] | None) -> np.ndarray:
+    """Keys of the ratio draws, (G, 2): one per group, or a single one for None."""
+    key = fold_in(root[None], RATIOS)
+    if groups is None:
+        return key
+    words = name_words(groups)
+    return fold_in(fold_in(key, words[:, 0]), words[:, 1])
+
+
+def mask_keys(root: np.ndarray, num_models: int, names: list[str]) -> np.ndarray:
+    """Keys of the DARE masks, (K, N, 2) uint32, for K models and N tensors."""
+    words = name_words(names)
+    key = fold_in(root[None], MASKS)
+    key = fold_in(key, np.arange(num_models))[:, None]
+    return fold_in(fold_in(key, words[:, 0]), words[:, 1])
+
+
+def drop_thresholds(rates: tuple[float, ...]) -> np.ndarray:
+    """round(p · 65536) of each rate: element j is dropped iff lane[j] is below it."""
+    return np.array([round(rate * RATE_STEPS) for rate in rates], np.uint32)
+
+
+def mask_lanes(keys: jax.Array, blocks: jax.Array, width: int) -> jax.Array:
+    """The 16-bit lanes that decide which elements DARE drops.
+
+    Row t holds lanes [4b, 4b + width) of the stream
+    ``jax.random.bits(key, ..., uint64)`` read as little-endian uint16, where b is
+    the 64-bit block number of that row.
+
+    Args:
+      keys: (T, 2) uint32, the mask key of each row.
+      blocks: (T, 2) uint32, high and low word of each row's first block. The low
+        word must not wrap within a row: rows start at multiples of `width`, which
+        is a power of two.
+      width: lanes in a row, a multiple of 4.
+
+    Returns:
+      (T, width) uint16.
+    """
+    low = blocks[:, 1:] + jnp.arange(width // LANES, dtype=jnp.uint32)[None]
+    high = jnp.broadcast_to(blocks[:, :1], low.shape)
+    words = threefry2x32((keys[:, :1], keys[:, 1:]), (high, low))
+    # A block is 64 bits, high word first, and its lanes are little-endian: the two
+    # lanes of the low word come first. Bitcast, then concatenate: XLA's CPU
+    # backend vectorises this, and not a stack of the words before the bitcast.
+    pairs = [jax.lax.bitcast_convert_type(word, jnp.uint16) for word in words[::-1]]
+    return jnp.concatenate(pairs, axis=-1).reshape(low.shape[0], width)
+
+
+def mask(seed: int, model: int, name: str, size: int, drop_rate: float) -> np.ndarray:
+    """The DARE mask of a whole tensor, for inspection and tests.
+
+    Returns:
+      (size,) bool in row-major order, True where the element is dropped.
+    """
+    key = mask_keys(root_key(seed), model + 1, [name])[model, 0]
+    blocks = -(-size // LANES)
+    starts = np.arange(0, max(blocks, 1), 256, dtype=np.uint64)
+    counters = np.stack([starts >> np.uint64(32), starts & np.uint64(0xFFFFFFFF)], -1)
+    lanes = mask_lanes(
+        jnp.broadcast_to(jnp.asarray(key), (len(starts), 2)),
+        jnp.asarray(counters.astype(np.uint32)),
+        256 * LANES,
+    )
+    return np.asarray(lanes).reshape(-1)[:size] < drop_thresholds((drop_rate,))[0]
