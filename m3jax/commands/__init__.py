@@ -1,0 +1,1 @@
+"""One module per command: flags, messages and progress; no arithmetic."""

@@ -1,0 +1,117 @@
+"""What all commands share: flags, help, errors on one line, exit codes.
+
+Exit codes:
+  0    done
+  1    `verify` or `diff --exit_code` found a difference
+  2    the command line or the recipe is wrong
+  3    an input checkpoint cannot be used, or the output's place is taken
+  4    the disk or the system failed: read or write error, no space, no memory
+  130  interrupted (Ctrl-C); 143: terminated
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+from types import FrameType, ModuleType
+
+from absl import flags
+
+DIFFERENT, USAGE, INPUT, SYSTEM, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+
+class UsageError(ValueError):
+    """The command line is wrong; the message says what would be right."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def run(name: str, module: ModuleType, arguments: list[str]) -> int:
+    """Parses the flags, runs `module.main(positional arguments)`, explains errors.
+
+    Args:
+      name: of the command.
+      module: has `main`, a docstring whose first line says what it does, `USAGE`, and
+        its flags; optionally `prepare(arguments)`, which sees them before parsing.
+      arguments: of the command line, behind the command's name.
+
+    Returns:
+      The exit code.
+    """
+    if any(a in ("--help", "-help", "-h", "--helpshort", "--helpfull") for a in arguments):
+        print(_help(name, module))
+        return 0
+    logging.captureWarnings(True)
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in arguments
+    try:
+        arguments = getattr(module, "prepare", list)(arguments)
+        positional = flags.FLAGS([f"m3jax {name}", *arguments])[1:]
+        debug = _DEBUG.value
+        code = module.main(positional)
+        sys.stdout.flush()
+        return code or 0
+    except BrokenPipeError:  # `m3jax inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _explain(error)
+        print(f"m3jax {name}: {message}", file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    # Imported here, where they are loaded already if they were raised.
+    from m3jax.checkpoints.errors import CheckpointError
+    from m3jax.recipe import RecipeError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, CheckpointError):
+        return INPUT, text
+    if isinstance(error, (RecipeError, UsageError, flags.Error)):
+        return USAGE, text
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, text or "interrupted"
+    if isinstance(error, Terminated):
+        return TERMINATED, text or "terminated"
+    if isinstance(error, MemoryError):
+        return SYSTEM, "out of memory; a smaller --chunk_size or fewer --threads need less"
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else text
+        hints = {
+            errno.ENOSPC: "; the disk is full",
+            errno.EDQUOT: "; the disk quota is used up",
+            errno.EFBIG: "; files may not be this large here (see ulimit -f)",
+            errno.EIO: "; the disk failed to read or write",
+        }
+        return SYSTEM, what + hints.get(error.errno or 0, "")
+    if isinstance(error, ValueError):
+        return USAGE, text
+    return SYSTEM, f"{type(error).__name__}: {text}; this is a bug: --debug shows where"
+
+
+def _help(name: str, module: ModuleType) -> str:
+    described, _, _ = (module.__doc__ or "").strip().partition("\n\n")
+    lines = [f"m3jax {name}: {described}", "", f"usage: {module.USAGE}", ""]
+    for own in (module, sys.modules[__name__]):
+        for flag in flags.FLAGS.get_flags_for_module(own.__name__):
+            default = "" if flag.default in (None, False) else f" [{flag.default}]"
+            names = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}="
+            lines.append(f"  {names:22} {flag.help}{default}")
+    lines += getattr(module, "MORE_HELP", [])
+    return "\n".join(lines)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise Terminated

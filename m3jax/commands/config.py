@@ -1,0 +1,133 @@
+"""The recipe on the command line: `--config=FILE` and `--config.FIELD=VALUE`."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict, config_flags
+
+from m3jax.commands.cli import UsageError
+from m3jax.recipe import Recipe, RecipeError
+
+RECIPE_FIELDS = Recipe().to_dict()
+
+
+def default() -> config_dict.ConfigDict:
+    """The default recipe as a ConfigDict, for config files to start from.
+
+    Fields take any Python literal: `None`, a number or a tuple. `Recipe` checks them.
+    """
+    return _as_config(RECIPE_FIELDS)
+
+
+def define(arguments: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
+    """Defines the flag `--config`, with the fields of the file that it names.
+
+    Args:
+      arguments: of the command line; `--config=FILE` is taken out.
+
+    Returns:
+      The flag's holder (`recipe` turns its value into a Recipe), the record if the
+      file is an m3jax.json, else {}, and the other arguments.
+
+    Raises:
+      UsageError, RecipeError: the file cannot be used or a field is unknown.
+    """
+    source, rest = _take("--config", arguments)
+    fields, record = _load(source) if source else (RECIPE_FIELDS, {})
+    config = _as_config(Recipe.from_dict(fields).to_dict())
+    known = _dotted(RECIPE_FIELDS)
+    for argument in rest:
+        name = argument.partition("=")[0].lstrip("-")
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            raise RecipeError(
+                f"unknown recipe field {name.removeprefix('config.')!r}; "
+                f"known: {', '.join(known)}"
+            )
+    holder = config_flags.DEFINE_config_dict("config", config, "The recipe.")
+    return holder, record, rest
+
+
+def recipe(holder: Any) -> Recipe:
+    """The recipe that `--config` and its fields add up to."""
+    return Recipe.from_dict(holder.value.to_dict())
+
+
+def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--flag=VALUE` or `--flag VALUE` out; the last one counts."""
+    found, rest = None, []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if argument == "--":
+            return found, [*rest, argument, *left]
+        name, equals, value = argument.partition("=")
+        if "-" + name.lstrip("-") != flag[1:] or not name.startswith("-"):
+            rest.append(argument)
+        elif equals or left:
+            found = value if equals else left.pop(0)
+        else:
+            raise UsageError(f"{flag} needs a file")
+    return found, rest
+
+
+def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of a .py file, an m3jax.json, or a config that comes with m3jax."""
+    path = Path(source)
+    if not path.suffix:
+        import m3jax.configs
+
+        path = next(
+            (Path(p) / f"{source}.py" for p in m3jax.configs.__path__), path
+        )
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("[!_]*.py")))
+        hint = f"; there are {names}" if not Path(source).suffix else ""
+        raise UsageError(f"--config={source}: no such file{hint}")
+    if path.suffix == ".json":
+        try:
+            record = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UsageError(f"--config={source}: not valid JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UsageError(f"--config={source}: not a recipe")
+        return (record["recipe"], record) if "recipe" in record else (record, {})
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as error:
+        raise UsageError(
+            f"--config={source}: {type(error).__name__}: {error}; a config is a Python "
+            "file whose get_config() returns a ConfigDict"
+        ) from None
+    return config.to_dict(), {}
+
+
+def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
+    """Every field may hold any literal, so that `None` and tuples parse everywhere."""
+    config = config_dict.ConfigDict()
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            config[name] = _as_config(value)
+        else:
+            config[name] = config_dict.FieldReference(value, field_type=object)
+    return config
+
+
+def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            names += _dotted(value, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+
+
+def field_names() -> list[str]:
+    """The recipe's fields, dotted."""
+    return _dotted(RECIPE_FIELDS)

@@ -1,0 +1,113 @@
+"""Merges a base and fine-tuned models into a checkpoint that transformers loads.
+
+The recipe is --config; everything else is a flag. See configs/ and the README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from absl import flags
+
+from m3jax.commands import config, reporting
+from m3jax.commands.cli import Terminated, UsageError
+
+USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
+MORE_HELP = [
+    "",
+    "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
+    "  --config.FIELD=VALUE   one field of the recipe:",
+    *[f"                           {name}" for name in config.field_names()],
+]
+
+_BASE = flags.DEFINE_string("base", None, "The base model: folder, file or org/name.")
+_MODELS = flags.DEFINE_list("models", None, "The fine-tuned models, comma-separated.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
+_SEED = flags.DEFINE_integer("seed", None, "Of ratios and masks. [0]")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a previous m3jax output.")
+_RESUME = flags.DEFINE_bool("resume", False, "Continue an interrupted merge.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+_ALLOW_NONFINITE = flags.DEFINE_bool(
+    "allow_nonfinite", False, "Merge NaN and infinity instead of refusing them."
+)
+_TOKENIZER_FROM = flags.DEFINE_string(
+    "tokenizer_from", None, "Model whose tokenizer goes along. [base]"
+)
+_THREADS = flags.DEFINE_integer("threads", None, "Reading, computing, writing threads.")
+_CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "Elements worked on at a time.")
+_FSYNC = flags.DEFINE_bool("fsync", True, "Wait until the disk has the output.")
+_PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
+
+_config: Any = None
+_record: dict[str, Any] = {}
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Defines --config, whose fields depend on the file it names."""
+    global _config, _record
+    _config, _record, rest = config.define(arguments)
+    return rest
+
+
+def main(positional: list[str]) -> int:
+    if positional:
+        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
+    recipe = config.recipe(_config)
+    models = _MODELS.value or [model["path"] for model in _record.get("models", [])]
+    base = _BASE.value or (_record.get("base") or {}).get("path")
+    seed = _record.get("seed", 0) if _SEED.value is None else _SEED.value
+    tokenizer_from = _TOKENIZER_FROM.value or _record.get("tokenizer_from")
+    if not models:
+        raise UsageError(f"--models is missing; usage: {USAGE}")
+    if not _OUTPUT.value and not _DRY_RUN.value:
+        raise UsageError(f"--output is missing; usage: {USAGE}")
+    recipe.check(num_models=len(models), has_base=base is not None)
+
+    # Only now JAX, which takes a second to import.
+    from m3jax.engine.prepare import Execution, prepare
+
+    execution = Execution(
+        threads=_THREADS.value,
+        chunk_size=_CHUNK_SIZE.value,
+        overwrite=_OVERWRITE.value,
+        resume=_RESUME.value,
+        allow_nonfinite=_ALLOW_NONFINITE.value,
+        fsync=_FSYNC.value,
+        tokenizer_from=tokenizer_from,
+    )
+    if _DRY_RUN.value:
+        with prepare(base, models, recipe, seed, execution) as prepared:
+            print(reporting.plan(prepared))
+        return 0
+
+    from m3jax.engine.merge import merge
+
+    with _profiled(_PROFILE.value), reporting.progress() as progress:
+        try:
+            result = merge(
+                base,
+                models,
+                _OUTPUT.value,
+                recipe,
+                seed=seed,
+                execution=execution,
+                progress=progress,
+            )
+        except (KeyboardInterrupt, Terminated) as stop:
+            raise type(stop)(
+                "stopped; the same command with --resume goes on from here"
+            ) from None
+    print(reporting.summary(result, profile=_PROFILE.value is not None))
+    return 0
+
+
+@contextlib.contextmanager
+def _profiled(folder: str | None) -> Any:
+    if folder is None:
+        yield
+        return
+    import jax
+
+    with jax.profiler.trace(folder):
+        yield
