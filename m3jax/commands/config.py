@@ -47,7 +47,9 @@ def define(arguments: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
                 f"unknown recipe field {name.removeprefix('config.')!r}; "
                 f"known: {', '.join(known)}"
             )
-    holder = config_flags.DEFINE_config_dict("config", config, "The recipe.")
+    holder = config_flags.DEFINE_config_dict(
+        "config", config, "The recipe.", sys_argv=["m3jax", *rest]
+    )
     return holder, record, rest
 
 
