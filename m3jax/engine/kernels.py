@@ -69,8 +69,9 @@ class Transform:
         if self.strategy is None:
             return stack
         if self.strategy == "random":
-            lanes = jax.vmap(prng.mask_lanes, (0, None, None))
-            dropped = lanes(tiles.keys, tiles.blocks, TILE) < tiles.drop
+            draw = jax.vmap(prng.mask_lanes, (0, None, None))
+            lanes = draw(tiles.keys, tiles.blocks, TILE)
+            dropped = lanes.astype(jnp.uint32) < tiles.drop
         else:
             dropped = dare.magnitude_mask(base, stack, tiles.drop, target=self.target)
         return dare.drop_and_rescale(

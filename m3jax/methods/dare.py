@@ -40,7 +40,7 @@ def drop_and_rescale(
         return jnp.where(dropped, 0.0, stack * scales)
     # The select between product and sum also keeps XLA from contracting the two, so
     # that every kernel that recomputes this sees the same bits.
-    return base + jnp.where(dropped, 0.0, (stack - base) * scales)
+    return base[None] + jnp.where(dropped, 0.0, (stack - base[None]) * scales)
 
 
 def rescale_factors(kept_shares: np.ndarray, *, rescale: bool) -> np.ndarray:
@@ -72,5 +72,5 @@ def magnitude_mask(
     base: jax.Array | None, stack: jax.Array, thresholds: jax.Array, *, target: str
 ) -> jax.Array:
     """Where |τ_i| (or |θ_i|, with target ``weights``) is at most its threshold."""
-    values = stack if target == "weights" else stack - base
+    values = stack if target == "weights" else stack - base[None]
     return jnp.abs(values) <= thresholds

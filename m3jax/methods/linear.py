@@ -56,7 +56,7 @@ def task_arithmetic(
       The merged tensor, float32.
     """
     del info
-    return base + scaling * sum_over_models((stack - base) * coefficients)
+    return base + scaling * sum_over_models((stack - base[None]) * coefficients)
 
 
 AVERAGE = Method(

@@ -59,7 +59,7 @@ def count_deltas(
     base: jax.Array, stack: jax.Array, valid: jax.Array, window: Window
 ) -> jax.Array:
     """`count_magnitudes` of the task vectors, a `Reduction` function."""
-    return count_magnitudes(stack - base, valid, window)
+    return count_magnitudes(stack - base[None], valid, window)
 
 
 def count_weights(

@@ -42,11 +42,11 @@ def ties(
     Returns:
       The merged tensor, float32.
     """
-    trimmed = _trim(stack - base, info["thresholds"])
+    trimmed = _trim(stack - base[None], info["thresholds"])
     total = sum_over_models(trimmed)
     elected = jnp.where(total == 0, info["majority"], jnp.sign(total))
     weights = jnp.where(
-        trimmed * elected > 0, jnp.maximum(coefficients, _NO_WEIGHT), 0.0
+        trimmed * elected[None] > 0, jnp.maximum(coefficients, _NO_WEIGHT), 0.0
     )
     weight = sum_over_models(weights)
     merged = sum_over_models(weights * trimmed) / jnp.where(weight > 0, weight, 1.0)
@@ -75,7 +75,7 @@ def statistics(num_models: int, size: int, trim_rate: float) -> Statistics:
 def _signs(
     base: jax.Array, stack: jax.Array, valid: jax.Array, thresholds: jax.Array
 ) -> jax.Array:
-    total = sum_over_models(_trim(stack - base, thresholds))
+    total = sum_over_models(_trim(stack - base[None], thresholds))
     signs = jnp.where(total > 0, 1, jnp.where(total < 0, -1, 0))
     return jnp.sum(jnp.where(valid, signs, 0), dtype=jnp.int32)
 

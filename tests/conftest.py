@@ -1,0 +1,16 @@
+"""Settings of every test: eight virtual devices, strict promotion, no network."""
+
+import os
+
+# Read by jax and huggingface_hub when they are imported, here and in subprocesses.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+
+
+def pytest_sessionstart() -> None:
+    assert jax.local_device_count() == 8, "jax was imported before tests/conftest.py"
