@@ -164,7 +164,7 @@ class Prepared:
             facts += [
                 [str(file.path), file.size, file.modified_ns] for file in checkpoint.files
             ]
-        facts += [shard.header.decode() for shard in self.shards]
+        facts += [shard.header.hex() for shard in self.shards]
         facts.append([self.base is None, self.execution.allow_nonfinite])
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
