@@ -1,0 +1,103 @@
+"""Merges whole models with the pure functions of m3jax.methods, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax.methods import METHODS, dare
+from m3jax.methods.method import Reduction, run_statistics
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def merge(
+    base: Tensors | None,
+    models: Sequence[Tensors],
+    *,
+    method: str,
+    ratios: Sequence[float] | None = None,
+    scaling: float = 1.0,
+    trim_rate: float = 0.5,
+) -> dict[str, np.ndarray]:
+    """Merges float32 tensors; the arguments are those of `reference.merge`."""
+    rule = METHODS[method]
+    size = sum(tensor.size for tensor in models[0].values())
+    info: dict[str, Any] = {}
+    if rule.statistics is not None:
+        info = run_statistics(
+            rule.statistics(len(models), size, trim_rate),
+            lambda reduction: _whole(reduction, base, models),
+        )
+    apply = jax.jit(rule.apply)
+    merged = {}
+    for name in models[0]:
+        stack = np.stack([model[name] for model in models])
+        coefficients = ratios or [rule.default_coefficient(len(models))] * len(models)
+        coefficients = np.array(coefficients, np.float32)
+        merged[name] = np.asarray(
+            apply(
+                None if base is None else jnp.asarray(base[name]),
+                jnp.asarray(stack),
+                jnp.asarray(coefficients.reshape((-1,) + (1,) * (stack.ndim - 1))),
+                info,
+                np.float32(scaling),
+            )
+        )
+    return merged
+
+
+def drop(
+    base: Tensors | None,
+    models: Sequence[Tensors],
+    *,
+    rates: Sequence[float],
+    rescale: bool = True,
+    target: str = "delta",
+    masks: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> list[dict[str, np.ndarray]]:
+    """DARE with the given masks, or by magnitude."""
+    scales = dare.rescale_factors(1 - np.array(rates), rescale=rescale)
+    dropped_models: list[dict[str, np.ndarray]] = [{} for _ in models]
+    for name in models[0]:
+        own = None if base is None else jnp.asarray(base[name])
+        stack = jnp.asarray(np.stack([model[name] for model in models]))
+        behind = (-1,) + (1,) * (stack.ndim - 1)
+        if masks is not None:
+            dropped = jnp.asarray(np.stack([mask[name] for mask in masks]))
+        else:
+            thresholds = run_statistics(
+                dare.magnitude_thresholds(tuple(rates), stack[0].size, target=target),
+                lambda reduction, own=own, stack=stack: _counts(reduction, own, stack),
+            )
+            dropped = dare.magnitude_mask(
+                own, stack, jnp.asarray(thresholds).reshape(behind), target=target
+            )
+        kept = dare.drop_and_rescale(
+            own, stack, dropped, jnp.asarray(scales).reshape(behind), target=target
+        )
+        for model, part in zip(dropped_models, kept, strict=True):
+            model[name] = np.asarray(part)
+    return dropped_models
+
+
+def _whole(
+    reduction: Reduction, base: Tensors | None, models: Sequence[Tensors]
+) -> Any:
+    def flat(tensors: Tensors) -> np.ndarray:
+        return np.concatenate([tensors[name].ravel() for name in models[0]])
+
+    stack = jnp.asarray(np.stack([flat(model) for model in models]))
+    return _counts(reduction, None if base is None else jnp.asarray(flat(base)), stack)
+
+
+def _counts(reduction: Reduction, base: jax.Array | None, stack: jax.Array) -> Any:
+    if reduction.sample:
+        return None
+    valid = jnp.ones(stack.shape[1:], bool)
+    counts = jax.jit(reduction.function)(base, stack, valid, reduction.arguments)
+    return jax.tree.map(lambda count: np.asarray(count).astype(np.int64), counts)
