@@ -20,7 +20,6 @@ from jax.sharding import Mesh, PartitionSpec as P
 from m3jax import prng
 from m3jax.engine.plan import TILE
 from m3jax.methods import METHODS, dare
-from m3jax.methods.method import sum_over_models
 from m3jax.recipe import Recipe
 
 
@@ -40,6 +39,8 @@ class Tiles(NamedTuple):
       drop: (K, 1, 1) uint32 lane thresholds for random DARE, or (K, T, 1) float32
         magnitudes for DARE by magnitude.
       scales: (K, 1, 1) float32, DARE's rescale factors.
+      dropped: (K, T, TILE) bool, random DARE's mask where it is made beforehand by
+        `mask_kernel`; None: it is made from keys, blocks and drop.
     """
 
     counts: Any
@@ -48,6 +49,7 @@ class Tiles(NamedTuple):
     blocks: Any = None
     drop: Any = None
     scales: Any = None
+    dropped: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Transform:
         """The stack after DARE; (K, T, TILE) float32."""
         if self.strategy is None:
             return stack
-        if self.strategy == "random":
+        if tiles.dropped is not None:
+            dropped = tiles.dropped
+        elif self.strategy == "random":
             draw = jax.vmap(prng.mask_lanes, (0, None, None))
             lanes = draw(tiles.keys, tiles.blocks, TILE)
             dropped = lanes.astype(jnp.uint32) < tiles.drop
@@ -81,7 +85,7 @@ class Transform:
 
 @functools.lru_cache(maxsize=64)
 def merge_kernel(
-    method: str, transform: Transform, dtype: str, check_finite: bool
+    method: str, transform: Transform, dtype: str
 ) -> Callable[..., jax.Array]:
     """The kernel (base, stack, tiles, info, scaling) -> merged chunk.
 
@@ -89,26 +93,34 @@ def merge_kernel(
       method: a name of `METHODS`.
       transform: DARE's static choices.
       dtype: of the result; the only rounding of the merge goes to it.
-      check_finite: make the result non-finite wherever an input is, even if the
-        method would drop that entry, so that looking at the result is enough.
     """
 
     def merge(
         base: jax.Array | None, stack: jax.Array, tiles: Tiles, info: Any, scaling: Any
     ) -> jax.Array:
         base, stack = _float32(base), stack.astype(jnp.float32)
-        transformed = transform(base, stack, tiles)
-        merged = METHODS[method].apply(
-            base, transformed, tiles.coefficients, info, scaling
-        )
-        if check_finite:
-            # x − x is 0, or NaN where x is NaN or infinite.
-            zero = sum_over_models(stack - stack)
-            zero = zero if base is None else zero + (base - base)
-            merged = jnp.where(zero == 0, merged, jnp.nan)
+        stack = transform(base, stack, tiles)
+        merged = METHODS[method].apply(base, stack, tiles.coefficients, info, scaling)
         return merged.astype(dtype)
 
     return jax.jit(merge)
+
+
+@functools.lru_cache(maxsize=1)
+def mask_kernel() -> Callable[..., jax.Array]:
+    """The kernel (keys, blocks, drop) -> (K, T, TILE / 4) packed masks.
+
+    A kernel of its own: inside another one, XLA's CPU backend repeats the cipher for
+    every element of a block.
+    """
+
+    def masks(keys: jax.Array, blocks: jax.Array, drop: jax.Array) -> jax.Array:
+        def one(keys: jax.Array, drop: jax.Array) -> jax.Array:
+            return prng.packed_mask(keys, blocks, drop, TILE)
+
+        return jax.vmap(one)(keys, drop)
+
+    return jax.jit(masks)
 
 
 @functools.lru_cache(maxsize=64)

@@ -134,9 +134,10 @@ class Stream:
                 self._copy(chunk, lane, turn, emit)
                 return
             base, stack = self._fill(chunk, lane)
-            kernel = kernels.merge_kernel(
-                method, transform, chunk.signature[2], check_finite
-            )
+            if check_finite:
+                with self.clock.stage("checking"):
+                    self._check_finite(chunk, base, stack)
+            kernel = kernels.merge_kernel(method, transform, chunk.signature[2])
             with self.clock.stage("computing"):
                 tiles = self.tables.tiles(chunk, self._tiles, transform)
                 placed = self._placed(base, stack, tiles)
@@ -144,8 +145,7 @@ class Stream:
                 merged = np.asarray(merged).reshape(-1)
             if check_finite:
                 with self.clock.stage("checking"):
-                    for run in chunk.runs:
-                        self._check_finite(run, merged, base, stack)
+                    self._check_overflow(chunk, merged)
             for run in chunk.runs:
                 values = self._as_output(run.item, merged[_slice(run)])
                 with self.clock.stage("writing"):
@@ -188,6 +188,12 @@ class Stream:
     ) -> tuple[Any, Any, Any]:
         """The kernel's arguments on the devices; NumPy as it is where there is one."""
         if self._mesh.size == 1:
+            if tiles.keys is not None:
+                masks = kernels.mask_kernel()(tiles.keys, tiles.blocks, tiles.drop)
+                dropped = np.asarray(masks).view(np.bool_)
+                tiles = tiles._replace(
+                    keys=None, blocks=None, drop=None, dropped=dropped
+                )
             return base, stack, tiles
         over_tiles = NamedSharding(self._mesh, kernels.TILES)
         over_stack = NamedSharding(self._mesh, kernels.STACK_TILES)
@@ -228,26 +234,39 @@ class Stream:
         return values.astype(self._tensors[item].dtype.numpy, copy=False)
 
     def _check_finite(
-        self, run: Run, merged: np.ndarray, base: np.ndarray | None, stack: np.ndarray
+        self, chunk: Chunk, base: np.ndarray | None, stack: np.ndarray
     ) -> None:
-        values = merged[_slice(run)]
-        if not has_nonfinite(values):
-            return
-        place = int(np.argmin(np.isfinite(values.astype(np.float32))))
-        tensor = self._tensors[run.item]
-        index = [int(i) for i in np.unravel_index(run.start + place, tensor.shape)]
-        parts = [*([base] if base is not None else []), *stack]
-        for name, part in zip(self._read_names(tensor), parts, strict=True):
-            value = float(part.reshape(-1)[_slice(run)][place])
-            if not np.isfinite(value):
+        parts = [*([] if base is None else [base]), *stack]
+        for run in chunk.runs:
+            tensor = self._tensors[run.item]
+            for name, part in zip(self._read_names(tensor), parts, strict=True):
+                values = part.reshape(-1)[_slice(run)]
+                if has_nonfinite(values):
+                    value, index = self._first_nonfinite(run, values)
+                    raise CheckpointError(
+                        f"{name}: tensor {shown(tensor.name)} holds {value} at {index};"
+                        " mend the checkpoint, or pass --allow_nonfinite to merge it "
+                        "anyway"
+                    )
+
+    def _check_overflow(self, chunk: Chunk, merged: np.ndarray) -> None:
+        for run in chunk.runs:
+            if has_nonfinite(merged[_slice(run)]):
+                tensor = self._tensors[run.item]
+                _, index = self._first_nonfinite(run, merged[_slice(run)])
                 raise CheckpointError(
-                    f"{name}: tensor {shown(tensor.name)} holds {value} at {index}; "
-                    "mend the checkpoint, or pass --allow_nonfinite to merge it anyway"
+                    f"tensor {shown(tensor.name)}: the merged value at {index} overflows"
+                    f" {merged.dtype.name}; choose a wider dtype, or pass "
+                    "--allow_nonfinite"
                 )
-        raise CheckpointError(
-            f"tensor {shown(tensor.name)}: the merged value at {index} overflows "
-            f"{tensor.dtype.numpy.name}; choose a wider dtype, or pass --allow_nonfinite"
-        )
+
+    def _first_nonfinite(
+        self, run: Run, values: np.ndarray
+    ) -> tuple[float, list[int]]:
+        place = int(np.argmin(np.isfinite(values.astype(np.float32))))
+        shape = self._tensors[run.item].shape
+        index = np.unravel_index(run.start + place, shape)
+        return float(values[place]), [int(i) for i in index]
 
     def _read_names(self, tensor: TensorInputs) -> list[str]:
         """Names of the checkpoints that the tensor's sources belong to."""
