@@ -130,7 +130,7 @@ def _weight_files(location: Path) -> list[Path]:
         names = sorted(path.name for path in location.glob("*.safetensors"))
         if len(names) != 1:
             raise CheckpointError(_no_weights(location, names))
-    return [_inside(location, name) for name in names]
+    return [inside(location, name) for name in names]
 
 
 def _no_weights(folder: Path, names: list[str]) -> str:
@@ -157,8 +157,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map of tensors to files")
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name.isprintable() and len(name) < 256
-        if not plain or name in ("", ".", "..") or "/" in name or "\\" in name:
+        if not is_plain_name(name):
             raise CheckpointError(
                 f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}; "
                 "needs the plain name of a file in the same folder"
@@ -166,8 +165,23 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder; a link may lead only into the hub's cache."""
+def is_plain_name(name: object) -> bool:
+    """Whether `name` can only be that of a file in the folder that speaks of it."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and 0 < len(name) < 256
+        and name not in (".", "..")
+        and not set("/\\") & set(name)
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder; a link may lead only into the hub's cache.
+
+    Raises:
+      CheckpointError: the file is missing, or a link that leads elsewhere.
+    """
     path = folder / name
     if not path.exists():
         raise CheckpointError(f"{folder}: file {shown(name)} is missing")

@@ -10,6 +10,8 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.side_files import SIDE_FILES
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# What a merge writes beside those: its record and its model card, for `verify`.
+RECORD_FILES = ("m3jax.json", "README.md")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -42,7 +44,12 @@ def locate(path: str) -> tuple[Path, str | None]:
         folder = snapshot_download(
             hub_id["repo"],
             revision=hub_id["revision"],
-            allow_patterns=["*.safetensors", "*.safetensors.index.json", *SIDE_FILES],
+            allow_patterns=[
+                "*.safetensors",
+                "*.safetensors.index.json",
+                *SIDE_FILES,
+                *RECORD_FILES,
+            ],
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # the library raises a dozen unrelated types

@@ -17,6 +17,7 @@ from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.output import MANIFEST, OutputFolder, Shard
 from m3jax.recipe import Recipe
 
+FORMAT = 1  # of m3jax.json; `record` reads it
 CHECKSUM = "xxh3_128"
 
 
@@ -81,7 +82,7 @@ def _manifest(
         for checkpoint, checksum in zip(checkpoints, facts.input_checksums, strict=True)
     ]
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "recipe": facts.recipe.to_dict(),
         "seed": facts.seed,
         "ratios": facts.ratios and dict(facts.ratios),

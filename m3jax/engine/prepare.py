@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from m3jax.checkpoints.output import Shard, make_shards
 from m3jax.engine import plan
 from m3jax.engine.inputs import MergeInputs, align
 from m3jax.engine.kernels import Transform
+from m3jax.engine.pipeline import available_cores
 from m3jax.engine.streamed import lane_bytes, signature
 from m3jax.methods import METHODS
 from m3jax.recipe import Recipe, parse_size
@@ -62,8 +62,7 @@ class Execution:
 
     @property
     def num_threads(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-        return self.threads or min(4, cores + 1)
+        return self.threads or min(4, available_cores() + 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,198 @@
+"""Reads m3jax.json, the record of a merge, with suspicion: anyone may have edited it.
+
+`provenance` writes it. Whatever does not look like something that m3jax wrote is
+refused with one line, and no name in it can lead out of the checkpoint's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.folder import is_plain_name
+from m3jax.checkpoints.output import MANIFEST
+from m3jax.checkpoints.provenance import CHECKSUM, FORMAT
+from m3jax.checkpoints.safetensors import load_json, open_regular
+
+_MAX_RECORD = 100_000_000  # bytes; the record of 100 000 tensors has 25 MB
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_FEW = 3  # flaws that an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRecord:
+    """What is recorded of one tensor: where it is and what it holds."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A record whose every field has been checked.
+
+    Attributes:
+      recipe: fields of the recipe, as `Recipe.from_dict` takes them.
+      seed: of the merge.
+      ratios: of each group of tensors; None where M3 was off.
+      base, models: what was read: ``path``, ``revision``, ``files``, ``checksum``.
+      tokenizer_from: whose tokenizer went along; None: the first checkpoint's.
+      versions: of the software that made it.
+      files: checksums of the files beside the tensors.
+      tensors: by name.
+    """
+
+    recipe: Mapping[str, Any]
+    seed: int
+    ratios: Mapping[str, tuple[float, ...]] | None
+    base: Mapping[str, Any] | None
+    models: tuple[Mapping[str, Any], ...]
+    tokenizer_from: str | None
+    versions: Mapping[str, str]
+    files: Mapping[str, str]
+    tensors: Mapping[str, TensorRecord]
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a checkpoint folder, or None where there is none.
+
+    Raises:
+      CheckpointError: it is not a record that m3jax wrote; one line with its flaws.
+    """
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return None
+    with os.fdopen(open_regular(path), "rb") as file:
+        text = file.read(_MAX_RECORD + 1)
+    if len(text) > _MAX_RECORD:
+        raise CheckpointError(f"{path}: larger than {_MAX_RECORD} bytes")
+    return parse_record(load_json(text, str(path)), str(path))
+
+
+def parse_record(content: Mapping[str, Any], what: str) -> Record:
+    """Checks the fields of a record; see `read_record`.
+
+    Args:
+      content: the JSON object.
+      what: its name in errors.
+    """
+    if content.get("format") != FORMAT or isinstance(content["format"], bool):
+        raise CheckpointError(
+            f"{what}: has format {shown(content.get('format'))}, this m3jax reads "
+            f"{FORMAT}; it was edited, or another version of m3jax wrote it"
+        )
+    flaws: list[str] = []
+    for field, (allowed, is_valid) in _FIELDS.items():
+        if field not in content:
+            flaws.append(f"{field} is missing")
+        elif not is_valid(content[field]):
+            flaws.append(f"{field}={shown(content[field], 60)} needs {allowed}")
+    for field, is_valid, allowed in (
+        ("files", _is_digest, f"a plain file name and its {CHECKSUM}"),
+        ("tensors", _is_tensor, f"file, dtype, shape and {CHECKSUM}"),
+    ):
+        entries = content.get(field)
+        if not isinstance(entries, dict):
+            flaws.append(f"{field} must map names to what is recorded of them")
+            continue
+        flaws += [
+            f"{field}: {shown(name, 60)} has {shown(entry, 90)}; needs {allowed}"
+            for name, entry in entries.items()
+            if not is_valid(entry) or (field == "files" and not is_plain_name(name))
+        ]
+    if flaws:
+        more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
+        raise CheckpointError(
+            f"{what}: not as m3jax wrote it: {'; '.join(flaws[:_FEW])}{more}"
+        )
+    ratios = content["ratios"]
+    return Record(
+        recipe=content["recipe"],
+        seed=content["seed"],
+        ratios=ratios and {group: tuple(values) for group, values in ratios.items()},
+        base=content["base"],
+        models=tuple(content["models"]),
+        tokenizer_from=content["tokenizer_from"],
+        versions=content["versions"],
+        files=content["files"],
+        tensors={
+            name: TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
+            for name, entry in content["tensors"].items()
+        },
+    )
+
+
+def _is_input(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("path"), str)
+        and isinstance(value.get("revision"), str | None)
+        and isinstance(value.get("files"), dict)
+        and isinstance(value.get("checksum"), str | None)
+    )
+
+
+def _is_ratios(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(
+            isinstance(ratios, list) and ratios and all(map(_is_number, ratios))
+            for ratios in value.values()
+        )
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**53
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _is_tensor(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"file", "dtype", "shape", "checksum"}
+        and is_plain_name(value["file"])
+        and value["file"].endswith(".safetensors")
+        and isinstance(value["dtype"], str)
+        and isinstance(value["shape"], list)
+        and all(type(size) is int and 0 <= size < 2**64 for size in value["shape"])
+        and _is_digest(value["checksum"])
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "recipe": ("the fields of a recipe", lambda value: isinstance(value, dict)),
+    "seed": ("0 to 2**32 - 1", lambda value: type(value) is int and 0 <= value < 2**32),
+    "ratios": ("null, or numbers for each group of tensors", _is_ratios),
+    "base": (
+        "null, or path, revision, files and checksum",
+        lambda value: value is None or _is_input(value),
+    ),
+    "models": (
+        "a list of path, revision, files and checksum",
+        lambda value: isinstance(value, list) and value and all(map(_is_input, value)),
+    ),
+    "tokenizer_from": (
+        "null, or the name of a checkpoint",
+        lambda value: isinstance(value, str | None),
+    ),
+    "versions": ("versions by name", _is_texts),
+    "checksum": (CHECKSUM, lambda value: value == CHECKSUM),
+}
