@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 from m3jax import prng
 from m3jax.engine.plan import TILE
-from m3jax.methods import METHODS, dare
+from m3jax.methods import METHODS, dare, selection
 from m3jax.recipe import Recipe
 
 
@@ -125,13 +125,23 @@ def mask_kernel() -> Callable[..., jax.Array]:
 
 @functools.lru_cache(maxsize=64)
 def reduce_kernel(
-    function: Callable[..., Any], transform: Transform, mesh: Mesh | None = None
+    function: Callable[..., Any],
+    transform: Transform,
+    mesh: Mesh | None = None,
+    *,
+    count: bool = False,
 ) -> Callable[..., Any]:
     """The kernel (base, stack, tiles, arguments) -> counts of one chunk.
 
     The counts get a leading axis: one row per device of the mesh. The host adds them
     up. A sum across devices here would be a collective, and collectives that several
     threads start at once can wait for each other for ever.
+
+    Args:
+      function: of a `Reduction`.
+      transform: DARE's static choices.
+      mesh: of several devices; None for one.
+      count: count the codes that `function` returns.
     """
 
     def reduce(
@@ -139,8 +149,10 @@ def reduce_kernel(
     ) -> Any:
         base, stack = _float32(base), stack.astype(jnp.float32)
         valid = jnp.arange(TILE, dtype=jnp.int32)[None] < tiles.counts
-        counts = function(base, transform(base, stack, tiles), valid, arguments)
-        return jax.tree.map(lambda count: count[None], counts)
+        result = function(base, transform(base, stack, tiles), valid, arguments)
+        if count:
+            result = selection.count_codes(result)
+        return jax.tree.map(lambda part: part[None], result)
 
     if mesh is None:
         return jax.jit(reduce)

@@ -23,6 +23,7 @@ from m3jax.engine.inputs import TensorInputs
 from m3jax.engine.pipeline import Clock, for_each
 from m3jax.engine.plan import TILE, Chunk, Run
 from m3jax.methods.method import Reduction
+from m3jax.methods.selection import count_codes_on_host
 
 _ALIGNMENT = 64  # bytes; what XLA's CPU backend asks of memory it uses in place
 
@@ -93,14 +94,23 @@ class Stream:
         total: list[Any] = [None]
         lock = threading.Lock()
         mesh = self._mesh if self._mesh.size > 1 else None
-        kernel = kernels.reduce_kernel(reduction.function, transform, mesh)
+        on_host = mesh is None and jax.default_backend() == "cpu"
+        kernel = kernels.reduce_kernel(
+            reduction.function,
+            transform,
+            mesh,
+            count=reduction.histogram and not on_host,
+        )
 
         def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
             base, stack = self._fill(chunk, lane)
             with self.clock.stage("computing"):
                 tiles = self.tables.tiles(chunk, self._tiles, transform)
                 counts = kernel(*self._placed(base, stack, tiles), reduction.arguments)
-                counts = jax.tree.map(_int64_sum, counts)
+                if reduction.histogram and on_host:
+                    counts = count_codes_on_host(np.asarray(counts)[0])
+                else:
+                    counts = jax.tree.map(_int64_sum, counts)
             with lock:
                 total[0] = (
                     counts

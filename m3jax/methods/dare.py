@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.methods.method import Reduction
-from m3jax.methods.selection import count_deltas, count_weights, kth_smallest
+from m3jax.methods.selection import delta_codes, weight_codes, kth_smallest
 
 
 def drop_and_rescale(
@@ -63,7 +63,7 @@ def magnitude_thresholds(
     ranks = [int(size * rate) for rate in rates]
     if not any(ranks):
         return np.full(len(ranks), -1, np.float32)
-    function = count_deltas if target == "delta" else count_weights
+    function = delta_codes if target == "delta" else weight_codes
     found = yield from kth_smallest(function, [max(rank, 1) for rank in ranks], size)
     return np.where(np.array(ranks) > 0, found, np.float32(-1))
 

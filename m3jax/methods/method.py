@@ -29,12 +29,15 @@ class Reduction:
         `valid` is a bool array of base's shape: count only where it is True. Counts
         are added up over chunks, tensors and hosts as int64.
       arguments: a pytree of arrays handed to `function`.
+      histogram: `function` returns the codes that `selection.count_codes` counts,
+        and the engine counts them where that is fastest.
       sample: a pass over a fixed sample of the elements is enough. The engine
         answers None where reading everything costs as little.
     """
 
     function: Callable[[jax.Array | None, jax.Array, jax.Array, Any], Any]
     arguments: Any
+    histogram: bool = False
     sample: bool = False
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.methods.method import Info, Method, Reduction, Statistics, sum_over_models
-from m3jax.methods.selection import count_deltas, kth_smallest
+from m3jax.methods.selection import delta_codes, kth_smallest
 
 # Stands for a coefficient of 0: too small to weigh against any other, and large
 # enough that what survives alone keeps its whole value.
@@ -62,7 +62,7 @@ def statistics(num_models: int, size: int, trim_rate: float) -> Statistics:
     rank = int(size * trim_rate)
     thresholds = np.zeros(num_models, np.float32)
     if rank > 0:
-        thresholds = yield from kth_smallest(count_deltas, [rank] * num_models, size)
+        thresholds = yield from kth_smallest(delta_codes, [rank] * num_models, size)
     majority = 0
     if num_models > 1 and size > 0:  # one model: a sum of 0 has no survivors
         majority = yield Reduction(_signs, thresholds)
