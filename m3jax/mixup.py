@@ -39,8 +39,11 @@ def draw_ratios(
     """The ratios of each group of tensors.
 
     With key = the group's key (see `m3jax.prng`) the ratios of a group are
-    ``jax.random.dirichlet(key, [α] * K)``, drawn on the host's CPU backend so that
-    every machine sees the same ones. α = 0 gives the first model everything.
+    ``jax.random.dirichlet(key, [α] * K, dtype="float64")`` rounded to float32, drawn
+    on the host's CPU backend. The last bits of a draw depend on the instructions
+    that XLA chooses for the machine; in float64 they are bits that the rounding
+    removes, so every machine sees the same ratios. α = 0 gives the first model
+    everything.
 
     Returns:
       {group: K ratios, float32 values}, or None where M3 is off.
@@ -57,10 +60,15 @@ def draw_ratios(
         return dict.fromkeys(groups, (1.0,))
     whole_model = mixup.granularity == "model"
     keys = prng.ratio_keys(prng.root_key(seed), None if whole_model else groups)
-    alpha = np.full(num_models, mixup.alpha, np.float32)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        with jax.threefry_partitionable(True):
-            draws = np.asarray(_dirichlet(jnp.asarray(keys), alpha))
+    alpha = np.full(num_models, mixup.alpha, np.float64)
+    with (
+        jax.default_device(jax.local_devices(backend="cpu")[0]),
+        jax.threefry_partitionable(True),
+        jax.enable_x64(True),
+    ):
+        # One by one, so that one program makes them all: XLA's programs for different
+        # numbers of draws differ in the last bits.
+        draws = [np.float32(_dirichlet(key, alpha)) for key in keys]
     return {
         group: tuple(float(ratio) for ratio in draw)
         for group, draw in zip(groups, draws, strict=True)
@@ -68,9 +76,6 @@ def draw_ratios(
 
 
 @jax.jit
-def _dirichlet(keys: jax.Array, alpha: jax.Array) -> jax.Array:
-    def draw(key: jax.Array) -> jax.Array:
-        key = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.dirichlet(key, alpha)
-
-    return jax.vmap(draw)(keys)
+def _dirichlet(key: jax.Array, alpha: jax.Array) -> jax.Array:
+    key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return jax.random.dirichlet(key, alpha, dtype=jnp.float64)
