@@ -1,7 +1,7 @@
 """m3jax merges fine-tuned language models in JAX.
 
-    recipe = m3jax.Recipe(method="ties", mixup=m3jax.Mixup(alpha=0.4))
-    m3jax.merge("base", ["maths", "code"], "merged", recipe, seed=0)
+recipe = m3jax.Recipe(method="ties", mixup=m3jax.Mixup(alpha=0.4))
+m3jax.merge("base", ["maths", "code"], "merged", recipe, seed=0)
 """
 
 import importlib
@@ -26,6 +26,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
+    # ruff: noqa: F401
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.engine.in_memory import load, merge_params, save
     from m3jax.engine.merge import MergeResult, merge

@@ -65,9 +65,31 @@ def threefry2x32(key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, A
     return high, low
 
 
-def root_key(seed: int) -> np.ndarray:
-    """`jax.random.key(seed)` as raw data, shape (2,) uint32."""
-    return np.array([0, check_seed(seed)], np.uint32)
+def root_key(seed: int | jax.Array) -> np.ndarray:
+    """`jax.random.key(seed)` as raw data, shape (2,) uint32.
+
+    Args:
+      seed: 0 <= seed < 2**32, or in its place a key that `jax.random` made.
+
+    Raises:
+      SeedError: it is neither.
+    """
+    if not isinstance(seed, jax.Array):
+        return np.array([0, check_seed(seed)], np.uint32)
+    key = seed
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if str(jax.random.key_impl(key)) != "threefry2x32":
+            raise SeedError(
+                f"a key of {jax.random.key_impl(key)} needs to be one of threefry2x32: "
+                'jax.random.key(seed, impl="threefry2x32")'
+            )
+        key = jax.random.key_data(key)
+    if key.dtype != jnp.uint32 or key.shape != (2,):
+        raise SeedError(
+            f"an array of {key.dtype}, shape {list(key.shape)}, needs to be one key, "
+            "as jax.random.key makes it"
+        )
+    return np.asarray(key)
 
 
 def fold_in(key: np.ndarray, data: np.ndarray | int) -> np.ndarray:
@@ -81,7 +103,8 @@ def fold_in(key: np.ndarray, data: np.ndarray | int) -> np.ndarray:
       (..., 2) uint32.
     """
     data = np.asarray(data, np.uint32)
-    words = threefry2x32((key[..., 0], key[..., 1]), (np.zeros_like(data), data))
+    with np.errstate(over="ignore"):  # NumPy warns where a scalar wraps around
+        words = threefry2x32((key[..., 0], key[..., 1]), (np.zeros_like(data), data))
     return np.stack(np.broadcast_arrays(*words), axis=-1)
 
 
@@ -139,7 +162,12 @@ def mask_lanes(keys: jax.Array, blocks: jax.Array, width: int) -> jax.Array:
 
 
 def packed_mask(
-    keys: jax.Array, blocks: jax.Array, threshold: jax.Array, width: int
+    keys: jax.Array,
+    blocks: jax.Array,
+    threshold: jax.Array,
+    width: int,
+    *,
+    wraps: bool = False,
 ) -> jax.Array:
     """Which elements DARE drops, four to a word: ``mask_lanes(...) < threshold``.
 
@@ -151,11 +179,12 @@ def packed_mask(
     Args:
       keys, blocks, width: as for `mask_lanes`.
       threshold: uint32 scalar, 0 to 65536.
+      wraps: the low word of the block number may wrap within a row. Costs a tenth.
 
     Returns:
       (T, width / 4) uint32.
     """
-    high, low = _mask_words(keys, blocks, width)
+    high, low = _mask_words(keys, blocks, width, wraps)
     half = np.uint32(0xFFFF)
     lanes = (low & half, low >> np.uint32(16), high & half, high >> np.uint32(16))
     packed = jnp.zeros_like(low)
@@ -165,10 +194,12 @@ def packed_mask(
 
 
 def _mask_words(
-    keys: jax.Array, blocks: jax.Array, width: int
+    keys: jax.Array, blocks: jax.Array, width: int, wraps: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     low = blocks[:, 1:] + jnp.arange(width // LANES, dtype=jnp.uint32)[None]
     high = jnp.broadcast_to(blocks[:, :1], low.shape)
+    if wraps:
+        high = high + (low < blocks[:, 1:]).astype(jnp.uint32)
     return threefry2x32((keys[:, :1], keys[:, 1:]), (high, low))
 
 

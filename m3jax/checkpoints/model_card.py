@@ -24,7 +24,13 @@ def render(
     front = ["---", "library_name: transformers", "tags:", "- merge", "- m3jax"]
     if on_hub:
         front += ["base_model:", *[f"- {name}" for name in dict.fromkeys(on_hub)]]
-    lines = [*front, "---", "", f"# Merge of {len(models)} models by {recipe.method}", ""]
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# Merge of {len(models)} models by {recipe.method}",
+        "",
+    ]
     lines += [
         "Made with m3jax (Mixup Model Merge, arXiv 2502.15434). `m3jax.json` holds the "
         "complete record and a checksum of every tensor; `m3jax verify` checks it.",
@@ -66,7 +72,9 @@ def _ratios(
     if recipe.mixup.ratios is not None:
         how = "Given by hand"
     else:
-        how = f"Drawn: α = {recipe.mixup.alpha}, one draw per {recipe.mixup.granularity}"
+        how = (
+            f"Drawn: α = {recipe.mixup.alpha}, one draw per {recipe.mixup.granularity}"
+        )
     if len(ratios) > _FEW_GROUPS:
         return [f"{how}; {len(ratios)} draws, see `m3jax.json`."]
     columns = " | ".join(f"model {i}" for i in range(1, num_models + 1))

@@ -82,7 +82,7 @@ class OutputFolder:
     def journal(self, entry: dict[str, Any]) -> None:
         """Appends a line; it survives the death of this process."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        with self._journal_lock, open(self.path / _JOURNAL, "ab", 0) as file:
+        with self._journal_lock, (self.path / _JOURNAL).open("ab", 0) as file:
             file.write(line)
 
     def write(self, name: str, content: bytes) -> None:
@@ -156,7 +156,9 @@ def check_free(final: Path, *, overwrite: bool) -> None:
     if not (final.exists() or final.is_symlink()):
         return
     if final.is_symlink() or not final.is_dir():
-        raise OutputError(f"{final}: exists and is not a folder; choose another --output")
+        raise OutputError(
+            f"{final}: exists and is not a folder; choose another --output"
+        )
     ours = (final / MANIFEST).is_file()
     empty = not any(final.iterdir())
     if not overwrite:

@@ -46,7 +46,9 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
     Returns:
       The exit code.
     """
-    if any(a in ("--help", "-help", "-h", "--helpshort", "--helpfull") for a in arguments):
+    if any(
+        a in ("--help", "-help", "-h", "--helpshort", "--helpfull") for a in arguments
+    ):
         print(_help(name, module))
         return 0
     logging.captureWarnings(True)
@@ -85,7 +87,10 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Terminated):
         return TERMINATED, text or "terminated"
     if isinstance(error, MemoryError):
-        return SYSTEM, "out of memory; a smaller --chunk_size or fewer --threads need less"
+        return (
+            SYSTEM,
+            "out of memory; a smaller --chunk_size or fewer --threads need less",
+        )
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else text
         hints = {

@@ -60,7 +60,8 @@ def recipe(holder: Any) -> Recipe:
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Takes `--flag=VALUE` or `--flag VALUE` out; the last one counts."""
-    found, rest = None, []
+    found: str | None = None
+    rest: list[str] = []
     left = list(arguments)
     while left:
         argument = left.pop(0)
@@ -82,9 +83,7 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.suffix:
         import m3jax.configs
 
-        path = next(
-            (Path(p) / f"{source}.py" for p in m3jax.configs.__path__), path
-        )
+        path = next((Path(p) / f"{source}.py" for p in m3jax.configs.__path__), path)
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in path.parent.glob("[!_]*.py")))
         hint = f"; there are {names}" if not Path(source).suffix else ""
@@ -126,8 +125,6 @@ def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
         else:
             names.append(prefix + name)
     return names
-
-
 
 
 def field_names() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from m3jax.commands import config, reporting
+from m3jax.commands import allocator, config, reporting
 from m3jax.commands.cli import Terminated, UsageError
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
@@ -60,10 +60,12 @@ def main(positional: list[str]) -> int:
     tokenizer_from = _TOKENIZER_FROM.value or _record.get("tokenizer_from")
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
-    if not _OUTPUT.value and not _DRY_RUN.value:
+    output = _OUTPUT.value
+    if output is None and not _DRY_RUN.value:
         raise UsageError(f"--output is missing; usage: {USAGE}")
     recipe.check(num_models=len(models), has_base=base is not None)
 
+    allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
     from m3jax.engine.prepare import Execution, prepare
 
@@ -83,12 +85,13 @@ def main(positional: list[str]) -> int:
 
     from m3jax.engine.merge import merge
 
+    assert output is not None
     with _profiled(_PROFILE.value), reporting.progress() as progress:
         try:
             result = merge(
                 base,
                 models,
-                _OUTPUT.value,
+                output,
                 recipe,
                 seed=seed,
                 execution=execution,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from m3jax.engine.progress import Progress
@@ -56,7 +56,7 @@ def _dare(prepared: Prepared) -> bool:
     return prepared.transform.strategy is not None
 
 
-def ratios(drawn: dict[str, tuple[float, ...]] | None) -> str:
+def ratios(drawn: Mapping[str, tuple[float, ...]] | None) -> str:
     """The drawn ratios on a few lines."""
     if drawn is None:
         return "M3 is off"
@@ -76,6 +76,8 @@ def summary(result: MergeResult, *, profile: bool) -> str:
             f"{name:11}{seconds:8.2f} s, all threads"
             for name, seconds in result.seconds.items()
         ]
+        wall = ", ".join(f"{name} {spent:.2f} s" for name, spent in result.wall.items())
+        lines.append(f"wall       {wall}")
     if result.resumed:
         lines.append(f"resumed    {result.resumed} tensors had been written before")
     lines.append("ratios     " + ratios(result.ratios))
@@ -93,10 +95,12 @@ def progress() -> Iterator[Progress]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress as Bars,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
+    )
+    from rich.progress import (
+        Progress as Bars,
     )
 
     with Bars(

@@ -149,7 +149,11 @@ def _names(
     """The output's tensors: those of the first checkpoint, which all must have."""
     names = sorted(tables[0])
     for name in sorted(set().union(*tables)):
-        without = [c.name for c, table in zip(checkpoints, tables) if name not in table]
+        without = [
+            checkpoint.name
+            for checkpoint, table in zip(checkpoints, tables, strict=True)
+            if name not in table
+        ]
         if not without or recipe.excludes(name):
             continue
         tied = " (its head is tied to its embedding)" if name == HEAD else ""

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from m3jax import prng
 from m3jax.engine.plan import TILE
 from m3jax.methods import METHODS, dare, selection
 from m3jax.recipe import Recipe
-
 
 AXIS = "tiles"
 TILES = P(AXIS)
@@ -33,7 +32,7 @@ class Tiles(NamedTuple):
 
     Attributes:
       counts: (T, 1) int32, valid elements of each tile.
-      coefficients: (K, T, 1) float32.
+      coefficients: (K, T, 1) float32; None in a reduction.
       keys: (K, T, 2) uint32, DARE mask keys; None without random DARE.
       blocks: (T, 2) uint32, the tile's first mask block, high and low word.
       drop: (K, 1, 1) uint32 lane thresholds for random DARE, or (K, T, 1) float32
@@ -156,10 +155,9 @@ def reduce_kernel(
 
     if mesh is None:
         return jax.jit(reduce)
-    specs = (TILES, STACK_TILES, tiles_specs(transform), P())
-    return jax.jit(
-        jax.shard_map(reduce, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
-    )
+    tiles_layout = tiles_specs(transform)._replace(coefficients=None)
+    specs = (TILES, STACK_TILES, tiles_layout, P())
+    return jax.jit(jax.shard_map(reduce, mesh=mesh, in_specs=specs, out_specs=P(AXIS)))
 
 
 def tiles_specs(transform: Transform) -> Tiles:

@@ -47,6 +47,11 @@ class Run:
     def rows(self) -> int:
         return -(-self.count // TILE)
 
+    @property
+    def elements(self) -> slice:
+        """Where its elements lie in the flattened chunk."""
+        return slice(self.row * TILE, self.row * TILE + self.count)
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:

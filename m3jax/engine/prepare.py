@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ from m3jax.engine.pipeline import available_cores
 from m3jax.engine.streamed import lane_bytes, signature
 from m3jax.methods import METHODS
 from m3jax.recipe import Recipe, parse_size
+
+T = TypeVar("T")
 
 # Bytes of one thread's input buffers: large enough that the cost of a kernel call is
 # lost in it, small enough to stay near the cores' caches. See benchmarks/.
@@ -73,7 +76,8 @@ class Prepared:
       base, models: the opened checkpoints.
       recipe, seed: what decides the numbers.
       inputs: the aligned tensors, in the order of the output's shards.
-      ratios: drawn or given, per group of tensors; None where M3 is off.
+      drawn: the ratios, being drawn in another thread: compiling the draw takes half
+        a second.
       items: the same tensors as integers.
       shards: the files to write.
       places: for each tensor its shard.
@@ -86,7 +90,7 @@ class Prepared:
     recipe: Recipe
     seed: int
     inputs: MergeInputs
-    ratios: dict[str, tuple[float, ...]] | None
+    drawn: Future[dict[str, tuple[float, ...]] | None]
     items: tuple[plan.Item, ...]
     shards: tuple[Shard, ...]
     places: tuple[int, ...]
@@ -97,6 +101,11 @@ class Prepared:
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def ratios(self) -> dict[str, tuple[float, ...]] | None:
+        """Drawn or given, per group of tensors; None where M3 is off."""
+        return self.drawn.result()
 
     @property
     def transform(self) -> Transform:
@@ -114,7 +123,9 @@ class Prepared:
         if self.transform.strategy == "magnitude":
             names.append("magnitudes per tensor (twice)")
         if METHODS[self.recipe.method].statistics is not None:
-            if int(sum(self.items[i].size for i in self.merged) * self.recipe.trim_rate):
+            if int(
+                sum(self.items[i].size for i in self.merged) * self.recipe.trim_rate
+            ):
                 names.append("whole-model thresholds (once or twice)")
             if len(self.models) > 1:
                 names.append("majority sign")
@@ -144,10 +155,11 @@ class Prepared:
         method = METHODS[self.recipe.method]
         default = (method.default_coefficient(len(self.models)),) * len(self.models)
         granularity = self.recipe.mixup.granularity
+        ratios = self.ratios
         rows = [
             default
-            if self.ratios is None
-            else self.ratios.get(mixup.group_of(tensor.name, granularity), default)
+            if ratios is None
+            else ratios.get(mixup.group_of(tensor.name, granularity), default)
             for tensor in self.inputs.tensors
         ]
         return np.array(rows, np.float32).reshape(-1, len(self.models)).T.copy()
@@ -161,7 +173,8 @@ class Prepared:
         facts: list[Any] = [m3jax.__version__, self.recipe.to_dict(), self.seed]
         for checkpoint in self.checkpoints:
             facts += [
-                [str(file.path), file.size, file.modified_ns] for file in checkpoint.files
+                [str(file.path), file.size, file.modified_ns]
+                for file in checkpoint.files
             ]
         facts += [shard.header.hex() for shard in self.shards]
         facts.append([self.base is None, self.execution.allow_nonfinite])
@@ -175,7 +188,7 @@ def prepare(
     recipe: Recipe,
     seed: int,
     execution: Execution,
-):  # type: ignore[no-untyped-def]
+) -> Iterator[Prepared]:
     """Opens the checkpoints and plans the merge; a context manager.
 
     Yields:
@@ -212,7 +225,10 @@ def _plan(
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
     shards = make_shards(
-        [[(t.name, t.dtype, t.shape) for t in map(tensors.__getitem__, g)] for g in groups]
+        [
+            [(t.name, t.dtype, t.shape) for t in map(tensors.__getitem__, g)]
+            for g in groups
+        ]
     )
     by_name = {tensor.name: tensor for tensor in tensors}
     order = [(i, name) for i, shard in enumerate(shards) for name in shard.entries]
@@ -239,7 +255,9 @@ def _plan(
         recipe=recipe,
         seed=seed,
         inputs=inputs,
-        ratios=mixup.draw_ratios(recipe.mixup, len(models), merged_names, seed),
+        drawn=_in_background(
+            mixup.draw_ratios, recipe.mixup, len(models), merged_names, seed
+        ),
         items=items,
         shards=tuple(shards),
         places=tuple(place for place, _ in order),
@@ -247,6 +265,13 @@ def _plan(
         devices=devices,
         execution=execution,
     )
+
+
+def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(function, *arguments)
+    executor.shutdown(wait=False)
+    return future
 
 
 def check_apart(output: Path, checkpoints: Sequence[Checkpoint]) -> None:

@@ -15,13 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from m3jax import prng
 from m3jax.checkpoints.dtypes import DTYPES
-from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.engine import kernels
+from m3jax.engine import checks, kernels
 from m3jax.engine.inputs import TensorInputs
 from m3jax.engine.pipeline import Clock, for_each
-from m3jax.engine.plan import TILE, Chunk, Run
+from m3jax.engine.plan import TILE, Chunk
+from m3jax.engine.tables import TileTables
 from m3jax.methods.method import Reduction
 from m3jax.methods.selection import count_codes_on_host
 
@@ -88,7 +87,10 @@ class Stream:
         self._lanes = [Lane(base_bytes, stack_bytes) for _ in range(threads)]
 
     def reduce(
-        self, chunks: Sequence[Chunk], reduction: Reduction, transform: kernels.Transform
+        self,
+        chunks: Sequence[Chunk],
+        reduction: Reduction,
+        transform: kernels.Transform,
     ) -> Any:
         """Adds up a reduction over all chunks; int64 arrays, or None without chunks."""
         total: list[Any] = [None]
@@ -128,16 +130,44 @@ class Stream:
         transform: kernels.Transform,
         info: Any,
         scaling: float,
+        coefficients: Callable[[], np.ndarray],
         emit: Emit,
         *,
         check_finite: bool,
     ) -> None:
         """Merges (or copies) all chunks and hands the results to `emit`.
 
+        Args:
+          chunks: the work.
+          method, transform: static choices of the kernel.
+          info: what the method's statistics found.
+          scaling: s.
+          coefficients: gives the (K, N) coefficients; asked after compiling, so that
+            drawing them can go on meanwhile.
+          emit: receives the results.
+          check_finite: refuse values that are not finite.
+
         Raises:
           CheckpointError: naming the tensor and the model that hold a non-finite
             value (`check_finite`), or differ in a tensor that is copied.
         """
+
+        def compute(
+            chunk: Chunk, base: Any, stack: Any, values: np.ndarray
+        ) -> np.ndarray:
+            kernel = kernels.merge_kernel(method, transform, chunk.signature[2])
+            tiles = self.tables.tiles(chunk, self._tiles, transform, values)
+            placed = self._placed(base, stack, tiles)
+            return np.asarray(kernel(*placed, info, np.float32(scaling))).reshape(-1)
+
+        with self.clock.stage("compiling"):
+            for chunk in {c.signature: c for c in chunks if c.merged}.values():
+                views = self._views(chunk, self._lanes[0])
+                models = len(views[1])
+                compute(
+                    chunk, *views, np.zeros((models, len(self._tensors)), np.float32)
+                )
+            table = coefficients()
 
         def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
             if not chunk.merged:
@@ -146,52 +176,53 @@ class Stream:
             base, stack = self._fill(chunk, lane)
             if check_finite:
                 with self.clock.stage("checking"):
-                    self._check_finite(chunk, base, stack)
-            kernel = kernels.merge_kernel(method, transform, chunk.signature[2])
+                    self._check_inputs(chunk, base, stack)
             with self.clock.stage("computing"):
-                tiles = self.tables.tiles(chunk, self._tiles, transform)
-                placed = self._placed(base, stack, tiles)
-                merged = kernel(*placed, info, np.float32(scaling))
-                merged = np.asarray(merged).reshape(-1)
+                merged = compute(chunk, base, stack, table)
             if check_finite:
                 with self.clock.stage("checking"):
-                    self._check_overflow(chunk, merged)
+                    for run in chunk.runs:
+                        tensor = self._tensors[run.item]
+                        checks.check_overflow(merged[run.elements], run.start, tensor)
             for run in chunk.runs:
-                values = self._as_output(run.item, merged[_slice(run)])
+                values = self._as_output(run.item, merged[run.elements])
                 with self.clock.stage("writing"):
                     emit.write(run.item, run.start, values)
                 self._progress(values.nbytes)
-            with turn():
-                with self.clock.stage("hashing"):
-                    for run in chunk.runs:
-                        inputs = [part.reshape(-1)[_slice(run)] for part in stack]
-                        if base is not None:
-                            inputs.insert(0, base.reshape(-1)[_slice(run)])
-                        values = self._as_output(run.item, merged[_slice(run)])
-                        emit.record(run.item, run.start, values, inputs)
+            with turn(), self.clock.stage("hashing"):
+                for run in chunk.runs:
+                    inputs = [part.reshape(-1)[run.elements] for part in stack]
+                    if base is not None:
+                        inputs.insert(0, base.reshape(-1)[run.elements])
+                    values = self._as_output(run.item, merged[run.elements])
+                    emit.record(run.item, run.start, values, inputs)
 
         for_each(chunks, self._lanes, work, self.clock)
 
-    def _fill(
-        self, chunk: Chunk, lane: Lane
-    ) -> tuple[np.ndarray | None, np.ndarray]:
+    def _fill(self, chunk: Chunk, lane: Lane) -> tuple[np.ndarray | None, np.ndarray]:
         """Reads a chunk: base (T, TILE) or None, and stack (K, T, TILE)."""
-        first = self._tensors[chunk.runs[0].item]
-        shape = (self._tiles, TILE)
-        stack = _view(
-            lane.stack, first.models[0].dtype.numpy, (len(first.models), *shape)
-        )
-        base = first.base and _view(lane.base, first.base.dtype.numpy, shape)
+        base, stack = self._views(chunk, lane)
         with self.clock.stage("reading"):
             for run in chunk.runs:
                 tensor = self._tensors[run.item]
                 if tensor.base is not None and base is not None:
-                    tensor.base.read_into(base.reshape(-1)[_slice(run)], run.start)
+                    tensor.base.read_into(base.reshape(-1)[run.elements], run.start)
                 for part, model in zip(stack, tensor.models, strict=True):
-                    model.read_into(part.reshape(-1)[_slice(run)], run.start)
-        itemsizes = sum(source.dtype.itemsize for source in first.sources)
+                    model.read_into(part.reshape(-1)[run.elements], run.start)
+        sources = self._tensors[chunk.runs[0].item].sources
+        itemsizes = sum(source.dtype.itemsize for source in sources)
         self._progress(chunk.elements * itemsizes)
         return base, stack
+
+    def _views(self, chunk: Chunk, lane: Lane) -> tuple[np.ndarray | None, np.ndarray]:
+        """The lane's buffers as the arrays that a chunk of this signature fills."""
+        first = self._tensors[chunk.runs[0].item]
+        shape = (self._tiles, TILE)
+        stack_shape = (len(first.models), *shape)
+        stack = _view(lane.stack, first.models[0].dtype.numpy, stack_shape)
+        if first.base is None:
+            return None, stack
+        return _view(lane.base, first.base.dtype.numpy, shape), stack
 
     def _placed(
         self, base: np.ndarray | None, stack: np.ndarray, tiles: kernels.Tiles
@@ -217,15 +248,16 @@ class Stream:
         for run in chunk.runs:  # a copied chunk may hold many small tensors
             tensor = self._tensors[run.item]
             first, *others = tensor.sources
+            names = self._read_names(tensor)
             values = _view(lane.base, first.dtype.numpy, (self._tiles * TILE,))
-            values = values[_slice(run)]
+            values = values[run.elements]
             with self.clock.stage("reading"):
                 first.read_into(values, run.start)
                 for place, other in enumerate(others, start=1):
                     theirs = _view(lane.stack, first.dtype.numpy, (run.count,))
                     other.read_into(theirs, run.start)
-                    if values.tobytes() != theirs.tobytes():
-                        raise self._unequal(run, place, values, theirs)
+                    pair = names[0], names[place]
+                    checks.check_equal(values, theirs, run.start, tensor, pair)
             self._progress(values.nbytes * (1 + len(others)))
             values = self._as_output(run.item, values)
             with self.clock.stage("writing"):
@@ -235,7 +267,7 @@ class Stream:
             for run in chunk.runs:
                 first = self._tensors[run.item].sources[0]
                 values = _view(lane.base, first.dtype.numpy, (self._tiles * TILE,))
-                values = values[_slice(run)]
+                values = values[run.elements]
                 emit.record(
                     run.item, run.start, self._as_output(run.item, values), [values]
                 )
@@ -243,109 +275,19 @@ class Stream:
     def _as_output(self, item: int, values: np.ndarray) -> np.ndarray:
         return values.astype(self._tensors[item].dtype.numpy, copy=False)
 
-    def _check_finite(
+    def _check_inputs(
         self, chunk: Chunk, base: np.ndarray | None, stack: np.ndarray
     ) -> None:
         parts = [*([] if base is None else [base]), *stack]
         for run in chunk.runs:
             tensor = self._tensors[run.item]
             for name, part in zip(self._read_names(tensor), parts, strict=True):
-                values = part.reshape(-1)[_slice(run)]
-                if has_nonfinite(values):
-                    value, index = self._first_nonfinite(run, values)
-                    raise CheckpointError(
-                        f"{name}: tensor {shown(tensor.name)} holds {value} at {index};"
-                        " mend the checkpoint, or pass --allow_nonfinite to merge it "
-                        "anyway"
-                    )
-
-    def _check_overflow(self, chunk: Chunk, merged: np.ndarray) -> None:
-        for run in chunk.runs:
-            if has_nonfinite(merged[_slice(run)]):
-                tensor = self._tensors[run.item]
-                _, index = self._first_nonfinite(run, merged[_slice(run)])
-                raise CheckpointError(
-                    f"tensor {shown(tensor.name)}: the merged value at {index} overflows"
-                    f" {merged.dtype.name}; choose a wider dtype, or pass "
-                    "--allow_nonfinite"
-                )
-
-    def _first_nonfinite(
-        self, run: Run, values: np.ndarray
-    ) -> tuple[float, list[int]]:
-        place = int(np.argmin(np.isfinite(values.astype(np.float32))))
-        shape = self._tensors[run.item].shape
-        index = np.unravel_index(run.start + place, shape)
-        return float(values[place]), [int(i) for i in index]
+                values = part.reshape(-1)[run.elements]
+                checks.check_finite(values, run.start, tensor, name)
 
     def _read_names(self, tensor: TensorInputs) -> list[str]:
         """Names of the checkpoints that the tensor's sources belong to."""
         return list(self._names[-len(tensor.sources) :])
-
-    def _unequal(
-        self, run: Run, place: int, ours: np.ndarray, theirs: np.ndarray
-    ) -> CheckpointError:
-        tensor = self._tensors[run.item]
-        names = self._read_names(tensor)
-        at = int(np.argmax(ours != theirs))
-        index = [int(i) for i in np.unravel_index(run.start + at, tensor.shape)]
-        return CheckpointError(
-            f"tensor {shown(tensor.name)} ({tensor.sources[0].dtype.code}) is "
-            f"{ours[at]} in {names[0]} and {theirs[at]} in {names[place]} at {index}; "
-            "tensors that are not floating point cannot be merged and must be equal: "
-            "exclude it to take the base's"
-        )
-
-
-class TileTables:
-    """Numbers per tensor, from which a chunk's `kernels.Tiles` are made.
-
-    Attributes:
-      coefficients: (K, N) float32.
-      keys: (K, N, 2) uint32 or None.
-      drop: (K,) uint32 lane thresholds for random DARE; (K, N) float32 magnitudes.
-      scales: (K,) float32 or None.
-    """
-
-    def __init__(
-        self,
-        coefficients: np.ndarray,
-        keys: np.ndarray | None = None,
-        drop: np.ndarray | None = None,
-        scales: np.ndarray | None = None,
-    ):
-        self.coefficients = coefficients
-        self.keys = keys
-        self.drop = drop
-        self.scales = scales
-
-    def tiles(
-        self, chunk: Chunk, rows: int, transform: kernels.Transform
-    ) -> kernels.Tiles:
-        item = np.zeros(rows, np.int64)
-        tile = np.zeros(rows, np.uint64)  # number of the tile within its tensor
-        counts = np.zeros((rows, 1), np.int32)
-        for run in chunk.runs:
-            last = run.row + run.rows
-            item[run.row : last] = run.item
-            tile[run.row : last] = np.arange(run.rows) + run.start // TILE
-            counts[run.row : last] = TILE
-            counts[last - 1] = run.count - (run.rows - 1) * TILE
-        tiles = kernels.Tiles(counts, self.coefficients[:, item, None])
-        if transform.strategy is None or self.drop is None or self.scales is None:
-            return tiles
-        scales = self.scales[:, None, None]
-        if transform.strategy == "magnitude":
-            return tiles._replace(drop=self.drop[:, item, None], scales=scales)
-        block = tile * np.uint64(TILE // prng.LANES)
-        words = np.stack([block >> np.uint64(32), block & np.uint64(0xFFFFFFFF)], -1)
-        assert self.keys is not None
-        return tiles._replace(
-            keys=self.keys[:, item],
-            blocks=words.astype(np.uint32),
-            drop=self.drop[:, None, None],
-            scales=scales,
-        )
 
 
 def lane_bytes(tensors: Sequence[TensorInputs], tiles: int) -> tuple[int, int]:
@@ -363,19 +305,6 @@ def lane_bytes(tensors: Sequence[TensorInputs], tiles: int) -> tuple[int, int]:
     return base * tiles * TILE, stack * tiles * TILE
 
 
-def has_nonfinite(values: np.ndarray) -> bool:
-    """Whether any value is NaN or infinite; two fast integer reductions."""
-    size = values.dtype.itemsize
-    exponent = np.array(np.inf, values.dtype).view(f"u{size}")
-    sign = 1 << (8 * size - 1)
-    if not len(values):
-        return False
-    return bool(
-        values.view(f"i{size}").max() >= exponent.astype(np.int64)
-        or values.view(f"u{size}").max() >= int(exponent) | sign
-    )
-
-
 def signature(tensor: TensorInputs) -> tuple[str, ...]:
     """What tensors must share to stand in one chunk: the dtypes a kernel sees."""
     if not tensor.merged:
@@ -383,10 +312,6 @@ def signature(tensor: TensorInputs) -> tuple[str, ...]:
     wide = DTYPES["F32"].numpy.name if tensor.dtype.code == "F64" else None
     base = tensor.base.dtype.code if tensor.base is not None else "-"
     return base, tensor.models[0].dtype.code, wide or tensor.dtype.numpy.name
-
-
-def _slice(run: Run) -> slice:
-    return slice(run.row * TILE, run.row * TILE + run.count)
 
 
 def _view(buffer: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

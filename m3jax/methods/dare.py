@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.methods.method import Reduction
-from m3jax.methods.selection import delta_codes, weight_codes, kth_smallest
+from m3jax.methods.selection import delta_codes, kth_smallest, weight_codes
 
 
 def drop_and_rescale(
-    base: jax.Array | None,
+    base: Any,
     stack: jax.Array,
     dropped: jax.Array,
     scales: jax.Array,
@@ -69,7 +69,7 @@ def magnitude_thresholds(
 
 
 def magnitude_mask(
-    base: jax.Array | None, stack: jax.Array, thresholds: jax.Array, *, target: str
+    base: Any, stack: jax.Array, thresholds: jax.Array, *, target: str
 ) -> jax.Array:
     """Where |τ_i| (or |θ_i|, with target ``weights``) is at most its threshold."""
     values = stack if target == "weights" else stack - base[None]

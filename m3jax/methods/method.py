@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+T = TypeVar("T")
 Info = dict[str, Any]  # small arrays by name: what the statistics found
 Statistics = Generator["Reduction", Any, Info]
 
@@ -35,7 +36,7 @@ class Reduction:
         answers None where reading everything costs as little.
     """
 
-    function: Callable[[jax.Array | None, jax.Array, jax.Array, Any], Any]
+    function: Callable[[Any, jax.Array, jax.Array, Any], Any]
     arguments: Any
     histogram: bool = False
     sample: bool = False
@@ -61,8 +62,8 @@ class Method:
 
 
 def run_statistics(
-    statistics: Statistics, answer: Callable[[Reduction], Any | None]
-) -> Info:
+    statistics: Generator[Reduction, Any, T], answer: Callable[[Reduction], Any | None]
+) -> T:
     """Drives a statistics generator; `answer` performs each reading pass."""
     try:
         reduction = next(statistics)

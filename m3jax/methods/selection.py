@@ -35,9 +35,7 @@ class Window(NamedTuple):
     shift: np.ndarray  # (K,) int32
 
 
-def magnitude_codes(
-    values: jax.Array, valid: jax.Array, window: Window
-) -> jax.Array:
+def magnitude_codes(values: jax.Array, valid: jax.Array, window: Window) -> jax.Array:
     """Which bin of a window the magnitude of each value falls into.
 
     Args:

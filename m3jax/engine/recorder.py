@@ -1,0 +1,92 @@
+"""Writes what is merged, and keeps the checksums of what was read and written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from m3jax.checkpoints.output import ShardWriter
+from m3jax.engine.journal import Journal
+from m3jax.engine.prepare import Prepared
+from m3jax.engine.streamed import Emit
+
+
+class Recorder(Emit):
+    """Writes what is merged and keeps the checksums of what was read and written."""
+
+    def __init__(self, prepared: Prepared, writer: ShardWriter, journal: Journal):
+        self._prepared = prepared
+        self._writer = writer
+        self._journal = journal
+        self._running: dict[int, list[Any]] = {}
+        self._input_checksums: dict[int, list[str]] = {}
+        self.checksums: dict[int, str] = {}
+        for i, item in enumerate(prepared.items):
+            if item.size == 0:
+                sources = prepared.inputs.tensors[i].sources
+                empty = xxhash.xxh3_128().hexdigest()
+                self._finish(i, empty, [empty] * len(sources))
+
+    def write(self, item: int, start: int, values: np.ndarray) -> None:
+        entry = self._entry(item)
+        offset = entry.start + start * entry.dtype.itemsize
+        self._writer.write(self._prepared.places[item], offset, values)
+
+    def record(
+        self, item: int, start: int, values: np.ndarray, inputs: list[np.ndarray]
+    ) -> None:
+        parts = [values, *inputs]
+        running = self._running.setdefault(item, [xxhash.xxh3_128() for _ in parts])
+        for checksum, part in zip(running, parts, strict=True):
+            checksum.update(part.view(np.uint8))
+        if start + len(values) == self._prepared.items[item].size:
+            digests = [c.hexdigest() for c in self._running.pop(item)]
+            name = self._prepared.inputs.tensors[item].name
+            self._finish(item, digests[0], digests[1:])
+            self._journal.keep_tensor(name, digests[0], digests[1:])
+
+    def recover(self) -> int:
+        """Takes over the journalled tensors whose bytes are still what was written."""
+        known = self._journal.tensors()
+        count = 0
+        for i, tensor in enumerate(self._prepared.inputs.tensors):
+            entry = known.get(tensor.name)
+            if entry is not None and self._checksum_on_disk(i) == entry["checksum"]:
+                self._finish(i, entry["checksum"], entry["inputs"])
+                count += 1
+        return count
+
+    def input_checksums(self) -> list[str | None]:
+        """Per checkpoint, one checksum over those of the tensors read from it."""
+        checkpoints = self._prepared.checkpoints
+        lines: list[list[str]] = [[] for _ in checkpoints]
+        for i, digests in self._input_checksums.items():
+            tensor = self._prepared.inputs.tensors[i]
+            copied = not tensor.merged and len(digests) == 1
+            first = 0 if copied else len(checkpoints) - len(digests)
+            for place, digest in enumerate(digests, start=first):
+                lines[place].append(f"{tensor.name} {digest}\n")
+        return [
+            xxhash.xxh3_128("".join(sorted(own)).encode()).hexdigest() if own else None
+            for own in lines
+        ]
+
+    def _finish(self, item: int, checksum: str, inputs: list[str]) -> None:
+        self.checksums[item] = checksum
+        self._input_checksums[item] = inputs
+
+    def _entry(self, item: int) -> Any:
+        shard = self._prepared.shards[self._prepared.places[item]]
+        return shard.entries[self._prepared.inputs.tensors[item].name]
+
+    def _checksum_on_disk(self, item: int) -> str:
+        entry = self._entry(item)
+        checksum = xxhash.xxh3_128()
+        block = np.empty(8 << 20, np.uint8)
+        for offset in range(entry.start, entry.stop, len(block)):
+            part = block[: min(len(block), entry.stop - offset)]
+            self._writer.read(self._prepared.places[item], offset, part)
+            checksum.update(part)
+        return checksum.hexdigest()
