@@ -1,0 +1,19 @@
+r"""Task arithmetic.
+
+    m3jax merge --config=configs/task_arithmetic.py \
+        --base=BASE --models=A,B --output=OUT
+
+Source: arXiv 2212.04089.
+"""
+
+from ml_collections import ConfigDict
+
+from m3jax.commands import config as recipes
+
+
+def get_config() -> ConfigDict:
+    config = recipes.default()
+    config.method = "task_arithmetic"
+    config.scaling = 1.0  # total weight K; 1/K compares fairly with M3
+    config.mixup.alpha = None  # equal weights
+    return config

@@ -1,0 +1,20 @@
+r"""TIES with DARE.
+
+    m3jax merge --config=configs/ties_dare.py \
+        --base=BASE --models=A,B --output=OUT
+
+Source: arXiv 2306.01708; DARE: arXiv 2311.03099.
+"""
+
+from ml_collections import ConfigDict
+
+from m3jax.commands import config as recipes
+
+
+def get_config() -> ConfigDict:
+    config = recipes.default()
+    config.method = "ties"
+    config.trim_rate = 0.5  # the released code's default
+    config.mixup.alpha = None  # equal weights
+    config.dare.drop_rate = 0.2  # the paper's, for every model
+    return config
