@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": "m3jax.checkpoints.errors",
     "Dare": "m3jax.recipe",
+    "Execution": "m3jax.engine.prepare",
     "MergeResult": "m3jax.engine.merge",
     "Mixup": "m3jax.recipe",
     "Recipe": "m3jax.recipe",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.engine.in_memory import load, merge_params, save
     from m3jax.engine.merge import MergeResult, merge
+    from m3jax.engine.prepare import Execution
     from m3jax.engine.verify import verify
     from m3jax.recipe import Dare, Mixup, Recipe, RecipeError
 

@@ -1,0 +1,37 @@
+# Everything here works on a machine with nothing but Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: demo test test-long lint types bench clean
+
+demo: .venv/installed ## merge the built-in models
+	$(BIN)/m3jax demo
+
+test: .venv/installed-dev ## the tests, minutes
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-long: .venv/installed-dev ## the tests that take long: kill, resume, soak
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+bench: .venv/installed-dev ## beside mergekit; see benchmarks/README.md
+	$(BIN)/python benchmarks/end_to_end.py
+
+clean:
+	rm -rf .venv build dist *.egg-info m3jax-demo
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
