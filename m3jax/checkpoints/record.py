@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.folder import is_plain_name
+from m3jax.checkpoints.files import is_plain_name, read_small
+from m3jax.checkpoints.json_text import load_json
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.provenance import CHECKSUM, FORMAT
-from m3jax.checkpoints.safetensors import load_json, open_regular
 
 _MAX_RECORD = 100_000_000  # bytes; the record of 100 000 tensors has 25 MB
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -70,10 +70,7 @@ def read_record(folder: Path) -> Record | None:
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return None
-    with os.fdopen(open_regular(path), "rb") as file:
-        text = file.read(_MAX_RECORD + 1)
-    if len(text) > _MAX_RECORD:
-        raise CheckpointError(f"{path}: larger than {_MAX_RECORD} bytes")
+    text = read_small(path, _MAX_RECORD)
     return parse_record(load_json(text, str(path)), str(path))
 
 
@@ -130,13 +127,27 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
     )
 
 
+def _is_recipe(value: Any) -> bool:
+    return isinstance(value, dict) and _is_plain(value, depth=8)
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether there are only sane numbers, texts and nulls, not nested too deeply."""
+    if isinstance(value, dict | list):
+        entries = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(entry, depth - 1) for entry in entries)
+    return value is None or isinstance(value, str | bool) or _is_number(value)
+
+
 def _is_input(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and isinstance(value.get("path"), str)
-        and isinstance(value.get("revision"), str | None)
-        and isinstance(value.get("files"), dict)
-        and isinstance(value.get("checksum"), str | None)
+        and set(value) == {"path", "revision", "files", "checksum"}
+        and isinstance(value["path"], str)
+        and isinstance(value["revision"], str | None)
+        and isinstance(value["files"], dict)
+        and all(_is_number(size) for size in value["files"].values())
+        and isinstance(value["checksum"], str | None)
     )
 
 
@@ -152,7 +163,7 @@ def _is_ratios(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     if type(value) is int:
-        return abs(value) < 2**53
+        return abs(value) < 2**63
     return isinstance(value, float) and math.isfinite(value)
 
 
@@ -178,7 +189,7 @@ def _is_texts(value: Any) -> bool:
 
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "recipe": ("the fields of a recipe", lambda value: isinstance(value, dict)),
+    "recipe": ("the fields of a recipe", _is_recipe),
     "seed": ("0 to 2**32 - 1", lambda value: type(value) is int and 0 <= value < 2**32),
     "ratios": ("null, or numbers for each group of tensors", _is_ratios),
     "base": (
@@ -187,7 +198,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "models": (
         "a list of path, revision, files and checksum",
-        lambda value: isinstance(value, list) and value and all(map(_is_input, value)),
+        lambda value: (
+            isinstance(value, list) and bool(value) and all(map(_is_input, value))
+        ),
     ),
     "tokenizer_from": (
         "null, or the name of a checkpoint",

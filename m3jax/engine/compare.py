@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.dtypes import Dtype
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.float8 import Dequantised, dequantise
 from m3jax.checkpoints.folder import Checkpoint
@@ -63,9 +62,9 @@ class Sums:
     largest: float = 0.0
 
     def __add__(self, other: Sums) -> Sums:
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        added = [x + y for x, y in zip(mine, theirs, strict=True)]
-        return Sums(*added[:-1], max(self.largest, other.largest))
+        names = [field.name for field in dataclasses.fields(self)]
+        added = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Sums(**{**added, "largest": max(self.largest, other.largest)})
 
     @property
     def distance(self) -> float:
@@ -212,9 +211,7 @@ def _weights(checkpoint: Checkpoint, notes: list[str]) -> Mapping[str, Source]:
     return stored | dequantised
 
 
-def _only(
-    one: Checkpoint, other: Checkpoint
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _only(one: Checkpoint, other: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {
         name: (tensor.dtype.code, tensor.shape)
         for name, tensor in one.stored.items()
@@ -285,12 +282,16 @@ def _join(parts: list[_Part]) -> Sums:
     parts = sorted(parts, key=lambda part: part.start)
     with np.errstate(over="ignore", invalid="ignore"):  # float64 squares may overflow
         sums = np.concatenate([part.tiles for part in parts], axis=1).sum(axis=1)
+    a_squared, b_squared, product, difference_squared = sums.tolist()
     return Sums(
-        sum(part.elements for part in parts),
-        sum(part.equal for part in parts),
-        sum(part.nonfinite for part in parts),
-        *map(float, sums),
-        max(part.largest for part in parts),
+        elements=sum(part.elements for part in parts),
+        equal=sum(part.equal for part in parts),
+        nonfinite=sum(part.nonfinite for part in parts),
+        a_squared=a_squared,
+        b_squared=b_squared,
+        product=product,
+        difference_squared=difference_squared,
+        largest=max(part.largest for part in parts),
     )
 
 

@@ -1,0 +1,239 @@
+"""Compares two checkpoints tensor by tensor.
+
+For each tensor A of the first and B of the second, as flat vectors:
+
+    distance   ‖A − B‖ / ‖A‖
+    cosine     A · B / (‖A‖ ‖B‖)
+    equal      share of entries with the same bits (the same value, if dtypes differ)
+    largest    max |A − B|
+
+Rows of several tensors take the norms over all their entries. "—" is undefined: a
+division by 0. Entries that are NaN or infinite are left out of all but `equal`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.commands import reporting, tensor_names
+from m3jax.commands.cli import DIFFERENT, UsageError
+from m3jax.commands.inspect import shape
+from m3jax.commands.tables import clean, table
+from m3jax.engine.compare import Compared, Comparison, Sums, add, compare
+
+USAGE = "m3jax diff A B [--tensors | --json] [--plot=FILE.png] [--exit_code]"
+MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
+
+# `inspect` has flags of these names, too; a process runs one command.
+_TENSORS = flags.DEFINE_bool(
+    "tensors", False, "List every tensor by itself.", allow_override=True
+)
+_JSON = flags.DEFINE_bool(
+    "json", False, "Print everything as JSON.", allow_override=True
+)
+_PLOT = flags.DEFINE_string("plot", None, "PNG to draw, by layer and kind of tensor.")
+_EXIT_CODE = flags.DEFINE_bool("exit_code", False, "Exit with 1 if anything differs.")
+
+_HEADER = ("distance", "cosine", "equal", "largest")
+
+
+def main(positional: list[str]) -> int:
+    if len(positional) != 2:
+        count = len(positional)
+        raise UsageError(f"needs two checkpoints, not {count}; usage: {USAGE}")
+    if _PLOT.value is not None:
+        _check_plot(Path(_PLOT.value))
+    with (
+        open_checkpoint(positional[0], mergeable=False) as a,
+        open_checkpoint(positional[1], mergeable=False) as b,
+        reporting.progress() as progress,
+    ):
+        comparison = compare(a, b, progress=progress)
+    if _JSON.value:
+        print(json.dumps(_as_json(comparison, a.name, b.name), indent=1))
+    else:
+        print("\n".join(_report(comparison, a.name, b.name, every=_TENSORS.value)))
+    if _PLOT.value is not None:
+        from m3jax.commands import plots
+
+        plots.difference(comparison, a.name, b.name, Path(_PLOT.value))
+    return DIFFERENT if _EXIT_CODE.value and not comparison.same else 0
+
+
+def _check_plot(path: Path) -> None:
+    """Finds out before a long comparison that its picture could not be drawn."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--plot={path} needs the name of a .png file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot={path}: {path.parent} is not a folder")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "--plot needs matplotlib; install it with: pip install 'm3jax[plot]'"
+        ) from None
+
+
+def _report(comparison: Comparison, a: str, b: str, *, every: bool) -> list[str]:
+    lines = [f"A  {clean(a)}", f"B  {clean(b)}", ""]
+    if not comparison.tensors:
+        return [*lines, "no tensor has one shape in A and B", *_remarks(comparison)]
+    tensors = sorted(
+        comparison.tensors, key=lambda t: tensor_names.describe(t.name).order
+    )
+    rows: list[tuple[str, ...]] = []
+    if every:
+        rows = [_row(tensor.name, tensor.sums) for tensor in tensors]
+    else:
+        rows += _grouped(tensors, _layer)
+        rows += [(), *_grouped(sorted(tensors, key=_kind_order), _kind)]
+    rows += [(), _row(f"all {len(tensors)} tensors", comparison.total)]
+    lines += table(("tensors", *_HEADER), rows, "<>>>>")
+    return [*lines, *_remarks(comparison)]
+
+
+def _grouped(
+    tensors: Iterable[Compared], label: Callable[[Compared], str]
+) -> list[tuple[str, ...]]:
+    """A row per label, in order of its first tensor."""
+    groups: dict[str, list[Sums]] = {}
+    for tensor in tensors:
+        groups.setdefault(label(tensor), []).append(tensor.sums)
+    return [_row(name, add(sums)) for name, sums in groups.items()]
+
+
+def _layer(tensor: Compared) -> str:
+    name = tensor_names.describe(tensor.name)
+    return (
+        tensor.name if name.layer is None else f"{name.stack}.{name.layer}".strip(".")
+    )
+
+
+def _kind(tensor: Compared) -> str:
+    name = tensor_names.describe(tensor.name)
+    return name.kind if name.kind == name.part else f"{name.part}: {name.kind}"
+
+
+def _kind_order(tensor: Compared) -> tuple[Any, ...]:
+    section, stack, _, *rest = tensor_names.describe(tensor.name).order
+    return section, *rest, stack
+
+
+def _row(label: str, sums: Sums) -> tuple[str, ...]:
+    return (
+        label,
+        _number(sums.relative_distance, ".3e"),
+        _number(sums.cosine, ".8f"),
+        _percent(sums.equal, sums.elements),
+        _number(sums.largest, ".3e"),
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "—" if value is None else "0" if value == 0 else f"{value:{spec}}"
+
+
+def _percent(part: int, whole: int) -> str:
+    """A share; 0 and 100 % are said of exactly none and all alone."""
+    if whole == 0:
+        return "—"
+    percent = 100 * part / whole
+    return f"{percent if part in (0, whole) else min(max(percent, 0.01), 99.99):.2f} %"
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    """What could not be compared, or is not only a matter of values."""
+    dtypes = {t.name: t.dtypes for t in comparison.tensors if len({*t.dtypes}) > 1}
+    lines = [
+        *_listed(
+            {
+                name: f"only in {side}: {dtype}, {shape(sizes)}"
+                for name, (dtype, sizes) in only.items()
+            }
+            for side, only in (("A", comparison.only_a), ("B", comparison.only_b))
+        ),
+        *_listed(
+            [
+                {
+                    name: f"shape is {shape(in_a)} in A, {shape(in_b)} in B"
+                    for name, (in_a, in_b) in comparison.shapes.items()
+                },
+                {
+                    name: f"dtype is {in_a} in A, {in_b} in B"
+                    for name, (in_a, in_b) in dtypes.items()
+                },
+                {
+                    tensor.name: f"{tensor.sums.nonfinite:,} entries are NaN or "
+                    "infinite in A or B"
+                    for tensor in comparison.tensors
+                    if tensor.sums.nonfinite
+                },
+            ]
+        ),
+        *[f"note: {clean(note)}" for note in comparison.notes],
+    ]
+    if comparison.same:
+        lines.append("A and B are equal: the same tensors with the same bits")
+    return ["", *lines] if lines else []
+
+
+def _listed(remarks: Iterable[dict[str, str]]) -> list[str]:
+    """A line per remark; tensors of which the same is said share it."""
+    lines = []
+    for said in remarks:
+        for label, names in tensor_names.alike(said, said.__getitem__):
+            count = f" ({len(names)} tensors)" if len(names) > 1 else ""
+            lines.append(f"{label}{count}: {said[names[0]]}")
+    return lines
+
+
+def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
+    return {
+        "a": a,
+        "b": b,
+        "same": comparison.same,
+        "total": _sums_as_json(comparison.total),
+        "tensors": {
+            tensor.name: {
+                "shape": tensor.shape,
+                "dtypes": tensor.dtypes,
+                **_sums_as_json(tensor.sums),
+            }
+            for tensor in comparison.tensors
+        },
+        "only_a": _tensors_as_json(comparison.only_a),
+        "only_b": _tensors_as_json(comparison.only_b),
+        "shapes": comparison.shapes,
+        "notes": comparison.notes,
+    }
+
+
+def _sums_as_json(sums: Sums) -> dict[str, Any]:
+    """Numbers that JSON can hold: None where one is undefined."""
+    return {
+        "relative_distance": sums.relative_distance,
+        "cosine": sums.cosine,
+        "equal_share": sums.equal_share,
+        "largest_difference": _finite(sums.largest),
+        "distance": _finite(sums.distance),
+        "norm_a": _finite(math.sqrt(sums.a_squared)),
+        "norm_b": _finite(math.sqrt(sums.b_squared)),
+        "elements": sums.elements,
+        "equal": sums.equal,
+        "nonfinite": sums.nonfinite,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _tensors_as_json(only: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    return {n: {"dtype": dtype, "shape": sizes} for n, (dtype, sizes) in only.items()}

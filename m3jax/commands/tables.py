@@ -1,0 +1,44 @@
+"""Lines of facts and tables, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+_LABEL = 14  # columns of a fact's label
+
+
+def fact(label: str, values: str | Iterable[str]) -> list[str]:
+    """A label and its values, one a line."""
+    values = [values] if isinstance(values, str) else values
+    return [
+        f"{label if i == 0 else '':{_LABEL}}{value}".rstrip()
+        for i, value in enumerate(values)
+    ]
+
+
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], align: str
+) -> list[str]:
+    """Rows in columns.
+
+    Args:
+      header: of each column.
+      rows: the cells; a row without cells is an empty line.
+      align: ``<`` or ``>`` for each column.
+    """
+    rows = list(rows)
+    widths = [
+        max(len(row[i]) for row in (header, *rows) if row) for i in range(len(header))
+    ]
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}"
+            for cell, side, width in zip(row, align, widths, strict=False)
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def clean(text: str) -> str:
+    """Text of an untrusted file with what could upset a terminal replaced."""
+    return "".join(c if c.isprintable() else "?" for c in text)
