@@ -46,7 +46,7 @@ def _recipes() -> dict[str, m3jax.Recipe]:
     dare = m3jax.Dare(drop_rate=0.2)
     return {
         "average": m3jax.Recipe(),
-        "task_arithmetic": m3jax.Recipe(method="task_arithmetic"),
+        "task_arithmetic_dare": m3jax.Recipe(method="task_arithmetic", dare=dare),
         "ties": m3jax.Recipe(method="ties"),
         "ties_dare": m3jax.Recipe(method="ties", dare=dare),
     }
@@ -66,7 +66,7 @@ def _merge_and_describe(
         folder,
         recipe,
         seed=seed,
-        execution=m3jax.Execution(overwrite=True),
+        execution=m3jax.Execution(overwrite=True, fsync=False),
     )
     apart = _distance(*models)
     to_maths, to_code = (_distance(folder, model) / apart for model in models)
