@@ -11,6 +11,9 @@ class CheckpointError(ValueError):
 
 def shown(text: object, limit: int = 120) -> str:
     """`text` from an untrusted file, quoted, on one line and of bounded length."""
-    quoted = ascii(text) if not isinstance(text, str) else repr(text)
-    quoted = "".join(c if c.isprintable() else "?" for c in quoted)
+    try:
+        quoted = repr(text[:limit]) if isinstance(text, str) else ascii(text)
+    except (RecursionError, ValueError):  # nested too deeply, or a number too long
+        quoted = f"a monstrous {type(text).__name__}"
+    quoted = "".join(c if c.isprintable() else "?" for c in quoted[: limit + 1])
     return quoted if len(quoted) <= limit else quoted[: limit - 3] + "..."

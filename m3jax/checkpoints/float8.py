@@ -1,126 +1,211 @@
 """float8 weights with the scales that stand beside them, dequantised on reading.
 
-A float8 tensor holds codes; the weight is code · scale. Understood are
+A float8 tensor holds codes; the weight is code · scale. Both names of the scale mean
+a factor, `_inv` too (it is the inverse of what the quantiser multiplied by):
 
-    NAME_scale      one scale for the tensor, or one per row (compressed-tensors)
-    NAME_scale_inv  one scale per block of rows and columns (DeepSeek), block sizes
-                    from config.json: quantization_config.weight_block_size
+    NAME_scale      compressed-tensors, which llm-compressor and vLLM write: its
+                    `_dequantize` returns ``x_q * scale``; and transformers' fbgemm_fp8
+    NAME_scale_inv  DeepSeek-V3 (README_WEIGHTS.md: "(128x128 weight block) *
+                    weight_scale_inv") and transformers' finegrained_fp8
 
-Codes without such a scale, or with one of another shape, are refused: merging raw
-codes gives nonsense. Activation scales (`input_scale`) go with the quantisation and
-are dropped. The dequantised weights are merged in float32; `dtype: input` writes
-them as bfloat16, without scales and without config.json's quantization_config.
+A scale has one number for the tensor, or one per row, or one per block of rows and
+columns. The edges of a block are taken from config.json's quantization_config, never
+guessed from the shapes: ``weight_block_size`` (DeepSeek), or ``block_structure`` or
+``group_size`` of the weights in ``config_groups`` (compressed-tensors). The last block
+of a row or column may be cut off.
+
+Codes without such a scale, with one of another shape, or with zero points, are
+refused: merging raw codes gives nonsense. The scales of activations and of the
+key-value cache go with the quantisation and are dropped. The dequantised weights are
+merged in float32; `dtype: input` writes them as bfloat16, without scales and without
+config.json's quantization_config.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from m3jax.checkpoints.dtypes import BFLOAT16, FLOAT32, Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.sources import Source, read_whole
+from m3jax.checkpoints.sources import Source
 
-_BLOCK = 1 << 18  # elements dequantised at a time
+_PART = 1 << 18  # elements dequantised at a time
+_MAX_EDGE = 1 << 16  # of a block; in use are 32 to 512
+_SCALES = ("_scale", "_scale_inv")
+_NOT_UNDERSTOOD = ("_zero_point", "_global_scale", "_scale_2", "_g_idx")
+_OF_ACTIVATIONS = re.compile(
+    r"(.*\.)?((input|output|activation|[qkv])_scale|input_scale_ub)"
+)
+
+Block = tuple[int, int]  # rows and columns that share a scale
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Dequantised:
-    """Float8 codes times their scales, one scale per block of rows × columns."""
+    """Float8 codes times their scales, one scale per block of rows × columns.
+
+    Of a tensor of more than two dimensions, all but the last are rows.
+    """
 
     codes: Source
     scales: Source
-    block: tuple[int, int]
+    block: Block
 
     @property
     def dtype(self) -> Dtype:
         return FLOAT32
 
     @property
-    def output_dtype(self) -> Dtype:
-        return BFLOAT16
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
+    @property
+    def output_dtype(self) -> Dtype:
+        return BFLOAT16
+
     def read_into(self, out: np.ndarray, start: int) -> None:
+        every_byte = np.arange(256, dtype=np.uint8)
+        weights = every_byte.view(self.codes.dtype.numpy).astype(np.float32)
         columns = self.shape[-1]
-        grid = -(-columns // self.block[1])
-        scales = read_whole(self.scales).astype(np.float32).reshape(-1, grid)
-        for first in range(0, len(out), _BLOCK):
-            part = out[first : first + _BLOCK]
-            codes = np.empty(len(part), self.codes.dtype.numpy)
-            self.codes.read_into(codes, start + first)
-            where = np.arange(start + first, start + first + len(part))
-            row, column = where // columns, where % columns
-            scale = scales[row // self.block[0], column // self.block[1]]
-            np.multiply(codes.astype(np.float32), scale, out=part)
+        done = 0
+        while done < len(out):
+            first = start + done
+            count = min(_PART, len(out) - done)
+            if columns > _PART:  # then a part stays within a row, to bound its scales
+                count = min(count, columns - first % columns)
+            codes = np.empty(count, self.codes.dtype.numpy)
+            self.codes.read_into(codes, first)
+            part = out[done : done + count]
+            np.take(weights, codes.view(np.uint8), out=part)
+            # NaN and infinity are for the check for non-finite values to report.
+            with np.errstate(over="ignore", invalid="ignore"):
+                part *= self._scales_of(first, count)
+            done += count
+
+    def _scales_of(self, start: int, count: int) -> np.ndarray:
+        """The float32 scale of each of `count` elements."""
+        block_rows, block_columns = self.block
+        columns = self.shape[-1]
+        grid = -(-columns // block_columns)  # scales in a row of scales
+        first, low = divmod(start, columns)
+        last, high = divmod(start + count - 1, columns)
+        skip = 0
+        if last > first:
+            skip, low, high = low, 0, columns - 1
+        # Only the scales of rows first to last and columns low to high are read.
+        left, right = low // block_columns, high // block_columns + 1
+        top, bottom = first // block_rows, last // block_rows
+        scales = np.empty((bottom - top) * grid + right - left, self.scales.dtype.numpy)
+        self.scales.read_into(scales, top * grid + left)
+        rows = np.arange(first, last + 1) // block_rows - top
+        by_row = scales.astype(np.float32).reshape(-1, right - left)[rows]
+        if right - left == 1:  # one scale for the row, however wide its block is
+            return np.repeat(by_row[:, 0], high + 1 - low)[skip : skip + count]
+        by_element = np.repeat(by_row, block_columns, axis=1)
+        shift = low - left * block_columns
+        by_element = by_element[:, shift : shift + high + 1 - low].reshape(-1)
+        return by_element[skip : skip + count]
 
 
 def dequantise(
-    tensors: dict[str, Source], config: dict[str, Any] | None
+    tensors: Mapping[str, Source], config: Mapping[str, Any] | None
 ) -> dict[str, Source]:
     """Replaces float8 tensors and their scales by dequantised tensors.
 
+    Args:
+      tensors: as they are stored.
+      config: config.json.
+
     Raises:
-      CheckpointError: naming every float8 tensor whose scale is not understood.
+      CheckpointError: naming the first float8 tensors whose scales are not understood.
     """
-    result = dict(tensors)
+    float8 = [name for name, source in tensors.items() if source.dtype.kind == "float8"]
+    if not float8:
+        return dict(tensors)
+    blocks = _blocks(config)
+    result = {n: s for n, s in tensors.items() if not _OF_ACTIVATIONS.fullmatch(n)}
     problems = []
-    for name, codes in tensors.items():
-        if codes.dtype.kind != "float8":
-            continue
-        for suffix in ("_scale", "_scale_inv"):
-            if name + suffix in tensors:
-                scales = result.pop(name + suffix)
-                block = _block(codes.shape, scales, suffix, config)
-                break
-        else:
-            problems.append(f"{shown(name)} ({codes.dtype.code}) has no scale tensor")
-            continue
-        if block is None:
+    for name in float8:
+        codes = tensors[name]
+        try:
+            scale_name = _scale_name(name, tensors)
+            block = _block(codes.shape, tensors[scale_name], blocks)
+        except CheckpointError as problem:
             problems.append(
-                f"{shown(name)} ({codes.dtype.code}, shape {list(codes.shape)}) has a "
-                f"scale of {scales.dtype.code}, shape {list(scales.shape)}"
+                f"{shown(name)} ({codes.dtype.code}, shape {list(codes.shape)}) {problem}"
             )
             continue
-        result.pop(name.removesuffix("weight") + "input_scale", None)
-        result[name] = Dequantised(codes, scales, block)
+        result.pop(scale_name, None)
+        result[name] = Dequantised(codes, tensors[scale_name], block)
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"float8 tensors without understood scales: {'; '.join(problems[:3])}{more}"
-            "; dequantise the checkpoint to bfloat16 first"
+            f"float8 tensors whose scales are not understood: {'; '.join(problems[:3])}"
+            f"{more}; dequantise the checkpoint to bfloat16 first"
         )
     return result
 
 
-def _block(
-    shape: tuple[int, ...], scales: Source, suffix: str, config: dict[str, Any] | None
-) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, or None where the shapes do not fit."""
-    if scales.dtype.kind != "float" or not shape or 0 in shape:
-        return None
+def _scale_name(name: str, tensors: Mapping[str, Source]) -> str:
+    """The name of the one tensor of scales."""
+    strange = [name + suffix for suffix in _NOT_UNDERSTOOD if name + suffix in tensors]
+    if strange:
+        raise CheckpointError(f"has {', '.join(map(shown, strange))}")
+    found = [name + suffix for suffix in _SCALES if name + suffix in tensors]
+    if len(found) != 1:
+        said = ", ".join(map(shown, found)) or "no scale tensor"
+        raise CheckpointError(f"has {said}, needs one of NAME_scale and NAME_scale_inv")
+    return found[0]
+
+
+def _block(shape: tuple[int, ...], scales: Source, blocks: set[Block]) -> Block:
+    """Rows and columns that share a scale."""
+    has = f"has a scale of {scales.dtype.code}, shape {list(scales.shape)}"
+    if scales.dtype.kind != "float":
+        raise CheckpointError(f"{has}, needs a floating-point dtype")
+    if not shape or 0 in shape:
+        raise CheckpointError(f"{has}, needs to hold elements and have a dimension")
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    count = math.prod(scales.shape)
-    if suffix == "_scale":
-        if count == 1:
-            return rows, columns
-        if scales.shape in ((rows,), (rows, 1)) and len(shape) == 2:
-            return 1, columns
-        return None
+    if math.prod(scales.shape) == 1:
+        return rows, columns
+    if len(shape) == 2 and scales.shape in ((rows,), (rows, 1)):
+        return 1, columns
+    fitting = {
+        block
+        for block in blocks
+        if len(shape) == 2
+        and scales.shape == (-(-rows // block[0]), -(-columns // block[1]))
+    }
+    if len(fitting) != 1:
+        known = ", ".join(f"{r} x {c}" for r, c in sorted(blocks)) or "none"
+        raise CheckpointError(
+            f"{has}, needs one number, one per row, or one per block of config.json's "
+            f"quantization_config (blocks known: {known})"
+        )
+    return fitting.pop()
+
+
+def _blocks(config: Mapping[str, Any] | None) -> set[Block]:
+    """The blocks that config.json speaks of."""
     quantization = (config or {}).get("quantization_config")
-    size = quantization.get("weight_block_size") if isinstance(quantization, dict) else 0
-    if not (
-        isinstance(size, list)
+    if not isinstance(quantization, dict):
+        return set()
+    said = [quantization.get("weight_block_size")]
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            said += [weights.get("block_structure"), [1, weights.get("group_size")]]
+    return {
+        (size[0], size[1])
+        for size in said
+        if isinstance(size, list)
         and len(size) == 2
-        and all(type(edge) is int and edge > 0 for edge in size)
-        and len(shape) == 2
-        and scales.shape == (-(-rows // size[0]), -(-columns // size[1]))
-    ):
-        return None
-    return size[0], size[1]
+        and all(type(edge) is int and 0 < edge <= _MAX_EDGE for edge in size)
+    }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,13 +12,17 @@ from typing import Any
 
 from m3jax.checkpoints import hub, side_files
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import InputFile, inside
 from m3jax.checkpoints.float8 import dequantise
-from m3jax.checkpoints.safetensors import Header, load_json, open_regular, read_header
-from m3jax.checkpoints.sources import FileTensor, Float32, InputFile, Source
+from m3jax.checkpoints.index import check_index, read_index
+from m3jax.checkpoints.safetensors import header_of
+from m3jax.checkpoints.sources import FileTensor, Float32, Source
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_INDEX = 100_000_000  # bytes; the index of a model of 600 B parameters has 9 MB
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OTHER_FORMATS = (".gguf", ".ggml", ".h5", ".msgpack", ".npz", ".onnx", ".tflite")
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,140 +77,103 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
 
     Raises:
       CheckpointError: one line that names the file, the tensor and the flaw.
+      OSError: a file cannot be read; it names the file.
     """
     location, revision = hub.locate(name)
-    headers: dict[Path, Header] = {}
-    for path in _weight_files(location):
-        headers[path] = read_header(path)
-    if location.is_dir() and (location / INDEX) in _listed(location):
-        _check_index(location / INDEX, headers)
-    config = side_files.read_config(
-        location if location.is_dir() else location.parent
-    )
-    files: list[InputFile] = []
-    try:
+    is_folder = location.is_dir()
+    paths, weight_map = _weights(location) if is_folder else ([location], None)
+    config = side_files.read_config(location if is_folder else location.parent)
+    with contextlib.ExitStack() as stack:
+        files: list[InputFile] = []
         stored: dict[str, FileTensor] = {}
-        for path, header in headers.items():
-            files.append(InputFile(path, header.file_size))
-            for tensor, entry in header.tensors.items():
+        for path in paths:
+            _check_format(path)
+            files.append(stack.enter_context(InputFile(path)))
+            for tensor, entry in header_of(files[-1]).tensors.items():
                 if tensor in stored:
                     raise CheckpointError(
                         f"{path}: tensor {shown(tensor)} also stands in "
-                        f"{stored[tensor].file.path.name}"
+                        f"{shown(stored[tensor].file.path.name)}; remove one of them"
                     )
                 stored[tensor] = FileTensor(files[-1], entry)
+        if weight_map is not None:
+            held = {tensor: source.file.path.name for tensor, source in stored.items()}
+            check_index(location / INDEX, weight_map, held)
         stored = dict(sorted(stored.items()))
-        tensors: dict[str, Source] = dict(stored)
-        if mergeable:
-            try:
-                tensors = dequantise(tensors, config)
-            except CheckpointError as error:
-                raise CheckpointError(f"{name}: {error}") from None
-            for tensor, source in tensors.items():
-                if source.dtype.code == "F64":
-                    tensors[tensor] = Float32(source)
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
-    return Checkpoint(
-        name, location, revision, stored, tensors, tuple(files), config
-    )
+        tensors = _mergeable(name, stored, config) if mergeable else dict(stored)
+        stack.pop_all()
+    return Checkpoint(name, location, revision, stored, tensors, tuple(files), config)
 
 
-def _listed(folder: Path) -> set[Path]:
-    """The index is used unless a whole `model.safetensors` stands beside it."""
-    weights, index = folder / WEIGHTS, folder / INDEX
-    return {weights} if weights.exists() else {index} if index.exists() else set()
+def _mergeable(
+    name: str, stored: Mapping[str, FileTensor], config: dict[str, Any] | None
+) -> dict[str, Source]:
+    try:
+        tensors = dequantise(stored, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    return {
+        tensor: Float32(source) if source.dtype.code == "F64" else source
+        for tensor, source in tensors.items()
+    }
 
 
-def _weight_files(location: Path) -> list[Path]:
-    if not location.is_dir():
-        return [location]
-    listed = _listed(location)
-    if location / INDEX in listed:
-        names = sorted(set(_weight_map(location / INDEX).values()))
-    elif listed:
+def _weights(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of a folder that hold its tensors, and its index if that is used.
+
+    As in transformers, a whole `model.safetensors` has precedence over an index.
+    """
+    weight_map = None
+    if os.path.lexists(folder / WEIGHTS):
         names = [WEIGHTS]
+    elif os.path.lexists(folder / INDEX):
+        weight_map = read_index(inside(folder, INDEX))
+        names = sorted(set(weight_map.values()))
     else:
-        names = sorted(path.name for path in location.glob("*.safetensors"))
-        if len(names) != 1:
-            raise CheckpointError(_no_weights(location, names))
-    return [inside(location, name) for name in names]
+        present = sorted(path.name for path in folder.iterdir())
+        names = [
+            name
+            for name in present
+            if name.endswith(".safetensors") and not name.startswith(".")
+        ]
+        if len(names) != 1 or names[0] in _ADAPTERS:
+            raise CheckpointError(f"{folder}: {_no_weights(present, names)}")
+    return [inside(folder, name) for name in names], weight_map
 
 
-def _no_weights(folder: Path, names: list[str]) -> str:
-    if names:
+def _no_weights(present: list[str], safetensors: list[str]) -> str:
+    """What is wrong with a folder of these files, and the way out."""
+    if set(present) & set(_ADAPTERS):
         return (
-            f"{folder}: {len(names)} safetensors files ({', '.join(names[:3])}, …) "
+            "holds an adapter (LoRA), not a model; merge it into its base model first, "
+            "for example with peft: merge_and_unload() and save_pretrained(NEW_FOLDER)"
+        )
+    if safetensors:
+        few = ", ".join(map(shown, safetensors[:3]))
+        return (
+            f"{len(safetensors)} safetensors files ({few}{', …' * (len(safetensors) > 3)}) "
             f"and neither {WEIGHTS} nor {INDEX}; give one file, or add the index"
         )
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
-        return (
-            f"{folder}: only pickled weights (.bin or .pt), which are not read because "
-            "unpickling runs code; convert them, for example with transformers: "
-            "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
-    return f"{folder}: neither {WEIGHTS} nor {INDEX}"
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    with open(open_regular(index), "rb") as file:
-        text = file.read(_MAX_INDEX + 1)
-    if len(text) > _MAX_INDEX:
-        raise CheckpointError(f"{index}: larger than {_MAX_INDEX} bytes")
-    weight_map = load_json(text, str(index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map of tensors to files")
-    for tensor, name in weight_map.items():
-        if not is_plain_name(name):
-            raise CheckpointError(
-                f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}; "
-                "needs the plain name of a file in the same folder"
-            )
-    return weight_map
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether `name` can only be that of a file in the folder that speaks of it."""
+    for name in present:
+        if name.endswith(_PICKLED):
+            return f"only pickled weights ({shown(name)}); {_HOW_TO_UNPICKLE}"
+        if name.endswith(_OTHER_FORMATS):
+            return f"weights in another format ({shown(name)}); {_HOW_TO_CONVERT}"
     return (
-        isinstance(name, str)
-        and name.isprintable()
-        and 0 < len(name) < 256
-        and name not in (".", "..")
-        and not set("/\\") & set(name)
+        f"neither {WEIGHTS} nor {INDEX}; give the folder of a model in Hugging Face's "
+        "format, or fetch it again if its download was interrupted"
     )
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder; a link may lead only into the hub's cache.
-
-    Raises:
-      CheckpointError: the file is missing, or a link that leads elsewhere.
-    """
-    path = folder / name
-    if not path.exists():
-        raise CheckpointError(f"{folder}: file {shown(name)} is missing")
-    home, target = folder.resolve(), path.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise CheckpointError(
-            f"{path}: a link that leads out of the folder, to {target}; copy the file "
-            "into the folder"
-        )
-    return path
+def _check_format(path: Path) -> None:
+    if path.name.endswith(_PICKLED):
+        raise CheckpointError(f"{path}: pickled weights; {_HOW_TO_UNPICKLE}")
+    if path.name.endswith(_OTHER_FORMATS):
+        raise CheckpointError(f"{path}: another format; {_HOW_TO_CONVERT}")
 
 
-def _check_index(index: Path, headers: Mapping[Path, Header]) -> None:
-    weight_map = _weight_map(index)
-    held = {(t, path.name) for path, header in headers.items() for t in header.tensors}
-    said = set(weight_map.items())
-    for tensor, name in sorted(said - held)[:1]:
-        raise CheckpointError(
-            f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, "
-            "which does not hold it"
-        )
-    for tensor, name in sorted(held - said)[:1]:
-        raise CheckpointError(
-            f"{index}: does not name tensor {shown(tensor)}, which {shown(name)} holds"
-        )
+_HOW_TO_CONVERT = (
+    "convert them to safetensors, for example with transformers: "
+    "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
+_HOW_TO_UNPICKLE = f"unpickling runs code, so they are not read; {_HOW_TO_CONVERT}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,18 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 # What a merge writes beside those: its record and its model card, for `verify`.
 RECORD_FILES = ("m3jax.json", "README.md")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_TIMEOUT = 10.0  # seconds; a server that does not answer would keep us for ever
+# What `huggingface_hub`'s errors, or their base classes, mean for the user.
+_HINTS = {
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or fetch it elsewhere",
+    "IncompleteSnapshotError": "the cache holds only a part of it, and the rest cannot "
+    "be fetched now: connect to the network",
+    "GatedRepoError": "accept its terms on huggingface.co and run `hf auth login`",
+    "RevisionNotFoundError": "it has no such revision",
+    "RepositoryNotFoundError": "there is no such model, or it is private: check the "
+    "name, or run `hf auth login`",
+    "HFValidationError": "it is no name of a model",
+}
 
 
 def locate(path: str) -> tuple[Path, str | None]:
@@ -26,37 +39,69 @@ def locate(path: str) -> tuple[Path, str | None]:
     Raises:
       CheckpointError: one line, if there is no such thing or it cannot be fetched.
     """
-    local = Path(path).expanduser()
-    if local.exists():
-        return local, None
+    local = os.path.expanduser(path)
+    if os.path.exists(local):
+        return Path(local), None
     hub_id = _HUB_ID.fullmatch(path)
-    if hub_id is None or path.startswith((".", "-")):
-        raise CheckpointError(f"{path}: no such file or folder")
+    if hub_id is None or path.startswith((".", "-")) or ".." in path:
+        raise CheckpointError(
+            f"{path}: no such file or folder; give a folder, a safetensors file, or a "
+            "Hugging Face id (org/name or org/name@revision)"
+        )
+    try:
+        folder = _snapshot(hub_id["repo"], hub_id["revision"])
+    except Exception as error:  # the library raises a dozen unrelated types
+        raise CheckpointError(
+            f"{path}: no such folder here, and Hugging Face's {hub_id['repo']} is "
+            f"neither in the cache nor to be fetched: {_reason(error)}"
+        ) from None
+    return folder, folder.name if _COMMIT.fullmatch(folder.name) else None
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    """The cached files of a repository, completed from the network if there is one."""
     # Imported here: it takes a third of a second, and most merges are local.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars, logging as hub_logging
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import logging as hub_logging
 
     hub_logging.set_verbosity_error()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if constants.HF_HUB_OFFLINE:
-        disable_progress_bars()
-    try:
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    def download(*, local_files_only: bool) -> Path:
         folder = snapshot_download(
-            hub_id["repo"],
-            revision=hub_id["revision"],
+            repo,
+            revision=revision,
+            local_files_only=local_files_only,
             allow_patterns=[
                 "*.safetensors",
                 "*.safetensors.index.json",
                 *SIDE_FILES,
                 *RECORD_FILES,
             ],
-            ignore_patterns=["*/*"],
+            # Folders, and the same weights once more in the format of their maker.
+            ignore_patterns=["*/*", "consolidated*"],
         )
-    except Exception as error:  # the library raises a dozen unrelated types
-        reason = shown(str(error).strip().split("\n")[0], limit=200)
-        raise CheckpointError(
-            f"{path}: no such folder here, and Hugging Face's {hub_id['repo']} is "
-            f"neither in the cache nor to be fetched ({type(error).__name__}: {reason})"
-        ) from None
-    commit = Path(folder).name
-    return Path(folder), commit if _COMMIT.fullmatch(commit) else None
+        return Path(folder)
+
+    try:
+        # `snapshot_download` asks the same, but waits for the answer without limit.
+        HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
+    except Exception as unreachable:
+        try:
+            return download(local_files_only=True)
+        except Exception as missing:
+            partial = type(missing).__name__ == "IncompleteSnapshotError"
+            raise (missing if partial else unreachable) from None
+    return download(local_files_only=False)
+
+
+def _reason(error: Exception) -> str:
+    for kind in type(error).__mro__:
+        if kind.__name__ in _HINTS:
+            return _HINTS[kind.__name__]
+    first_line = str(error).strip().split("\n")[0]
+    return (
+        f"check the network ({type(error).__name__}: {shown(first_line, limit=200)}), "
+        "or give a local folder"
+    )

@@ -1,15 +1,27 @@
 """The safetensors format: its header, read with suspicion and written exactly.
 
 A file is eight bytes (the header's length N, little-endian), N bytes of JSON, and
-the data. The rules below are the format's; a file that breaks one is refused.
+the data. A file that breaks a rule of the format is refused:
 
 - N is at most 100 MB and the header ends within the file, so nothing is allocated
   on a header's word.
-- The header is one JSON object without duplicate keys; `__metadata__`, if present,
-  maps text to text; every other value has exactly a dtype, a shape and a pair of
-  data offsets.
+- The header is one JSON object in UTF-8. `__metadata__`, if present, maps text to
+  text; every other value has a dtype, a shape and a pair of data offsets, which are
+  integers from 0 to 2**64 - 1.
 - The offsets cover the data without holes, overlaps or a tail, and each pair has the
-  size that dtype and shape demand. Python's integers cannot overflow.
+  size that dtype and shape demand. The product of the shape stays below 2**64 at
+  every step.
+
+So far the safetensors library (0.8) does the same. What it lets pass, and no writer
+makes, is refused, too:
+
+- space before the '{' (the format's text forbids it);
+- a name that stands there twice, in the header or in `__metadata__`;
+- a tensor's entry that is an array, has more fields than the three, or more than
+  4096 characters; a shape of more than 64 dimensions, which NumPy has not;
+- `__metadata__` that is null or has more than 65536 entries;
+- names that are longer than 4096 characters or hold control characters;
+- dtypes that m3jax does not know (F4, F6, F8_E8M0, FNUZ, C64).
 """
 
 from __future__ import annotations
@@ -17,21 +29,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints.dtypes import DTYPES, Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import InputFile
+from m3jax.checkpoints.json_text import JsonCursor
 
+METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_MAX_NAME = 4096  # characters; no real tensor's name comes near it
+# The next limits keep what a header becomes in memory to a small multiple of its
+# size. No real checkpoint comes near them.
+_MAX_ENTRY = 4096  # characters of one tensor's entry
+_MAX_NAME = 4096  # characters
+_MAX_METADATA = 65536  # entries
+_MAX_DIMENSIONS = 64  # NumPy's limit
 _UINT64 = 2**64
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_NAME_RULE = f"names are unique, printable, and at most {_MAX_NAME} characters long"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a file: its dtype, shape and byte range [start, stop)."""
 
@@ -42,6 +62,7 @@ class TensorEntry:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -54,18 +75,6 @@ class Header:
     file_size: int
 
 
-def open_regular(path: Path) -> int:
-    """Opens a regular file for reading and returns its descriptor.
-
-    A FIFO or a device is refused before it can block or never end.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CheckpointError(f"{path}: not a regular file")
-    return fd
-
-
 def read_header(path: Path) -> Header:
     """Reads and checks the header of a safetensors file.
 
@@ -73,35 +82,36 @@ def read_header(path: Path) -> Header:
       CheckpointError: naming the file, the tensor and the rule that is broken.
       OSError: if the file cannot be opened or read.
     """
-    fd = open_regular(path)
+    with InputFile(path) as file:
+        return header_of(file)
+
+
+def header_of(file: InputFile) -> Header:
+    """Reads and checks the header of an opened file; see `read_header`."""
+    path = file.path
+    if file.size < 8:
+        raise CheckpointError(
+            f"{path}: {file.size} bytes is too short for a safetensors file; "
+            "it was cut off, or is no checkpoint"
+        )
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > MAX_HEADER:
+        raise CheckpointError(
+            f"{path}: the header claims {length} bytes, the format's limit is "
+            f"{MAX_HEADER}; this is no safetensors file, or it is damaged"
+        )
+    if 8 + length > file.size:
+        raise CheckpointError(
+            f"{path}: the header claims to end at byte {8 + length}, the file has "
+            f"{file.size}; it was cut off: fetch it again"
+        )
     try:
-        file_size = os.fstat(fd).st_size
-        if file_size < 8:
-            raise CheckpointError(
-                f"{path}: {file_size} bytes is too short for a safetensors file; "
-                "it was cut off, or is no checkpoint"
-            )
-        length = int.from_bytes(_read(fd, 8), "little")
-        if length > MAX_HEADER:
-            raise CheckpointError(
-                f"{path}: the header claims {length} bytes, the format's limit is "
-                f"{MAX_HEADER}; this is no safetensors file, or it is damaged"
-            )
-        if 8 + length > file_size:
-            raise CheckpointError(
-                f"{path}: the header claims to end at byte {8 + length}, the file has "
-                f"{file_size}; it was cut off: fetch it again"
-            )
-        text = _read(fd, length)
-    finally:
-        os.close(fd)
-    if len(text) != length:
-        raise CheckpointError(f"{path}: the file became shorter while it was read")
-    try:
-        tensors, metadata = parse_header(text, file_size - 8 - length, 8 + length)
+        tensors, metadata = parse_header(
+            file.read(8, length), file.size - 8 - length, 8 + length
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Header(tensors, metadata, file_size)
+    return Header(tensors, metadata, file.size)
 
 
 def parse_header(
@@ -121,67 +131,26 @@ def parse_header(
       CheckpointError: naming the tensor and the rule that is broken.
     """
     if not text.startswith(b"{"):
-        raise CheckpointError("the header does not start with '{'")
-    header = load_json(text, "the header")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise CheckpointError("__metadata__ must map text to text")
-    entries = {name: _parse_entry(name, value) for name, value in header.items()}
-    tensors: dict[str, TensorEntry] = {}
-    stop = 0
-    for name, entry in sorted(
-        entries.items(), key=lambda item: (item[1].start, item[1].stop)
-    ):
-        if entry.start != stop:
-            flaw = "overlaps the tensor before it" if entry.start < stop else "a hole"
-            raise CheckpointError(
-                f"tensor {shown(name)} starts at data byte {entry.start}, the tensors "
-                f"before it end at {stop}: {flaw}"
-            )
-        stop = entry.stop
-        tensors[name] = dataclasses.replace(
-            entry, start=entry.start + data_start, stop=entry.stop + data_start
-        )
-    if stop != data_size:
-        what = "it was cut off: fetch it again" if stop > data_size else "damaged"
         raise CheckpointError(
-            f"declares data through byte {data_start + stop}, the file has "
-            f"{data_start + data_size}; {what}"
+            f"the header starts with {shown(text[:8])}, not with '{{'; this is no "
+            "safetensors file, or it is damaged"
         )
-    return tensors, metadata
-
-
-def load_json(text: bytes, what: str) -> dict[str, Any]:
-    """Parses an untrusted JSON object; duplicate keys and deep nesting are refused."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore
-            raise CheckpointError(f"{what} has the key {shown(twice)} twice")
-        return found
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        value = json.loads(
-            text.decode(), object_pairs_hook=unique, parse_constant=no_constant
-        )
-    except CheckpointError:
-        raise
-    except RecursionError:
-        raise CheckpointError(f"{what} is nested too deeply") from None
-    except ValueError as error:  # bad UTF-8, bad JSON, an integer of 5000 digits
-        raise CheckpointError(
-            f"{what} is not valid JSON ({shown(str(error))})"
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} is not a JSON object")
-    return value
+    entries: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] | None = None
+    cursor = JsonCursor(text, "the header")
+    for name in cursor.members():
+        if name in entries or (name == METADATA and metadata is not None):
+            raise CheckpointError(f"the header has {shown(name)} twice")
+        if name == METADATA:
+            metadata = _read_metadata(cursor)
+            continue
+        value = cursor.value(_MAX_ENTRY)
+        try:
+            entries[name] = _parse_entry(name, value, data_start)
+        except CheckpointError as error:
+            raise CheckpointError(f"tensor {shown(name)} {error}") from None
+    cursor.end()
+    return _in_file_order(entries, data_start, data_start + data_size), metadata or {}
 
 
 def layout(
@@ -191,16 +160,27 @@ def layout(
     """The first bytes of a file and the place of each tensor, as `safetensors` writes.
 
     Tensors are ordered by dtype (see `Dtype.order`), then by name; the header is
-    padded with spaces to a multiple of eight bytes.
+    padded with spaces to a multiple of eight bytes. The library writes metadata of
+    more than one key in an order that changes from run to run; here it is the
+    mapping's.
 
     Returns:
       Length field and header, and the entries with offsets from the file's start.
+
+    Raises:
+      CheckpointError: what it would write, it would not read again.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
     entries: dict[str, TensorEntry] = {}
     stop = 0
-    ordered = sorted(tensors, key=lambda t: (-t[1].order, t[0].encode()))
+    ordered = sorted(
+        tensors, key=lambda t: (-t[1].order, t[0].encode("utf-8", "replace"))
+    )
     for name, dtype, shape in ordered:
+        if not _is_name(name) or name in entries:
+            raise CheckpointError(
+                f"tensor {shown(name)} cannot be written: {_NAME_RULE}; rename it"
+            )
         start, stop = stop, stop + math.prod(shape) * dtype.itemsize
         entries[name] = TensorEntry(dtype, tuple(shape), start, stop)
         header[name] = {
@@ -210,6 +190,11 @@ def layout(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(
+            f"a header of {len(text)} bytes exceeds the format's limit of {MAX_HEADER}; "
+            "write several files (max_shard_size)"
+        )
     data_start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {
         name: dataclasses.replace(
@@ -219,47 +204,79 @@ def layout(
     }
 
 
-def _parse_entry(name: str, value: Any) -> TensorEntry:
-    who = f"tensor {shown(name)}"
-    if len(name) > _MAX_NAME or not name.isprintable():
-        raise CheckpointError(f"{who}: a name must be printable and not too long")
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{who} needs dtype, shape and data_offsets, no more")
+def _read_metadata(cursor: JsonCursor) -> dict[str, str]:
+    metadata: dict[str, str] = {}
+    for key in cursor.members():
+        if key in metadata or len(metadata) == _MAX_METADATA:
+            flaw = f"has {shown(key)} twice" if key in metadata else "is too long"
+            raise CheckpointError(f"{METADATA} of the header {flaw}")
+        metadata[key] = cursor.string()
+    return metadata
+
+
+def _parse_entry(name: str, value: Any, data_start: int) -> TensorEntry:
+    if not _is_name(name):
+        raise CheckpointError(
+            f"has a name that is not allowed: {_NAME_RULE}; rename it"
+        )
+    if not isinstance(value, dict) or set(value) != _FIELDS:
+        raise CheckpointError("needs dtype, shape and data_offsets, no more")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"{who} has dtype {shown(value['dtype'])}; known: {', '.join(DTYPES)}"
+            f"has dtype {shown(value['dtype'])}; known: {', '.join(DTYPES)}; convert "
+            "the checkpoint to one of these"
         )
     shape, offsets = value["shape"], value["data_offsets"]
-    if not _naturals(shape):
-        raise CheckpointError(f"{who} has shape {shown(shape)}; needs a list of sizes")
+    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(
+            f"has shape {shown(shape)}; needs a list of up to {_MAX_DIMENSIONS} sizes"
+        )
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(
-            f"{who} has data_offsets {shown(offsets)}; needs [start, stop]"
-        )
-    entry = TensorEntry(dtype, tuple(shape), *offsets)
-    needed = dtype.itemsize
+        raise CheckpointError(f"has offsets {shown(offsets)}; needs [start, stop]")
+    size = 1
     for dimension in shape:  # as the format does: an overflow on the way counts too
-        needed *= dimension
-        if needed >= _UINT64:
-            raise CheckpointError(f"{who} has shape {shown(shape)}, which overflows")
-    if needed != entry.stop - entry.start:
+        size *= dimension
+        if size >= _UINT64:
+            raise CheckpointError(f"has shape {shown(shape)}, which overflows")
+    start, stop = offsets
+    if size * dtype.itemsize != stop - start:
         raise CheckpointError(
-            f"{who}: {dtype.code} of shape {shown(shape)} needs {needed} bytes, its "
-            f"offsets give {entry.stop - entry.start}"
+            f"{dtype.code} of shape {shown(shape)} needs {size * dtype.itemsize} bytes, "
+            f"its offsets give {stop - start}"
         )
-    return entry
+    return TensorEntry(dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _in_file_order(
+    entries: dict[str, TensorEntry], data_start: int, file_size: int
+) -> dict[str, TensorEntry]:
+    """The entries by offset, once they are known to cover the data exactly."""
+    names = sorted(entries, key=lambda name: (entries[name].start, entries[name].stop))
+    end = data_start
+    for name in names:
+        start = entries[name].start
+        if start != end:
+            flaw = "they overlap" if start < end else "there is a hole"
+            raise CheckpointError(
+                f"tensor {shown(name)} starts at byte {start}, the tensors before it "
+                f"end at {end}: {flaw}; the file is damaged: fetch it again"
+            )
+        end = entries[name].stop
+    if end != file_size:
+        what = "was cut off" if end > file_size else "has bytes that are no tensor's"
+        raise CheckpointError(
+            f"declares data through byte {end}, the file has {file_size}; it {what}: "
+            "fetch it again"
+        )
+    return {name: entries[name] for name in names}
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= _MAX_NAME and name.isprintable() and name != METADATA
 
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value < _UINT64 for value in values
     )
-
-
-def _read(fd: int, count: int) -> bytes:
-    parts = []
-    while count and (part := os.read(fd, count)):
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)

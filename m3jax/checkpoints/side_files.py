@@ -1,6 +1,8 @@
 """The files beside the tensors: configuration, tokenizer, chat template.
 
 They are copied from a fixed list of names, up to a size limit, and never executed.
+A link that leads out of the folder is refused: a downloaded model could otherwise
+have a private file of its user's published with the merge.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.safetensors import load_json, open_regular
+from m3jax.checkpoints.files import inside, read_small
+from m3jax.checkpoints.json_text import load_json
 
 CONFIG = "config.json"
 TOKENIZER_FILES = (
@@ -32,25 +34,24 @@ TOKENIZER_FILES = (
 )
 SIDE_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
 MAX_SIDE_FILE = 256_000_000  # bytes; the largest tokenizers are a tenth of it
+_MAX_CONFIG = 8_000_000  # bytes; the longest lists of labels take an eighth of it
 
 
-def read_side_file(folder: Path, name: str) -> bytes | None:
+def read_side_file(folder: Path, name: str, limit: int = MAX_SIDE_FILE) -> bytes | None:
     """The content of a side file, or None where the folder has none.
 
     Raises:
-      CheckpointError: if it is not a regular file within the size limit.
+      CheckpointError: if it is no regular file of the folder, within `limit` bytes.
     """
-    path = folder / name
-    if not path.is_file() and not path.exists():
+    if not os.path.lexists(folder / name):
         return None
-    with os.fdopen(open_regular(path), "rb") as file:
-        content = file.read(MAX_SIDE_FILE + 1)
-    if len(content) > MAX_SIDE_FILE:
-        raise CheckpointError(f"{path}: larger than {MAX_SIDE_FILE} bytes")
-    return content
+    return read_small(inside(folder, name), limit)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json as a dict, or None where there is none."""
-    content = read_side_file(folder, CONFIG)
-    return None if content is None else load_json(content, str(folder / CONFIG))
+    content = read_side_file(folder, CONFIG, _MAX_CONFIG)
+    if content is None:
+        return None
+    # State-space models' time_step_limit is written as [0.0, Infinity].
+    return load_json(content, str(folder / CONFIG), constants=True)

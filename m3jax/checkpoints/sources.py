@@ -11,15 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from m3jax.checkpoints.dtypes import FLOAT32, Dtype
-from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.safetensors import TensorEntry, open_regular
+from m3jax.checkpoints.files import InputFile
+from m3jax.checkpoints.safetensors import TensorEntry
 
 _BLOCK = 1 << 18  # elements that a derived source holds at a time
 
@@ -45,45 +43,7 @@ class Source(Protocol):
         ...
 
 
-class InputFile:
-    """A file of a checkpoint, opened once and read from many threads at offsets."""
-
-    def __init__(self, path: Path, expected_size: int):
-        self.path = path
-        self._fd = open_regular(path)
-        self._stat = os.fstat(self._fd)
-        self.size = self._stat.st_size
-        if self.size != expected_size:
-            raise CheckpointError(f"{path}: the file changed while it was opened")
-
-    @property
-    def modified_ns(self) -> int:
-        return self._stat.st_mtime_ns
-
-    def read_into(self, out: memoryview, offset: int) -> None:
-        """Fills `out` with the bytes from `offset` on."""
-        while len(out):
-            count = os.preadv(self._fd, [out], offset)
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path}: ends at byte {offset}, {len(out)} bytes short; "
-                    "the file became shorter while it was read"
-                )
-            out, offset = out[count:], offset + count
-
-    def check_unchanged(self) -> None:
-        """Raises CheckpointError if the file was written to since it was opened."""
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
-            raise CheckpointError(
-                f"{self.path}: the file was changed while it was read; merge again"
-            )
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class FileTensor:
     """A tensor as it stands in a file."""
 
@@ -134,8 +94,8 @@ class FirstRows:
 class WithMeanRows:
     """A tensor with rows appended, each the mean of the rows that were there.
 
-    The mean is summed in float64 over blocks of rows, in order, and rounded to the
-    tensor's dtype.
+    The mean is summed in float64 over fixed blocks of rows, in order, and rounded to
+    the tensor's dtype. There is at least one row.
     """
 
     source: Source
@@ -162,7 +122,9 @@ class WithMeanRows:
             count = min(step, rows - row)
             block = np.empty(count * width, self.dtype.numpy)
             self.source.read_into(block, row * width)
-            total += block.reshape(count, width).astype(np.float64).sum(axis=0)
+            # NaN and infinity are for the check for non-finite values to report.
+            with np.errstate(over="ignore", invalid="ignore"):
+                total += block.reshape(count, width).astype(np.float64).sum(axis=0)
         return (total / rows).astype(self.dtype.numpy)
 
     def read_into(self, out: np.ndarray, start: int) -> None:
@@ -171,8 +133,8 @@ class WithMeanRows:
         if head:
             self.source.read_into(out[:head], start)
         if head < len(out):
-            where = np.arange(start + head - own, start + len(out) - own)
-            out[head:] = self.mean[where % len(self.mean)]
+            first = (start + head - own) % len(self.mean)
+            out[head:] = np.resize(np.roll(self.mean, -first), len(out) - head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +160,10 @@ class Float32:
             part = out[first : first + _BLOCK]
             block = np.empty(len(part), self.source.dtype.numpy)
             self.source.read_into(block, start + first)
-            with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf,
-                part[:] = block  # which the check for non-finite values reports
+            # What float32 cannot hold becomes inf; NaN stays NaN. The check for
+            # non-finite values reports both.
+            with np.errstate(over="ignore", invalid="ignore"):
+                part[:] = block
 
 
 def read_whole(source: Source) -> np.ndarray:

@@ -1,0 +1,86 @@
+"""The index of a sharded checkpoint: which file holds which tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import is_plain_name, read_small
+from m3jax.checkpoints.json_text import JsonCursor
+
+_MAX_INDEX = 100_000_000  # bytes; the index of a model of 600 B parameters has 9 MB
+_MAX_OTHER = 65536  # characters of what stands beside the weight map
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file name of each tensor.
+
+    Raises:
+      CheckpointError: it is damaged, or names a file outside the folder.
+    """
+    return parse_index(read_small(path, _MAX_INDEX), str(path))
+
+
+def parse_index(text: bytes, what: str) -> dict[str, str]:
+    """Checks the text of an index; see `read_index`.
+
+    Args:
+      text: the JSON.
+      what: its name in errors.
+    """
+    cursor = JsonCursor(text, what)
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}  # one string for each file, however many tensors
+    seen = set()
+    for key in cursor.members():
+        if key in seen:
+            raise CheckpointError(f"{what} has {shown(key)} twice")
+        seen.add(key)
+        if key != "weight_map":
+            cursor.value(_MAX_OTHER)
+            continue
+        for tensor in cursor.members():
+            name = cursor.string()
+            if tensor in weight_map:
+                raise CheckpointError(f"{what} has tensor {shown(tensor)} twice")
+            if not is_plain_name(name):
+                raise CheckpointError(
+                    f"{what}: tensor {shown(tensor)} is said to be in {shown(name)}; "
+                    "needs the plain name of a file in the same folder"
+                )
+            weight_map[tensor] = files.setdefault(name, name)
+    cursor.end()
+    if not weight_map:
+        raise CheckpointError(
+            f"{what}: has no weight_map of tensors to files; fetch it again"
+        )
+    return weight_map
+
+
+def check_index(
+    index: Path, weight_map: Mapping[str, str], held: Mapping[str, str]
+) -> None:
+    """Checks the index against what the files hold.
+
+    Args:
+      index: its path, for errors.
+      weight_map: the file of each tensor, by the index.
+      held: the file of each tensor, by the files.
+
+    Raises:
+      CheckpointError: naming the first tensor for which they differ.
+    """
+    for tensor, name in weight_map.items():
+        if held.get(tensor) != name:
+            where = f"{shown(held[tensor])} does" if tensor in held else "no file does"
+            raise CheckpointError(
+                f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, which "
+                f"does not hold it ({where}); fetch the index and the files again"
+            )
+    for tensor, name in held.items():
+        if tensor not in weight_map:
+            raise CheckpointError(
+                f"{index}: does not name tensor {shown(tensor)}, which {shown(name)} "
+                "holds; fetch the index and the files again"
+            )
