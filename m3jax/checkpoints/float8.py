@@ -137,9 +137,8 @@ def dequantise(
             scale_name = _scale_name(name, tensors)
             block = _block(codes.shape, tensors[scale_name], blocks)
         except CheckpointError as problem:
-            problems.append(
-                f"{shown(name)} ({codes.dtype.code}, shape {list(codes.shape)}) {problem}"
-            )
+            what = f"{codes.dtype.code}, shape {list(codes.shape)}"
+            problems.append(f"{shown(name)} ({what}) {problem}")
             continue
         result.pop(scale_name, None)
         result[name] = Dequantised(codes, tensors[scale_name], block)

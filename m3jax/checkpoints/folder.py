@@ -149,10 +149,10 @@ def _no_weights(present: list[str], safetensors: list[str]) -> str:
             "for example with peft: merge_and_unload() and save_pretrained(NEW_FOLDER)"
         )
     if safetensors:
-        few = ", ".join(map(shown, safetensors[:3]))
+        few = ", ".join([*map(shown, safetensors[:3]), "…"][: len(safetensors)])
         return (
-            f"{len(safetensors)} safetensors files ({few}{', …' * (len(safetensors) > 3)}) "
-            f"and neither {WEIGHTS} nor {INDEX}; give one file, or add the index"
+            f"{len(safetensors)} safetensors files ({few}) and neither {WEIGHTS} nor "
+            f"{INDEX}; give one file, or add the index"
         )
     for name in present:
         if name.endswith(_PICKLED):

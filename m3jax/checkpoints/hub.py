@@ -39,8 +39,9 @@ def locate(path: str) -> tuple[Path, str | None]:
     Raises:
       CheckpointError: one line, if there is no such thing or it cannot be fetched.
     """
-    local = os.path.expanduser(path)
-    if os.path.exists(local):
+    # Path's own methods raise where there is no such user, or too long a name.
+    local = os.path.expanduser(path)  # noqa: PTH111
+    if os.path.exists(local):  # noqa: PTH110
         return Path(local), None
     hub_id = _HUB_ID.fullmatch(path)
     if hub_id is None or path.startswith((".", "-")) or ".." in path:

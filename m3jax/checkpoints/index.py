@@ -19,7 +19,10 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
       CheckpointError: it is damaged, or names a file outside the folder.
     """
-    return parse_index(read_small(path, _MAX_INDEX), str(path))
+    try:
+        return parse_index(read_small(path, _MAX_INDEX), str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; fetch it again, or mend it") from None
 
 
 def parse_index(text: bytes, what: str) -> dict[str, str]:
@@ -52,9 +55,7 @@ def parse_index(text: bytes, what: str) -> dict[str, str]:
             weight_map[tensor] = files.setdefault(name, name)
     cursor.end()
     if not weight_map:
-        raise CheckpointError(
-            f"{what}: has no weight_map of tensors to files; fetch it again"
-        )
+        raise CheckpointError(f"{what}: has no weight_map of tensors to files")
     return weight_map
 
 
@@ -73,10 +74,10 @@ def check_index(
     """
     for tensor, name in weight_map.items():
         if held.get(tensor) != name:
-            where = f"{shown(held[tensor])} does" if tensor in held else "no file does"
+            where = shown(held[tensor]) if tensor in held else "no file"
             raise CheckpointError(
-                f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, which "
-                f"does not hold it ({where}); fetch the index and the files again"
+                f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, but "
+                f"{where} holds it; fetch the index and the files again"
             )
     for tensor, name in held.items():
         if tensor not in weight_map:

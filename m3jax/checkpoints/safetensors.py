@@ -110,7 +110,9 @@ def header_of(file: InputFile) -> Header:
             file.read(8, length), file.size - 8 - length, 8 + length
         )
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(
+            f"{path}: {error}; fetch the file again, or convert it"
+        ) from None
     return Header(tensors, metadata, file.size)
 
 
@@ -133,7 +135,7 @@ def parse_header(
     if not text.startswith(b"{"):
         raise CheckpointError(
             f"the header starts with {shown(text[:8])}, not with '{{'; this is no "
-            "safetensors file, or it is damaged"
+            "safetensors file"
         )
     entries: dict[str, TensorEntry] = {}
     metadata: dict[str, str] | None = None
@@ -192,8 +194,8 @@ def layout(
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise CheckpointError(
-            f"a header of {len(text)} bytes exceeds the format's limit of {MAX_HEADER}; "
-            "write several files (max_shard_size)"
+            f"the header would have {len(text)} bytes, the format's limit is "
+            f"{MAX_HEADER}; write several files (max_shard_size)"
         )
     data_start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {
@@ -216,16 +218,13 @@ def _read_metadata(cursor: JsonCursor) -> dict[str, str]:
 
 def _parse_entry(name: str, value: Any, data_start: int) -> TensorEntry:
     if not _is_name(name):
-        raise CheckpointError(
-            f"has a name that is not allowed: {_NAME_RULE}; rename it"
-        )
+        raise CheckpointError(f"has a name that is not allowed: {_NAME_RULE}")
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise CheckpointError("needs dtype, shape and data_offsets, no more")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"has dtype {shown(value['dtype'])}; known: {', '.join(DTYPES)}; convert "
-            "the checkpoint to one of these"
+            f"has dtype {shown(value['dtype'])}; known: {', '.join(DTYPES)}"
         )
     shape, offsets = value["shape"], value["data_offsets"]
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
@@ -242,8 +241,8 @@ def _parse_entry(name: str, value: Any, data_start: int) -> TensorEntry:
     start, stop = offsets
     if size * dtype.itemsize != stop - start:
         raise CheckpointError(
-            f"{dtype.code} of shape {shown(shape)} needs {size * dtype.itemsize} bytes, "
-            f"its offsets give {stop - start}"
+            f"({dtype.code} of shape {shown(shape)}) needs {size * dtype.itemsize} "
+            f"bytes, its offsets give {stop - start}"
         )
     return TensorEntry(dtype, tuple(shape), data_start + start, data_start + stop)
 
@@ -260,14 +259,13 @@ def _in_file_order(
             flaw = "they overlap" if start < end else "there is a hole"
             raise CheckpointError(
                 f"tensor {shown(name)} starts at byte {start}, the tensors before it "
-                f"end at {end}: {flaw}; the file is damaged: fetch it again"
+                f"end at {end}: {flaw}"
             )
         end = entries[name].stop
     if end != file_size:
         what = "was cut off" if end > file_size else "has bytes that are no tensor's"
         raise CheckpointError(
-            f"declares data through byte {end}, the file has {file_size}; it {what}: "
-            "fetch it again"
+            f"declares data through byte {end}, the file has {file_size}; it {what}"
         )
     return {name: entries[name] for name in names}
 

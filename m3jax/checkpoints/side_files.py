@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.files import inside, read_small
 from m3jax.checkpoints.json_text import load_json
 
@@ -54,4 +55,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if content is None:
         return None
     # State-space models' time_step_limit is written as [0.0, Infinity].
-    return load_json(content, str(folder / CONFIG), constants=True)
+    try:
+        return load_json(content, str(folder / CONFIG), constants=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; fetch it again, or mend it") from None
