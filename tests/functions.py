@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.methods import METHODS, dare
+from m3jax.methods import METHODS, dare, selection
 from m3jax.methods.method import Reduction, run_statistics
 
 Tensors = Mapping[str, np.ndarray]
@@ -31,7 +31,11 @@ def merge(
     if rule.statistics is not None:
         info = run_statistics(
             rule.statistics(len(models), size, trim_rate),
-            lambda reduction: _whole(reduction, base, models),
+            lambda reduction: answer(
+                reduction,
+                None if base is None else _flat(models[0], base),
+                jnp.stack([_flat(models[0], model) for model in models]),
+            ),
         )
     apply = jax.jit(rule.apply)
     merged = {}
@@ -72,7 +76,7 @@ def drop(
         else:
             thresholds = run_statistics(
                 dare.magnitude_thresholds(tuple(rates), stack[0].size, target=target),
-                lambda reduction, own=own, stack=stack: _counts(reduction, own, stack),
+                lambda reduction, own=own, stack=stack: answer(reduction, own, stack),
             )
             dropped = dare.magnitude_mask(
                 own, stack, jnp.asarray(thresholds).reshape(behind), target=target
@@ -85,19 +89,22 @@ def drop(
     return dropped_models
 
 
-def _whole(
-    reduction: Reduction, base: Tensors | None, models: Sequence[Tensors]
-) -> Any:
-    def flat(tensors: Tensors) -> np.ndarray:
-        return np.concatenate([tensors[name].ravel() for name in models[0]])
-
-    stack = jnp.asarray(np.stack([flat(model) for model in models]))
-    return _counts(reduction, None if base is None else jnp.asarray(flat(base)), stack)
-
-
-def _counts(reduction: Reduction, base: jax.Array | None, stack: jax.Array) -> Any:
+def answer(reduction: Reduction, base: Any, stack: Any) -> Any:
+    """Performs a reading pass over whole arrays at once; a sample is declined."""
     if reduction.sample:
         return None
-    valid = jnp.ones(stack.shape[1:], bool)
-    counts = jax.jit(reduction.function)(base, stack, valid, reduction.arguments)
-    return jax.tree.map(lambda count: np.asarray(count).astype(np.int64), counts)
+    return count(reduction, base, stack)
+
+
+def count(reduction: Reduction, base: Any, stack: Any) -> Any:
+    """Performs a reading pass over the given elements."""
+    counts = jax.jit(reduction.function)(
+        base, stack, jnp.ones(stack.shape[1:], bool), reduction.arguments
+    )
+    if reduction.histogram:
+        counts = selection.count_codes(counts)
+    return jax.tree.map(lambda part: np.asarray(part).astype(np.int64), counts)
+
+
+def _flat(names: Iterable[str], tensors: Tensors) -> jax.Array:
+    return jnp.asarray(np.concatenate([tensors[name].ravel() for name in names]))

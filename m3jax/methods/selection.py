@@ -151,6 +151,7 @@ def _guess(sample: np.ndarray, quantile: np.ndarray) -> Window:
     for count, q in zip(sample, quantile, strict=True):
         total = np.cumsum(count[:BINS])
         place = int(np.searchsorted(total, max(1, round(q * total[-1]))))
+        place = min(place, BINS - 1)  # a sample of NaNs has nothing to count
         inside = (q * total[-1] - total[place] + count[place]) / max(count[place], 1)
         pattern = int((place + inside) * (1 << shift))
         # Never from 0 on: the many entries that are exactly 0 are counted as "below",
