@@ -1,0 +1,61 @@
+"""Memory does not grow with the model: peak resident memory of whole merges."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m3jax.checkpoints import safetensors
+from m3jax.checkpoints.dtypes import BFLOAT16
+
+RECIPES = {
+    "average": [],
+    "ties": ["--config.method=ties"],
+    "ties_dare": ["--config.method=ties", "--config.dare.drop_rate=0.2"],
+}
+SMALL, LARGE = 16 << 20, 80 << 20  # elements; at least two chunks for each thread
+# Eight chunks of 2 Mi float32 elements would be 64 MiB; the models' difference in
+# size, base and two models read and one written, is 512 MiB.
+MAY_GROW = 64 << 20  # bytes
+
+
+def sparse_checkpoint(folder: Path, elements: int) -> str:
+    """A checkpoint of zeros that takes no room on the disk."""
+    shapes = {f"layers.{i}.weight": (elements // 8 // 1024, 1024) for i in range(8)}
+    header, entries = safetensors.layout(
+        [(name, BFLOAT16, shape) for name, shape in shapes.items()], {"format": "pt"}
+    )
+    folder.mkdir(parents=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(max(entry.stop for entry in entries.values()))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return str(folder)
+
+
+def peak_memory(folder: Path, elements: int, flags: list[str]) -> int:
+    """Bytes of resident memory that one merge needed at most."""
+    base, a, b = (
+        sparse_checkpoint(folder / name, elements) for name in ("base", "a", "b")
+    )
+    command = [sys.executable, "-m", "m3jax", "merge", f"--base={base}"]
+    command += [f"--models={a},{b}", f"--output={folder / 'out'}", "--nofsync", *flags]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0, process.stderr.read().decode()
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_peak_memory_is_that_of_a_few_chunks(tmp_path, recipe):
+    small = peak_memory(tmp_path / "small", SMALL, RECIPES[recipe])
+    large = peak_memory(tmp_path / "large", LARGE, RECIPES[recipe])
+    assert large - small < MAY_GROW, (small, large)
+    assert large < 10**9
