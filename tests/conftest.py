@@ -9,45 +9,9 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import dataclasses
-import logging
-import signal
-from collections.abc import Callable, Iterator
-
 import jax
-import pytest
-from absl import flags
+from command_line import run  # noqa: F401 - a fixture for all tests
 
 
 def pytest_sessionstart() -> None:
     assert jax.local_device_count() == 8, "jax was imported before tests/conftest.py"
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a command did: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
-    """Runs `m3jax ARGUMENTS...` in this process, each time as if it were a new one."""
-    from m3jax.__main__ import main
-
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: str) -> Result:
-        for name in list(flags.FLAGS):
-            if name.partition(".")[0] == "config":
-                delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
-        capsys.readouterr()
-        code = main(list(arguments))
-        return Result(code, *capsys.readouterr())
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-    logging.captureWarnings(False)

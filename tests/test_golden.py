@@ -11,6 +11,7 @@ import functions
 import numpy as np
 import pytest
 import reference
+from command_line import Run
 
 import m3jax
 
@@ -90,7 +91,7 @@ def test_merge(dtype: str, case: dict[str, Any], tmp_path: Path):
 
 
 @pytest.mark.parametrize(("dtype", "case"), NOTHING_DRAWN)
-def test_command_line(dtype: str, case: dict[str, Any], tmp_path: Path, command):
+def test_command_line(dtype: str, case: dict[str, Any], tmp_path: Path, run: Run):
     settings = _settings(case)
     fields = {
         "method": settings["method"],
@@ -105,7 +106,7 @@ def test_command_line(dtype: str, case: dict[str, Any], tmp_path: Path, command)
         "dtype": "float32",
     }
     folder = GOLDEN / dtype
-    result = command(
+    result = run(
         "merge",
         f"--base={folder / 'base'}",
         "--models=" + ",".join(str(folder / name) for name in case["models"]),
