@@ -114,7 +114,7 @@ def _architecture(config: dict[str, Any] | None) -> list[str]:
     if config is None:
         return fact("architecture", "unknown: there is no config.json")
     facts = _config_facts(config)
-    lines = [", ".join(_short(n) for n in facts.pop("architectures"))]
+    lines = [", ".join(_short(name) for name in facts.pop("architectures")[:3])]
     lines[0] = lines[0] or "unnamed in config.json"
     for group in _FACTS:
         found = [f"{field} {_short(facts[field])}" for field in group if field in facts]

@@ -108,14 +108,12 @@ def _tensors(
 ) -> list[str]:
     """The tensors that stand where they should, with dtype and shape as recorded."""
     found = []
-    held = {t: name for name, header in headers.items() for t in header.tensors}
     for name, recorded in record.tensors.items():
         if recorded.file not in headers:
             continue  # which is a problem already
         entry = headers[recorded.file].tensors.get(name)
         if entry is None:
-            where = f"; it is in {held[name]}" if name in held else ""
-            problems.append(f"{recorded.file}: lacks tensor {shown(name)}{where}")
+            problems.append(f"{recorded.file}: lacks tensor {shown(name)}")
         elif (entry.dtype.code, entry.shape) != (recorded.dtype, recorded.shape):
             problems.append(
                 f"{recorded.file}: tensor {shown(name)} is {entry.dtype.code} of shape "
@@ -125,10 +123,10 @@ def _tensors(
         else:
             found.append(name)
     problems += [
-        f"{file}: tensor {shown(name)} is not recorded"
+        f"{file}: holds tensor {shown(name)}, which is not recorded"
         for file, header in headers.items()
         for name in header.tensors
-        if name not in record.tensors
+        if name not in record.tensors or record.tensors[name].file != file
     ]
     return found
 
