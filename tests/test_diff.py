@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import BFLOAT16, ODD_SHAPES, encode, random_model, write
-from command_line import Run, run  # noqa: F401
+from command_line import Run
 
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.engine.compare import TILE, Comparison, compare
@@ -70,7 +70,7 @@ def oracle(a, b):
 @pytest.mark.parametrize(
     "dtype", [np.float64, np.float32, np.float16, BFLOAT16, np.int64, np.uint8]
 )
-def test_agrees_with_numpy(tmp_path, run: Run, dtype):  # noqa: F811
+def test_agrees_with_numpy(tmp_path, run: Run, dtype):
     shapes = {**ODD_SHAPES, "model.layers.2.large.weight": (3 * TILE + 17, 7)}
     scale = 1 if np.issubdtype(dtype, np.integer) else 0.02
     models = []
@@ -119,7 +119,7 @@ def test_neither_chunks_nor_threads_change_a_bit(tmp_path):
             assert found == expected
 
 
-def test_equal_checkpoints(tmp_path, run: Run):  # noqa: F811
+def test_equal_checkpoints(tmp_path, run: Run):
     model = random_model(0, dtype=BFLOAT16)
     model["model.norm.weight"][:] = [np.nan, np.inf, 0]
     names = list(model)
@@ -131,7 +131,7 @@ def test_equal_checkpoints(tmp_path, run: Run):  # noqa: F811
     assert compared(a, b).same
 
 
-def test_one_bit_is_a_difference(tmp_path, run: Run):  # noqa: F811
+def test_one_bit_is_a_difference(tmp_path, run: Run):
     a = random_model(0)
     b = {name: values.copy() for name, values in a.items()}
     a["model.norm.weight"][1], b["model.norm.weight"][1] = 0.0, -0.0
@@ -145,7 +145,7 @@ def test_one_bit_is_a_difference(tmp_path, run: Run):  # noqa: F811
     assert "99.99 %" in shown  # not 100: that is said of all alone
 
 
-def test_nonfinite_entries_are_counted_and_left_out(tmp_path, run: Run):  # noqa: F811
+def test_nonfinite_entries_are_counted_and_left_out(tmp_path, run: Run):
     a = {"w": np.array([1, np.nan, 3, np.inf, 5], np.float32)}
     b = {"w": np.array([2, np.nan, -np.inf, np.inf, 5], np.float32)}
     folders = write(tmp_path / "a", a), write(tmp_path / "b", b)
@@ -157,7 +157,7 @@ def test_nonfinite_entries_are_counted_and_left_out(tmp_path, run: Run):  # noqa
     assert "w: 3 entries are NaN or infinite in A or B" in run("diff", *folders).out
 
 
-def test_squares_that_overflow(tmp_path, run: Run):  # noqa: F811
+def test_squares_that_overflow(tmp_path, run: Run):
     a = {"w": np.array([1e300, -1e300], np.float64)}
     b = {"w": np.array([1e300, 1.7e308], np.float64)}
     folders = write(tmp_path / "a", a), write(tmp_path / "b", b)
@@ -167,7 +167,7 @@ def test_squares_that_overflow(tmp_path, run: Run):  # noqa: F811
     assert "—" in run("diff", *folders).out
 
 
-def test_zero_on_a_side(tmp_path, run: Run):  # noqa: F811
+def test_zero_on_a_side(tmp_path, run: Run):
     a = {"both": np.zeros(3, np.float32), "one": np.zeros(3, np.float32)}
     b = {"both": np.zeros(3, np.float32), "one": np.ones(3, np.float32)}
     folders = write(tmp_path / "a", a), write(tmp_path / "b", b)
@@ -178,7 +178,7 @@ def test_zero_on_a_side(tmp_path, run: Run):  # noqa: F811
     assert (one["norm_a"], one["norm_b"]) == (0, pytest.approx(math.sqrt(3)))
 
 
-def test_other_dtypes_are_compared_by_value(tmp_path, run: Run):  # noqa: F811
+def test_other_dtypes_are_compared_by_value(tmp_path, run: Run):
     a = random_model(
         0, {"model.layers.0.w": (5, 7), "model.layers.1.w": (9,)}, BFLOAT16
     )
@@ -193,7 +193,7 @@ def test_other_dtypes_are_compared_by_value(tmp_path, run: Run):  # noqa: F811
     assert tensors["model.layers.1.w"].equal == 8
 
 
-def test_tensors_without_a_partner_are_listed(tmp_path, run: Run):  # noqa: F811
+def test_tensors_without_a_partner_are_listed(tmp_path, run: Run):
     a = random_model(0, {f"h.{i}.w": (4,) for i in range(12)} | {"e": (5, 2)})
     b = random_model(0, {f"h.{i}.w": (4,) for i in range(10)} | {"e": (6, 2), "s": ()})
     ran = run("diff", write(tmp_path / "a", a), write(tmp_path / "b", b), "--exit_code")
@@ -208,7 +208,7 @@ def test_tensors_without_a_partner_are_listed(tmp_path, run: Run):  # noqa: F811
     assert found["total"]["elements"] == 40
 
 
-def test_nothing_in_common(tmp_path, run: Run):  # noqa: F811
+def test_nothing_in_common(tmp_path, run: Run):
     a = write(tmp_path / "a", random_model(0, {"x": (3,)}))
     b = write(tmp_path / "b", random_model(0, {"y": (3,)}))
     ran = run("diff", a, b)
@@ -220,7 +220,7 @@ def test_nothing_in_common(tmp_path, run: Run):  # noqa: F811
 
 
 @pytest.mark.parametrize("code", FLOAT8)
-def test_float8_is_compared_dequantised(tmp_path, run: Run, code):  # noqa: F811
+def test_float8_is_compared_dequantised(tmp_path, run: Run, code):
     weight = np.random.default_rng(0).normal(0, 0.02, (6, 10)).astype(np.float32)
     scale = np.float32(np.abs(weight).max() / 400)
     codes = (weight / scale).astype(FLOAT8[code])
@@ -246,7 +246,7 @@ def test_float8_is_compared_dequantised(tmp_path, run: Run, code):  # noqa: F811
     assert sums["m.weight_scale"].equal == 0
 
 
-def test_float8_without_scales_is_compared_as_codes(tmp_path, run: Run):  # noqa: F811
+def test_float8_without_scales_is_compared_as_codes(tmp_path, run: Run):
     codes = np.arange(8, dtype=np.uint8).view(FLOAT8["F8_E4M3"])
     a = write_float8(tmp_path / "a", "F8_E4M3", {"w": codes})
     b = write_float8(tmp_path / "b", "F8_E4M3", {"w": codes[::-1].copy()})
@@ -255,7 +255,7 @@ def test_float8_without_scales_is_compared_as_codes(tmp_path, run: Run):  # noqa
     assert ran.out.count("compared as codes") == 2
 
 
-def test_grouped_by_layer_and_kind(tmp_path, run: Run):  # noqa: F811
+def test_grouped_by_layer_and_kind(tmp_path, run: Run):
     shapes = {
         "model.embed_tokens.weight": (11, 4),
         **{
@@ -287,7 +287,7 @@ def test_grouped_by_layer_and_kind(tmp_path, run: Run):  # noqa: F811
 
 
 @pytest.mark.parametrize("layers", [0, 1, 60])
-def test_plot(tmp_path, run: Run, layers):  # noqa: F811
+def test_plot(tmp_path, run: Run, layers):
     shapes = {
         "wte.weight": (5, 4),
         "_odd_$name$": (3,),
@@ -326,7 +326,7 @@ def test_plot(tmp_path, run: Run, layers):  # noqa: F811
         (("a", "a", "--exit-code"), 2, "Unknown command line flag 'exit-code'"),
     ],
 )
-def test_misuse(tmp_path, run: Run, monkeypatch, arguments, code, said):  # noqa: F811
+def test_misuse(tmp_path, run: Run, monkeypatch, arguments, code, said):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", random_model(0))
     ran = run("diff", *arguments)
@@ -335,7 +335,7 @@ def test_misuse(tmp_path, run: Run, monkeypatch, arguments, code, said):  # noqa
     assert ran.out == ""
 
 
-def test_a_file_that_was_cut_off(tmp_path, run: Run):  # noqa: F811
+def test_a_file_that_was_cut_off(tmp_path, run: Run):
     a = write(tmp_path / "a", random_model(0))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(encode(random_model(0))[:-1])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from checkpoints import BFLOAT16, ODD_SHAPES, encode, random_model, write
-from command_line import Run, run  # noqa: F401
+from command_line import Run
 
 import m3jax
 from m3jax.commands import tensor_names
@@ -39,7 +39,7 @@ def rows(text):
     return [row.split("  ", 1)[0] for row in table]
 
 
-def test_folds_the_layers(tmp_path, run: Run):  # noqa: F811
+def test_folds_the_layers(tmp_path, run: Run):
     folder = write(tmp_path / "a", random_model(0, LLAMA, BFLOAT16), CONFIG)
     ran = run("inspect", folder)
     assert (ran.code, ran.err) == (0, "")
@@ -63,7 +63,7 @@ def test_folds_the_layers(tmp_path, run: Run):  # noqa: F811
     assert rows(every.out).index("model.layers.10.mlp.gate_proj.weight") == 42
 
 
-def test_layers_that_differ_are_not_folded(tmp_path, run: Run):  # noqa: F811
+def test_layers_that_differ_are_not_folded(tmp_path, run: Run):
     model = {f"h.{i}.w": np.zeros((2 + i % 2,), np.float32) for i in range(20)}
     model |= {"h.3.w": np.zeros(3, np.float16), "h.5.w": np.zeros(3, np.float16)}
     ran = run("inspect", write(tmp_path / "a", model))
@@ -75,7 +75,7 @@ def test_layers_that_differ_are_not_folded(tmp_path, run: Run):  # noqa: F811
     ]
 
 
-def test_json(tmp_path, run: Run):  # noqa: F811
+def test_json(tmp_path, run: Run):
     model = random_model(0)
     names = list(model)
     folder = write(tmp_path / "a", model, CONFIG, shards=[names[:3], names[3:]])
@@ -94,7 +94,7 @@ def test_json(tmp_path, run: Run):  # noqa: F811
     assert sum(facts["bytes"] for facts in found["tensors"].values()) == found["bytes"]
 
 
-def test_a_single_file_of_many_dtypes(tmp_path, run: Run):  # noqa: F811
+def test_a_single_file_of_many_dtypes(tmp_path, run: Run):
     model = {
         "ids": np.arange(5),
         "mask": np.array([True, False]),
@@ -118,7 +118,7 @@ def test_a_single_file_of_many_dtypes(tmp_path, run: Run):  # noqa: F811
     }
 
 
-def test_provenance(tmp_path, run: Run):  # noqa: F811
+def test_provenance(tmp_path, run: Run):
     base = random_model(0, LLAMA)
     write(tmp_path / "base", base)
     models = [
@@ -150,7 +150,7 @@ def test_provenance(tmp_path, run: Run):  # noqa: F811
     assert found["versions"]["m3jax"] == m3jax.__version__
 
 
-def test_a_damaged_record_is_said_and_the_rest_shown(tmp_path, run: Run):  # noqa: F811
+def test_a_damaged_record_is_said_and_the_rest_shown(tmp_path, run: Run):
     folder = write(tmp_path / "a", random_model(0))
     (folder / "m3jax.json").write_text('{"format": 99}')
     ran = run("inspect", folder)
@@ -173,7 +173,7 @@ def test_a_damaged_record_is_said_and_the_rest_shown(tmp_path, run: Run):  # noq
         {"hidden_size": json.loads("[" * 300 + "]" * 300)},
     ],
 )
-def test_any_config(tmp_path, run: Run, config):  # noqa: F811
+def test_any_config(tmp_path, run: Run, config):
     folder = write(tmp_path / "a", random_model(0))
     (folder / "config.json").write_text(json.dumps(config))
     for option in ((), ("--json",)):
@@ -194,7 +194,7 @@ def test_any_config(tmp_path, run: Run, config):  # noqa: F811
         (("text",), 3, "text"),
     ],
 )
-def test_misuse(tmp_path, run: Run, monkeypatch, arguments, code, said):  # noqa: F811
+def test_misuse(tmp_path, run: Run, monkeypatch, arguments, code, said):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", random_model(0))
     (tmp_path / "empty").mkdir()
@@ -206,7 +206,7 @@ def test_misuse(tmp_path, run: Run, monkeypatch, arguments, code, said):  # noqa
 
 
 @pytest.mark.parametrize("command", ["inspect", "diff", "verify"])
-def test_help(run: Run, command):  # noqa: F811
+def test_help(run: Run, command):
     ran = run(command, "--help")
     assert (ran.code, ran.err) == (0, "")
     assert f"usage: m3jax {command} " in ran.out

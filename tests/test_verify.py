@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from checkpoints import BFLOAT16, ODD_SHAPES, decode, encode, random_model, write
-from command_line import Run, run  # noqa: F401
+from command_line import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ def rewrite(folder, file, change):
     (folder / file).write_bytes(encode(tensors))
 
 
-def test_a_merge_verifies(merged, run: Run):  # noqa: F811
+def test_a_merge_verifies(merged, run: Run):
     assert m3jax.verify(merged) == []
     assert m3jax.verify(str(merged), threads=1) == []
     ran = run("verify", merged)
@@ -85,7 +85,7 @@ def test_what_is_not_part_of_a_checkpoint_is_ignored(merged):
 @pytest.mark.parametrize(
     "name", [n for n, shape in ODD_SHAPES.items() if 0 not in shape]
 )
-def test_one_bit_of_any_tensor(merged, run: Run, name):  # noqa: F811
+def test_one_bit_of_any_tensor(merged, run: Run, name):
     entry = record(merged)["tensors"][name]
     shard = merged / entry["file"]
     content = bytearray(shard.read_bytes())
@@ -148,7 +148,7 @@ def test_extra_files_of_tensors(merged):
     assert problem == "'more.safetensors': a safetensors file that is not recorded"
 
 
-def test_everything_at_once(merged, run: Run):  # noqa: F811
+def test_everything_at_once(merged, run: Run):
     """All problems are listed, whatever the others are."""
     (merged / SHARDS[0]).unlink()
     cut = (merged / SHARDS[1]).read_bytes()[:-1]
@@ -203,7 +203,7 @@ def test_links_and_strange_files(merged, tmp_path):
     assert "is a folder" in folder
 
 
-def test_without_a_record(tmp_path, run: Run):  # noqa: F811
+def test_without_a_record(tmp_path, run: Run):
     plain = write(tmp_path / "plain", random_model(0))
     for path in (plain, plain / "model.safetensors"):
         ran = run("verify", path)
@@ -214,7 +214,7 @@ def test_without_a_record(tmp_path, run: Run):  # noqa: F811
 
 
 @pytest.mark.parametrize("arguments", [(), ("a", "b")])
-def test_misuse(run: Run, arguments):  # noqa: F811
+def test_misuse(run: Run, arguments):
     ran = run("verify", *arguments)
     assert ran.code == 2
     assert "needs one checkpoint" in ran.error
@@ -274,7 +274,7 @@ def top(**fields):
         (tensor(more=0), "tensors: 'model.norm.weight' has"),
     ],
 )
-def test_a_record_that_m3jax_did_not_write(merged, run: Run, change, said):  # noqa: F811
+def test_a_record_that_m3jax_did_not_write(merged, run: Run, change, said):
     content = record(merged)
     change(content)
     (merged / "m3jax.json").write_text(json.dumps(content))
@@ -297,14 +297,14 @@ def test_a_record_that_m3jax_did_not_write(merged, run: Run, change, said):  # n
         b"1" * 9999,
     ],
 )
-def test_a_record_that_is_no_json(merged, run: Run, text):  # noqa: F811
+def test_a_record_that_is_no_json(merged, run: Run, text):
     (merged / "m3jax.json").write_bytes(text)
     ran = run("verify", merged)
     assert ran.code == 3
     assert "m3jax.json" in ran.error
 
 
-def test_a_record_that_is_no_file(merged, run: Run):  # noqa: F811
+def test_a_record_that_is_no_file(merged, run: Run):
     (merged / "m3jax.json").unlink()
     os.mkfifo(merged / "m3jax.json")
     ran = run("verify", merged)
