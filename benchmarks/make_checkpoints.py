@@ -100,7 +100,7 @@ def make(folder: Path, size: str, seed: int = 0) -> None:
     shards = make_shards(
         [[tensors[i] for i in group] for group in split_shards(sizes, _SHARD)]
     )
-    jobs = []
+    jobs: list[tuple[list[int], str, safetensors.TensorEntry]] = []
     for model in MODELS:
         (folder / model).mkdir(parents=True, exist_ok=True)
         if len(shards) > 1:
@@ -115,7 +115,8 @@ def make(folder: Path, size: str, seed: int = 0) -> None:
         for name, entry in shard.entries.items():
             jobs.append((files, name, entry))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda job: _fill(*job, seed), jobs))
+        for filled in [pool.submit(_fill, *job, seed) for job in jobs]:
+            filled.result()
     for model in MODELS:
         (folder / model / "config.json").write_text(json.dumps(config(size), indent=1))
 

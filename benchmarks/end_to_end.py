@@ -1,0 +1,223 @@
+"""Times whole merges: the floor, m3jax and mergekit in turn, several rounds.
+
+    python benchmarks/end_to_end.py --size=1.1b --mergekit=install
+
+Every merge is a process of its own. Inputs are in the page cache, and nothing of an
+earlier run is left to write when one starts. Writes results.json, table.md and
+picture.png. `--mergekit=PYTHON` names the Python of an environment that has mergekit;
+`install` makes one; without the flag and the environment its column stays empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import harness
+import programs
+import recipes
+from absl import app, flags
+
+_SIZE = flags.DEFINE_string("size", "1.1b", "Of the models; see make_checkpoints.py.")
+_RECIPES = flags.DEFINE_list("recipes", ["all"], "Which; see recipes.py.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that everything is run.", 1)
+_MERGEKIT_ROUNDS = flags.DEFINE_integer(
+    "mergekit_rounds", None, "The first rounds that mergekit takes part in. [all]"
+)
+_DATA = flags.DEFINE_string("data", "/tmp/m3jax-benchmarks", "For models and outputs.")
+_RESULTS = flags.DEFINE_string(
+    "results", str(harness.BENCHMARKS / "results"), "Where results go."
+)
+_MERGEKIT = flags.DEFINE_string("mergekit", "", "A Python with mergekit, or install.")
+_FSYNC = flags.DEFINE_bool(
+    "fsync", False, "The floor and m3jax wait for the disk; mergekit cannot."
+)
+
+Runs = dict[tuple[str, str], list[harness.Run]]  # by program and what it merges
+
+_WARM_UP = "10m"  # loads every program and library from the disk once
+_CACHED = 0.05  # a share of the input that may come from the disk after all
+
+
+def measure(
+    runner: programs.Programs,
+    chosen: dict[str, recipes.BenchmarkRecipe],
+    rounds: int,
+    mergekit_rounds: int,
+) -> Runs:
+    """Runs everything, interleaved."""
+    runs: Runs = defaultdict(list)
+
+    def keep(program: str, name: str, run: harness.Run) -> harness.Run:
+        runs[program, name].append(run)
+        late = run.disk_bytes > _CACHED * runner.size_bytes
+        print(
+            f"{program:8} {name:28} {run.wall:8.2f} s {run.peak_bytes / 1e9:6.2f} GB"
+            + (f", {run.disk_bytes / 1e9:.2f} GB from the disk" if late else ""),
+            file=sys.stderr,
+        )
+        return run
+
+    for round_ in range(rounds):
+        waiting = {recipe.mergekit for recipe in chosen.values()}
+        if runner.mergekit is None or round_ >= mergekit_rounds:
+            waiting = set()
+        for name, recipe in chosen.items():
+            merged = keep("m3jax", name, runner.m3jax(recipe))
+            floor = runner.floor(recipe, merged.report)
+            keep("floor", _floor(recipe), floor)
+            if recipe.mergekit in waiting:
+                waiting.remove(recipe.mergekit)
+                keep("mergekit", recipe.mergekit, runner.run_mergekit(recipe))
+    return runs
+
+
+def _floor(recipe: recipes.BenchmarkRecipe) -> str:
+    return f"{len(recipe.inputs)} inputs"
+
+
+def summarise(
+    runs: Runs, chosen: dict[str, recipes.BenchmarkRecipe]
+) -> list[dict[str, Any]]:
+    """One row per recipe: spreads of each program, and ratios of medians."""
+    rows = []
+    for name, recipe in chosen.items():
+        merged = _summary(runs["m3jax", name])
+        floor = _summary(runs["floor", _floor(recipe)])
+        own = runs.get(("mergekit", recipe.mergekit))
+        mergekit = _summary(own) if own else None
+        rows.append(
+            {
+                "recipe": name,
+                "mergekit_method": recipe.mergekit,
+                "m3jax": merged,
+                "floor": floor,
+                "mergekit": mergekit,
+                "times_faster": mergekit and _ratio(mergekit, merged, "wall"),
+                "streaming_to_floor": _ratio(merged, floor, "streaming"),
+            }
+        )
+    return rows
+
+
+def _summary(runs: list[harness.Run]) -> dict[str, Any]:
+    summary = {
+        "wall": harness.spread([run.wall for run in runs]),
+        "peak_bytes": max(run.peak_bytes for run in runs),
+        "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs),
+    }
+    if runs[0].report:
+        summary["streaming"] = harness.spread([*map(programs.streaming, runs)])
+    return summary
+
+
+def _ratio(over: dict[str, Any], under: dict[str, Any], what: str) -> float:
+    return over[what]["median"] / under[what]["median"]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table, and what one has to know to read it."""
+    header = [
+        "recipe",
+        "m3jax, s",
+        "mergekit, s",
+        "times faster",
+        "streaming, s",
+        "floor, s",
+        "of the floor",
+        "peak m3jax, GB",
+        "peak mergekit, GB",
+    ]
+    rows = []
+    for row in results["rows"]:
+        merged, floor, mergekit = row["m3jax"], row["floor"], row["mergekit"]
+        rows.append(
+            [
+                row["recipe"],
+                harness.seconds(merged["wall"]),
+                harness.seconds(mergekit and mergekit["wall"]),
+                harness.times(row["times_faster"], 1),
+                harness.seconds(merged["streaming"]),
+                harness.seconds(floor["streaming"]),
+                harness.times(row["streaming_to_floor"]),
+                harness.peak(merged),
+                harness.peak(mergekit) if mergekit else "–",
+            ]
+        )
+    waits = "wait" if results["fsync"] else "do not wait"
+    mergekit_part = (
+        f", of {results['mergekit_rounds']} of them for mergekit"
+        if results["mergekit_rounds"]
+        else "; mergekit was not measured"
+    )
+    caption = [
+        f"A base and two models of {results['parameters'] / 1e9:.2f} G parameters, "
+        f"bfloat16, {harness.gigabytes(results['model_bytes'])} GB each. Median "
+        f"(least–greatest) of {results['rounds']} interleaved rounds{mergekit_part}. "
+        f"Whole processes, inputs in the page cache; programs {waits} for the disk. "
+        "“Streaming” is the time from m3jax's first read to its last write, less "
+        "compilation; the floor is the same time of one pass without any arithmetic. "
+        "Peak memory: resident, mapped files included (of which memory that no file "
+        "backs).",
+        harness.environment(results),
+        f"`{results['command']}`",
+    ]
+    return harness.table(header, rows) + "\n" + "\n\n".join(caption) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    data, folder = Path(_DATA.value), Path(_RESULTS.value)
+    chosen = recipes.select(_RECIPES.value)
+    mergekit = programs.find_mergekit(_MERGEKIT.value, data)
+    if mergekit is None:
+        print("no mergekit (see --mergekit): its column is skipped", file=sys.stderr)
+    programs.make_models(data, [_WARM_UP, _SIZE.value])
+    output = data / f"output-{os.getpid()}"
+    runner = programs.Programs(data / _WARM_UP, output, mergekit, _FSYNC.value)
+    measure(runner, chosen, 1, 1)
+    runner = dataclasses.replace(runner, data=data / _SIZE.value)
+    rounds = _ROUNDS.value
+    mergekit_rounds = min(rounds, _MERGEKIT_ROUNDS.value or rounds) if mergekit else 0
+    runs = measure(runner, chosen, rounds, mergekit_rounds)
+    results = {
+        "command": f"python benchmarks/end_to_end.py --size={_SIZE.value} "
+        f"--recipes={','.join(_RECIPES.value)} --rounds={rounds}"
+        + f" --mergekit_rounds={mergekit_rounds} --mergekit=install" * bool(mergekit)
+        + " --fsync" * _FSYNC.value,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": harness.commit(),
+        "size": _SIZE.value,
+        "model_bytes": runner.size_bytes,
+        "parameters": runner.size_bytes // 2,  # the header is lost in them
+        "rounds": rounds,
+        "mergekit_rounds": mergekit_rounds,
+        "mergekit_flags": programs.MERGEKIT_FLAGS,
+        "fsync": _FSYNC.value,
+        "machine": harness.machine(data),
+        "versions": {
+            "m3jax": programs.m3jax_versions(),
+            "mergekit": mergekit and programs.mergekit_versions(mergekit),
+        },
+        "rows": summarise(runs, chosen),
+        "runs": [
+            {"program": program, "recipe": name, **dataclasses.asdict(run)}
+            for (program, name), own in runs.items()
+            for run in own
+        ],
+    }
+    harness.write_json(folder / "results.json", results)
+    (folder / "table.md").write_text(markdown(results))
+    import picture  # only now matplotlib: see harness.py
+
+    picture.draw(results, folder / "picture.png")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    app.run(main)
