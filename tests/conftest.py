@@ -11,6 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 from command_line import run  # noqa: F401 - a fixture for all tests
+from hypothesis import settings
+
+# A busy machine is slow, not wrong.
+settings.register_profile("m3jax", deadline=None)
+settings.load_profile("m3jax")
 
 
 def pytest_sessionstart() -> None:

@@ -1,0 +1,104 @@
+"""What must hold of the readers whatever bytes they are given.
+
+Each function takes any bytes, and raises AssertionError where a reader fails in
+another way than with one clear line, accepts what the safetensors library (or
+Python's own json) refuses, or reads something else than they do. The tests give them
+bytes that hypothesis thinks up, `fuzz.py` bytes that reach new branches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+
+from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.index import parse_index
+from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.safetensors import Header, read_header
+
+LONGEST_MESSAGE = 1000  # characters; a screenful
+T = TypeVar("T")
+
+
+def check_safetensors(content: bytes) -> Header | None:
+    """A whole safetensors file; returns its header, or None where it is refused."""
+    fd = os.memfd_create("safetensors")
+    try:
+        os.pwrite(fd, content, 0)
+        ours = _outcome(lambda: read_header(Path(f"/proc/self/fd/{fd}")))
+    finally:
+        os.close(fd)
+    theirs = _library(content)
+    if ours is None:
+        return None
+    assert theirs is not None, "the safetensors library refuses it"
+    start = len(content) - sum(len(entry["data"]) for entry in theirs.values())
+    assert ours.tensors.keys() == theirs.keys()
+    for name, tensor in ours.tensors.items():
+        their = theirs[name]
+        assert tensor.dtype.code == their["dtype"]
+        assert list(tensor.shape) == their["shape"]
+        assert content[tensor.start : tensor.stop] == bytes(their["data"])
+        assert tensor.stop - tensor.start == (
+            math.prod(tensor.shape) * tensor.dtype.itemsize
+        )
+        assert start <= tensor.start <= tensor.stop <= len(content) == ours.file_size
+    return ours
+
+
+def check_header(content: bytes) -> Header | None:
+    """The header's text, behind two bytes that say how much data there is."""
+    text, size = content[2:], int.from_bytes(content[:2], "little")
+    return check_safetensors(framed(text, bytes(size)))
+
+
+def check_index(text: bytes) -> dict[str, str] | None:
+    """The text of an index of shards."""
+    ours = _outcome(lambda: parse_index(text, "index"))
+    if ours is None:
+        return None
+    theirs = json.loads(text)["weight_map"]
+    assert ours == theirs
+    for name in ours.values():
+        assert (Path("folder") / name).parts == ("folder", name)
+        assert name != ".."
+        assert name.isprintable()
+    return ours
+
+
+def check_config(text: bytes) -> dict[str, Any] | None:
+    """The text of config.json."""
+    ours = _outcome(lambda: load_json(text, "config.json", constants=True))
+    if ours is not None:  # as text, in which NaN equals NaN
+        assert json.dumps(ours) == json.dumps(json.loads(text.decode()))
+        assert isinstance(ours, dict)
+    return ours
+
+
+def framed(text: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file: the header's length (true or claimed), the header, data."""
+    length = len(text) if length is None else length
+    return length.to_bytes(8, "little") + text + data
+
+
+def _outcome(read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except CheckpointError as error:
+        message = str(error)
+        assert message and len(message) <= LONGEST_MESSAGE, message
+        assert message.isprintable(), message
+        return None
+
+
+def _library(content: bytes) -> dict[str, Any] | None:
+    try:
+        return dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError:
+        return None
