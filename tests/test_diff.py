@@ -335,6 +335,14 @@ def test_misuse(tmp_path, run: Run, monkeypatch, arguments, code, said):
     assert ran.out == ""
 
 
+def test_plot_without_matplotlib(tmp_path, run: Run, monkeypatch):
+    a = write(tmp_path / "a", random_model(0))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = run("diff", a, a, f"--plot={tmp_path / 'p.png'}")
+    assert ran.code == 2
+    assert "pip install 'm3jax[plot]'" in ran.error
+
+
 def test_a_file_that_was_cut_off(tmp_path, run: Run):
     a = write(tmp_path / "a", random_model(0))
     cut = tmp_path / "cut.safetensors"
