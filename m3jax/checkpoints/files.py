@@ -41,18 +41,25 @@ def open_regular(path: Path) -> int:
     return fd
 
 
-def read_small(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+def open_small(path: Path, limit: int) -> InputFile:
+    """Opens a regular file of at most `limit` bytes.
 
     Raises:
       CheckpointError: it is larger, or no regular file.
     """
-    with InputFile(path) as file:
-        if file.size > limit:
-            raise CheckpointError(
-                f"{path}: has {file.size} bytes, at most {limit} are read of such a "
-                "file; it is damaged, or not what its name says"
-            )
+    file = InputFile(path)
+    if file.size > limit:
+        file.close()
+        raise CheckpointError(
+            f"{path}: has {file.size} bytes, at most {limit} are read of such a file; "
+            "it is damaged, or not what its name says"
+        )
+    return file
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; see `open_small`."""
+    with open_small(path, limit) as file:
         return file.read(0, file.size)
 
 
@@ -77,9 +84,9 @@ def inside(folder: Path, name: str) -> Path:
       CheckpointError: the file is missing, or a link that leads elsewhere.
     """
     path = folder / name
-    # Path's own method raises where the name is too long.
+    # Path's own methods raise where the name is too long.
     if not os.path.exists(path):  # noqa: PTH110
-        what = "a link to nothing" if path.is_symlink() else "missing"
+        what = "a link to nothing" if os.path.islink(path) else "missing"  # noqa: PTH114
         raise CheckpointError(
             f"{folder}: file {shown(name)} is {what}; copy or download it again"
         )

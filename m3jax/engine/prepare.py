@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +13,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-import m3jax
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.output import Shard, make_shards
+from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import plan
 from m3jax.engine.inputs import MergeInputs, align
 from m3jax.engine.kernels import Transform
@@ -168,18 +166,6 @@ class Prepared:
         names = [tensor.name for tensor in self.inputs.tensors]
         return prng.mask_keys(prng.root_key(self.seed), len(self.models), names)
 
-    def fingerprint(self) -> str:
-        """A digest of all that decides the output's bytes; `--resume` compares it."""
-        facts: list[Any] = [m3jax.__version__, self.recipe.to_dict(), self.seed]
-        for checkpoint in self.checkpoints:
-            facts += [
-                [str(file.path), file.size, file.modified_ns]
-                for file in checkpoint.files
-            ]
-        facts += [shard.header.hex() for shard in self.shards]
-        facts.append([self.base is None, self.execution.allow_nonfinite])
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
 
 @contextlib.contextmanager
 def prepare(
@@ -210,6 +196,10 @@ def prepare(
                 f"tokenizer_from={execution.tokenizer_from} needs 'base' or one of the "
                 f"models: {', '.join(names)}"
             )
+        first = opened_base or opened[0]
+        of_name = dict(zip(names, opened, strict=True))
+        for owner in (first, of_name.get(execution.tokenizer_from or "", first)):
+            check_side_files(owner.folder)
         yield _plan(opened_base, opened, recipe, seed, execution)
 
 
