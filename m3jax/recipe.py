@@ -244,7 +244,7 @@ class _Problems:
 
     def patterns(self, field: str, values: object) -> None:
         if not isinstance(values, tuple):
-            self.add(field, values, "a tuple of regular expressions")
+            self.add(field, values, "a tuple of regular expressions, as ('lm_head.*',)")
             return
         for i, value in enumerate(values):
             try:

@@ -136,6 +136,9 @@ def align(
         raise MismatchError(problems)
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
+    for pattern in recipe.exclude:
+        if not any(re.match(pattern, name) for name in tables[0]):
+            notes.append(f"exclude: {pattern!r} matches no tensor")
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
 
