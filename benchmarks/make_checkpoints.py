@@ -22,7 +22,7 @@ from absl import app, flags
 from m3jax.checkpoints import safetensors
 from m3jax.checkpoints.dtypes import BFLOAT16
 from m3jax.checkpoints.folder import INDEX
-from m3jax.checkpoints.output import index_json, make_shards
+from m3jax.checkpoints.shards import index_json, make_shards
 from m3jax.engine.plan import natural_order, split_shards
 
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads

@@ -32,10 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(COMMANDS)}"
         print(f"m3jax: no command {name!r}; {hint}", file=sys.stderr)
         return 2
-    from m3jax.commands import cli
+    try:
+        from m3jax.commands import cli
 
-    module = importlib.import_module(f"m3jax.commands.{name}")
-    return cli.run(name, module, arguments[1:])
+        module = importlib.import_module(f"m3jax.commands.{name}")
+        return cli.run(name, module, arguments[1:])
+    except KeyboardInterrupt:  # before `run` could catch it, or once more behind it
+        print(f"m3jax {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _usage() -> str:

@@ -1,127 +1,231 @@
 """Writes a checkpoint folder so that its final name never shows a part of it.
 
-Everything is written to a hidden folder beside the final one, `.NAME.m3jax-partial`,
-which is renamed when it is complete. While a merge runs it holds a lock on it; after
-an interruption it stays, with a journal of what was completely written, and
-`--resume` goes on from there.
+While a merge into `NAME` runs, a hidden folder beside it, `.NAME.m3jax-partial`, holds
+
+    lock             held as long as the merge runs: a second one is refused
+    journal.jsonl    what was found out and completely written, for `--resume`
+    checkpoint/      the output under construction, renamed to `NAME` when it is whole
+    old/             only where two names cannot be swapped in one step, for a moment:
+                     the output that is being replaced
+
+and goes away with the end of the merge, unless there is something to resume.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import json
 import os
+import re
+import resource
 import shutil
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from m3jax.checkpoints import safetensors
-from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints import durable
+from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
+from m3jax.checkpoints.side_files import SIDE_FILES
 
 MANIFEST = "m3jax.json"
-_JOURNAL = "journal.jsonl"
-_LOCK = "lock"
+MODEL_CARD = "README.md"
+_JOURNAL, _LOCK, _CHECKPOINT, _OLD = "journal.jsonl", "lock", "checkpoint", "old"
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+# What flock says where the file system has no locks, as Lustre mounted without them.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class OutputError(CheckpointError):
-    """The output's place is taken, in use, or has too little room."""
+    """The output's place is taken, or in use."""
+
+
+class SpaceError(OSError):
+    """The disk has too little room for the output, or the system allows no such file.
+
+    The message is one line with both numbers.
+    """
 
 
 class OutputFolder:
     """The folder under construction. Use as a context manager.
 
-    Leaving it by an exception keeps the partial folder for `--resume`, unless nothing
-    worth keeping was journalled.
+    Leaving it by an exception keeps the partial folder for `--resume`, and says so in
+    a note on the exception, unless nothing worth keeping was journalled.
+
+    Attributes:
+      final: the folder's final path.
+      path: where its files are written.
+      journalled: entries of the interrupted merge that is resumed.
     """
 
-    def __init__(self, final: Path, *, overwrite: bool, resume: bool):
+    def __init__(
+        self,
+        final: Path,
+        *,
+        overwrite: bool,
+        resume: bool,
+        note: Callable[[str], None] = lambda line: None,
+    ):
         """Takes the lock; see `check_free` for the conditions.
 
         Args:
           final: the folder's final path.
           overwrite: replace a previous m3jax output or an empty folder.
           resume: keep what an interrupted merge has left.
+          note: is told what the user should know.
         """
+        check_name(final)
         self.final = final
-        self.path = final.parent / f".{final.name}.m3jax-partial"
+        self._work = final.parent / f".{final.name}.m3jax-partial"
+        self.path = self._work / _CHECKPOINT
         self._overwrite = overwrite
-        check_free(final, overwrite=overwrite)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        self._note = note
         self._journal_lock = threading.Lock()
         self.journalled: list[dict[str, Any]] = []
-        if resume:
-            self.journalled = self._read_journal()
-        else:
-            self.clear()
+        final.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        try:
+            if durable.put_back(final, self._work / _OLD):
+                note(f"{final}: put back, a crash had interrupted its replacement")
+            check_free(final, overwrite=overwrite)
+            self._start(resume)
+            self._identity = self.path.stat()
+        except BaseException:
+            self._leave(keep=self.resumable)
+            raise
 
     def __enter__(self) -> OutputFolder:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None and not self.resumable:
-            shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        keep = error is not None and self.resumable
+        if error is not None and self.committed:
+            error.add_note(f"{self.final} is complete")
+        elif keep and error is not None:
+            mend = isinstance(error, CheckpointError)  # the same would fail again
+            error.add_note(
+                f"what is done so far is kept in {self._work}"
+                + (
+                    " for --resume"
+                    if mend
+                    else "; the same command with --resume goes on from there"
+                )
+            )
+        self._leave(keep=keep)
 
     @property
     def resumable(self) -> bool:
-        return (self.path / _JOURNAL).exists()
+        """Whether an interrupted merge could go on from here."""
+        return (self._work / _JOURNAL).exists() and not self.committed
 
-    def clear(self) -> None:
-        """Removes what an earlier merge has left."""
-        self.journalled = []
+    @property
+    def committed(self) -> bool:
+        """Whether the final name is that of the folder which was written here."""
+        if not hasattr(self, "_identity"):
+            return False
+        try:
+            return os.path.samestat(self.final.stat(), self._identity)
+        except FileNotFoundError:
+            return False
+
+    def clear(self, *, keep: Collection[str] = ()) -> None:
+        """Removes what an earlier merge has left.
+
+        Args:
+          keep: files that stay, and the journal with them.
+        """
+        if not keep:
+            self.journalled = []
+            # First of all: without its files it would be of no use.
+            (self._work / _JOURNAL).unlink(missing_ok=True)
         for path in self.path.iterdir():
-            if path.name != _LOCK:
-                path.unlink()
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def journal(self, entry: dict[str, Any]) -> None:
-        """Appends a line; it survives the death of this process."""
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        with self._journal_lock, (self.path / _JOURNAL).open("ab", 0) as file:
-            file.write(line)
+    def journal(self, *entries: dict[str, Any]) -> None:
+        """Appends lines to the journal; they survive the death of this process."""
+        with self._journal_lock:
+            durable.append_lines(self._work / _JOURNAL, list(entries))
 
     def write(self, name: str, content: bytes) -> None:
-        (self.path / name).write_bytes(content)
+        """Writes a whole file."""
+        path = self.path / name
+        with path.open("wb", 0) as file:
+            durable.write_at(file.fileno(), memoryview(content), 0, path)
 
-    def check_space(self, needed: int) -> None:
-        """Raises OutputError if the disk has less than `needed` bytes to spare."""
+    def check_space(self, needed: int, *, largest: int = 0) -> None:
+        """Raises SpaceError if there is no room for the output.
+
+        Args:
+          needed: bytes of all its files.
+          largest: bytes of the largest of them.
+        """
         held = sum(path.stat().st_blocks * 512 for path in self.path.iterdir())
         stats = os.statvfs(self.path)
         free = stats.f_bavail * stats.f_frsize + held
         if free < needed:
-            raise OutputError(
+            raise SpaceError(
                 f"{self.final.parent}: the merged model needs {needed:,} bytes, "
                 f"{free:,} are free; free some space or choose another --output"
+            )
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY and limit < largest:
+            raise SpaceError(
+                f"{self.final}: needs a file of {largest:,} bytes, this process may "
+                f"write {limit:,}; allow more (ulimit -f), or choose a smaller "
+                "--config.max_shard_size"
             )
 
     def commit(self, *, fsync: bool) -> None:
         """Gives the complete folder its final name."""
-        for name in (_JOURNAL, _LOCK):
-            (self.path / name).unlink(missing_ok=True)
         if fsync:
-            for path in [*self.path.iterdir(), self.path]:
-                _fsync(path)
-        # What `check_free` allowed may have changed during a long merge.
+            try:
+                for path in [*self.path.iterdir(), self.path]:
+                    durable.sync(path)
+            except OSError:
+                # Reading back shows what is in memory, not what the disk has lost, so
+                # no checksum could tell what is left to do.
+                self.clear()
+                raise
+        # What was allowed in the beginning may have changed during a long merge.
         check_free(self.final, overwrite=self._overwrite)
-        old = self.final.parent / f".{self.final.name}.m3jax-old"
-        if self.final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.final.rename(old)
-        self.path.rename(self.final)
+        durable.put_in_place(self.path, self.final, self._work / _OLD)
         if fsync:
-            _fsync(self.final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+            durable.sync(self.final.parent)
+
+    def _start(self, resume: bool) -> None:
+        if (self._work / _OLD).exists():  # its replacement is in place
+            shutil.rmtree(self._work / _OLD)
+        self.path.mkdir(exist_ok=True)
+        journal = self._work / _JOURNAL
+        if resume:
+            self.journalled = durable.read_lines(journal)
+            if not self.journalled:
+                self._note("nothing to resume; starting from the beginning")
+        elif journal.exists():
+            self._note(
+                f"{self._work}: discarding what an interrupted merge has left; "
+                "--resume would go on from there"
+            )
+        if not self.journalled:
+            self.clear()
 
     def _take_lock(self) -> int:
         while True:
-            self.path.mkdir(exist_ok=True)
+            self._work.mkdir(exist_ok=True)
+            if self._work.is_symlink():
+                raise OutputError(f"{self._work}: is a link; remove it")
             try:
-                fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+                fd = os.open(self._work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
             except FileNotFoundError:  # the other merge has just finished
                 continue
             try:
@@ -132,130 +236,78 @@ class OutputFolder:
                     f"{self.final}: another merge is writing this output; wait for it "
                     "or choose another --output"
                 ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(fd)
+                    raise
+                self._note(
+                    f"{self.final.parent}: this file system has no locks; see to it "
+                    "that no other merge writes the same output"
+                )
             with contextlib.suppress(FileNotFoundError):
-                if os.fstat(fd).st_ino == (self.path / _LOCK).stat().st_ino:
+                if os.fstat(fd).st_ino == (self._work / _LOCK).stat().st_ino:
                     return fd
             os.close(fd)
 
-    def _read_journal(self) -> list[dict[str, Any]]:
+    def _leave(self, *, keep: bool) -> None:
+        """Lets go of the lock; removes the partial folder unless it is to be kept."""
         try:
-            lines = (self.path / _JOURNAL).read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        entries = []
-        for line in lines[:-1]:  # what follows the last newline was cut off
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
-        return entries
+            if not keep:
+                (self._work / _JOURNAL).unlink(missing_ok=True)
+                shutil.rmtree(self.path, ignore_errors=True)
+                if self.final.exists():
+                    shutil.rmtree(self._work / _OLD, ignore_errors=True)
+                (self._work / _LOCK).unlink(missing_ok=True)
+        finally:
+            os.close(self._lock)
+        if not keep:
+            # Only now: NFS keeps an entry for a file that is open. Another merge may
+            # have begun in it.
+            with contextlib.suppress(OSError):
+                self._work.rmdir()
+
+
+def check_name(final: Path) -> None:
+    """Raises OutputError unless `final` ends with the name of a folder."""
+    if final.name in ("", ".."):
+        raise OutputError(f"{final}: needs to end with the name of the folder to make")
 
 
 def check_free(final: Path, *, overwrite: bool) -> None:
     """Raises OutputError unless `final` may become the output folder."""
+    check_name(final)
     if not (final.exists() or final.is_symlink()):
         return
     if final.is_symlink() or not final.is_dir():
         raise OutputError(
             f"{final}: exists and is not a folder; choose another --output"
         )
-    ours = (final / MANIFEST).is_file()
-    empty = not any(final.iterdir())
+    names = sorted(path.name for path in final.iterdir())
+    ours = MANIFEST in names
     if not overwrite:
-        hint = "pass --overwrite to replace it" if ours or empty else "choose another"
+        foreign = bool(names) and not ours
+        hint = "choose another" if foreign else "pass --overwrite to replace it"
         raise OutputError(f"{final}: exists already; {hint}")
-    if not (ours or empty):
+    if names and not ours:
         raise OutputError(
             f"{final}: holds no {MANIFEST}, so it is no output of m3jax and is not "
             "overwritten; choose another --output or remove it yourself"
         )
-
-
-class ShardWriter:
-    """The safetensors files of an output, written at offsets from many threads."""
-
-    def __init__(self, folder: OutputFolder, shards: list[Shard], *, keep: bool):
-        """Creates the files with their headers and full sizes.
-
-        Args:
-          folder: where to.
-          shards: the files.
-          keep: leave what the files hold already (to resume).
-        """
-        self._files: list[int] = []
-        for shard in shards:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
-            fd = os.open(folder.path / shard.name, flags, 0o666)
-            self._files.append(fd)
-            os.ftruncate(fd, shard.size)
-            _write_all(fd, memoryview(shard.header), 0)
-
-    def write(self, shard: int, offset: int, values: np.ndarray) -> None:
-        """Writes the bytes of `values` at `offset` of file number `shard`."""
-        _write_all(self._files[shard], memoryview(values.view(np.uint8)), offset)
-
-    def read(self, shard: int, offset: int, out: np.ndarray) -> None:
-        """Reads back bytes that were written."""
-        view = memoryview(out)
-        while len(view):
-            count = os.preadv(self._files[shard], [view], offset)
-            if count == 0:
-                raise OSError("an output file became shorter while it was written")
-            view, offset = view[count:], offset + count
-
-    def close(self) -> None:
-        for fd in self._files:
-            os.close(fd)
-
-
-class Shard:
-    """One safetensors file of an output: its name, header and tensors' places."""
-
-    def __init__(self, name: str, tensors: list[Any]):
-        """`tensors`: (name, Dtype, shape) of each."""
-        # transformers asks for this piece of metadata; one key, so its order is fixed.
-        self.header, self.entries = safetensors.layout(tensors, {"format": "pt"})
-        self.name = name
-        self.size = max(
-            [len(self.header), *(entry.stop for entry in self.entries.values())]
+    others = [name for name in names if not _is_ours(name)]
+    if others:
+        raise OutputError(
+            f"{final}: also holds {', '.join(map(shown, others[:3]))}"
+            f"{', …' * (len(others) > 3)}, which m3jax did not write and "
+            "--overwrite would remove; move it away or choose another --output"
+        )
+    if final.is_mount():
+        raise OutputError(
+            f"{final}: is a mount point, which cannot be replaced; choose a new folder "
+            "in it"
         )
 
 
-def make_shards(tensors: list[list[Any]]) -> list[Shard]:
-    """Shards named as transformers names them, one per list of tensors."""
-    if len(tensors) == 1:
-        return [Shard(WEIGHTS, tensors[0])]
-    return [
-        Shard(f"model-{i:05d}-of-{len(tensors):05d}.safetensors", group)
-        for i, group in enumerate(tensors, start=1)
-    ]
-
-
-def index_json(shards: list[Shard]) -> bytes:
-    """The content of `model.safetensors.index.json`."""
-    places = {name: shard.name for shard in shards for name in shard.entries}
-    size = sum(e.stop - e.start for shard in shards for e in shard.entries.values())
-    index = {
-        "metadata": {"total_size": size},
-        "weight_map": dict(sorted(places.items())),
-    }
-    return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def write_index(folder: OutputFolder, shards: list[Shard]) -> None:
-    if len(shards) > 1:
-        folder.write(INDEX, index_json(shards))
-
-
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
-    while len(view):
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _is_ours(name: str) -> bool:
+    """Whether a file of this name is part of an output."""
+    known = (MANIFEST, MODEL_CARD, INDEX, WEIGHTS, *SIDE_FILES)
+    return name in known or _SHARD.fullmatch(name) is not None

@@ -14,7 +14,8 @@ import xxhash
 import m3jax
 from m3jax.checkpoints import model_card, side_files
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.output import MANIFEST, OutputFolder, Shard
+from m3jax.checkpoints.output import MANIFEST, MODEL_CARD, OutputFolder
+from m3jax.checkpoints.shards import Shard
 from m3jax.recipe import Recipe
 
 FORMAT = 1  # of m3jax.json; `record` reads it
@@ -48,7 +49,7 @@ def write(folder: OutputFolder, facts: Facts) -> None:
     """Writes the side files, the model card and m3jax.json."""
     checkpoints = [*([facts.base] if facts.base else []), *facts.models]
     files = _side_files(facts, checkpoints[0])
-    files["README.md"] = model_card.render(
+    files[MODEL_CARD] = model_card.render(
         facts.recipe, facts.seed, facts.ratios, facts.base, facts.models
     ).encode()
     for name, content in files.items():

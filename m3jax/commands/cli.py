@@ -52,7 +52,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         print(_help(name, module))
         return 0
     logging.captureWarnings(True)
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     debug = "--debug" in arguments
     try:
         arguments = getattr(module, "prepare", list)(arguments)
@@ -70,9 +70,17 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         code, message = _explain(error)
         print(f"m3jax {name}: {message}", file=sys.stderr)
         return code
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit code and one line, with what was noted on the error's way up."""
+    code, message = _classify(error)
+    return code, "; ".join([message, *getattr(error, "__notes__", [])])
+
+
+def _classify(error: BaseException) -> tuple[int, str]:
     # Imported here, where they are loaded already if they were raised.
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.recipe import RecipeError
@@ -86,7 +94,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, text or "interrupted"
     if isinstance(error, Terminated):
         return TERMINATED, text or "terminated"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text  # XLA's
+    ):
         return (
             SYSTEM,
             "out of memory; a smaller --chunk_size or fewer --threads need less",
@@ -98,6 +108,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
             errno.EDQUOT: "; the disk quota is used up",
             errno.EFBIG: "; files may not be this large here (see ulimit -f)",
             errno.EIO: "; the disk failed to read or write",
+            errno.EMFILE: "; this process may not open more (see ulimit -n)",
         }
         return SYSTEM, what + hints.get(error.errno or 0, "")
     if isinstance(error, ValueError):

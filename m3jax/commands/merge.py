@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from m3jax.commands import allocator, config, reporting
-from m3jax.commands.cli import Terminated, UsageError
+from m3jax.commands.cli import UsageError
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
 MORE_HELP = [
@@ -87,20 +87,15 @@ def main(positional: list[str]) -> int:
 
     assert output is not None
     with _profiled(_PROFILE.value), reporting.progress() as progress:
-        try:
-            result = merge(
-                base,
-                models,
-                output,
-                recipe,
-                seed=seed,
-                execution=execution,
-                progress=progress,
-            )
-        except (KeyboardInterrupt, Terminated) as stop:
-            raise type(stop)(
-                "stopped; the same command with --resume goes on from here"
-            ) from None
+        result = merge(
+            base,
+            models,
+            output,
+            recipe,
+            seed=seed,
+            execution=execution,
+            progress=progress,
+        )
     print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
 

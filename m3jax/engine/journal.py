@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
+import jax
+import jaxlib
 import numpy as np
 
+import m3jax
 from m3jax.checkpoints.output import OutputFolder
 from m3jax.engine.prepare import Prepared
 from m3jax.engine.progress import Progress
@@ -13,24 +18,30 @@ from m3jax.methods.method import Info
 
 
 class Journal:
-    """What an interrupted merge had found out and written, and what this one does."""
+    """What an interrupted merge had found out and written, and what this one does.
+
+    Nothing is written before there is something worth keeping.
+    """
 
     def __init__(self, prepared: Prepared, folder: OutputFolder, progress: Progress):
         self._folder = folder
-        start = {"fingerprint": prepared.fingerprint()}
+        self._checked = not prepared.execution.allow_nonfinite
+        self._start = {"fingerprint": fingerprint(prepared)}
         entries = folder.journalled
-        self.resumed = bool(entries) and entries[0] == start
-        if entries and not self.resumed:
+        self.resumed = entries[:1] == [self._start]
+        self._entries = entries[1:] if self.resumed else []
+        self._begun = self.resumed
+        if self.resumed:
+            folder.clear(keep={shard.name for shard in prepared.shards})
+        elif entries:
             progress.note(
                 "the interrupted merge had another recipe, other inputs or another "
                 "version; starting from the beginning"
             )
-        self._entries = entries[1:] if self.resumed else []
-        if not self.resumed:
             folder.clear()
-            folder.journal(start)
 
     def statistics(self, name: str) -> Info | None:
+        """What a reading pass had found out, or None."""
         for entry in self._entries:
             if entry.get("statistics") == name:
                 return {
@@ -40,15 +51,60 @@ class Journal:
         return None
 
     def keep_statistics(self, name: str, info: Info) -> Info:
+        """Notes what a reading pass has found out, and returns it."""
         values = {
             key: (value.dtype.str, list(value.shape), value.tobytes().hex())
             for key, value in info.items()
         }
-        self._folder.journal({"statistics": name, "values": values})
+        self._append({"statistics": name, "values": values})
         return info
 
     def tensors(self) -> dict[str, dict[str, Any]]:
-        return {e["tensor"]: e for e in self._entries if "tensor" in e}
+        """The entries of the tensors that were completely written, by name.
+
+        Where non-finite values are refused, only those that were looked through.
+        """
+        return {
+            entry["tensor"]: entry
+            for entry in self._entries
+            if "tensor" in entry and (entry["checked"] or not self._checked)
+        }
 
     def keep_tensor(self, name: str, checksum: str, inputs: list[str]) -> None:
-        self._folder.journal({"tensor": name, "checksum": checksum, "inputs": inputs})
+        """Notes that a tensor is completely written, with what it was made of."""
+        self._append(
+            {
+                "tensor": name,
+                "checksum": checksum,
+                "inputs": inputs,
+                "checked": self._checked,
+            }
+        )
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._folder.journal(*([] if self._begun else [self._start]), entry)
+        self._begun = True
+
+
+def fingerprint(prepared: Prepared) -> str:
+    """A digest of all that decides the output's tensors; `--resume` compares it.
+
+    Inputs count by their path, size and time of change: reading them to the end would
+    take as long as merging them. How the merge is run does not count, but for the
+    kind of device, which may round differently.
+    """
+    facts: list[Any] = [
+        m3jax.__version__,
+        [jax.__version__, jaxlib.__version__, np.__version__],
+        sorted({device.device_kind for device in prepared.devices}),
+        prepared.recipe.to_dict(),
+        prepared.seed,
+        prepared.base is None,
+    ]
+    facts += [
+        [str(file.path.resolve()), file.size, file.modified_ns]
+        for checkpoint in prepared.checkpoints
+        for file in checkpoint.files
+    ]
+    facts += [shard.header.hex() for shard in prepared.shards]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

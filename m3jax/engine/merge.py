@@ -9,12 +9,9 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from m3jax.checkpoints import provenance
-from m3jax.checkpoints.output import (
-    OutputFolder,
-    ShardWriter,
-    check_free,
-    write_index,
-)
+from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.output import OutputFolder, check_free
+from m3jax.checkpoints.shards import ShardWriter, write_index
 from m3jax.engine import plan, statistics
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
@@ -90,16 +87,25 @@ def merge(
         for note in prepared.inputs.notes:
             progress.note(note)
         with OutputFolder(
-            final, overwrite=execution.overwrite, resume=execution.resume
+            final,
+            overwrite=execution.overwrite,
+            resume=execution.resume,
+            note=progress.note,
         ) as folder:
-            return _execute(prepared, folder, progress, started)
+            try:
+                return _execute(prepared, folder, progress, started)
+            except CheckpointError:
+                _check_unchanged(prepared, folder)  # which would be the reason
+                raise
 
 
 def _execute(
     prepared: Prepared, folder: OutputFolder, progress: Progress, started: float
 ) -> MergeResult:
     journal = Journal(prepared, folder, progress)
-    folder.check_space(prepared.written_bytes)
+    folder.check_space(
+        prepared.written_bytes, largest=max(shard.size for shard in prepared.shards)
+    )
     stream = Stream(
         prepared.inputs.tensors,
         TileTables(),
@@ -112,10 +118,10 @@ def _execute(
     passes = time.perf_counter()
     stream.tables = statistics.dare_tables(prepared, stream, journal, progress)
     info = statistics.method_info(prepared, stream, journal, progress)
-    writer = ShardWriter(folder, list(prepared.shards), keep=journal.resumed)
+    writer = ShardWriter(folder, prepared.shards)
     try:
         recorder = Recorder(prepared, writer, journal)
-        done = recorder.recover() if journal.resumed else 0
+        done = recorder.recover(progress)
         left = [i for i in range(len(prepared.items)) if i not in recorder.checksums]
         written = sum(
             prepared.items[i].size * prepared.inputs.tensors[i].dtype.itemsize
@@ -135,10 +141,8 @@ def _execute(
     finally:
         writer.close()
     ended = time.perf_counter()
-    for checkpoint in prepared.checkpoints:
-        for file in checkpoint.files:
-            file.check_unchanged()
-    write_index(folder, list(prepared.shards))
+    _check_unchanged(prepared, folder)
+    write_index(folder, prepared.shards)
     tensors = prepared.inputs.tensors
     checksums = {tensors[i].name: c for i, c in sorted(recorder.checksums.items())}
     provenance.write(
@@ -170,3 +174,14 @@ def _execute(
         },
         resumed=done,
     )
+
+
+def _check_unchanged(prepared: Prepared, folder: OutputFolder) -> None:
+    """Raises CheckpointError if an input was written to since it was opened."""
+    try:
+        for checkpoint in prepared.checkpoints:
+            for file in checkpoint.files:
+                file.check_unchanged()
+    except CheckpointError:
+        folder.clear()  # some of it is made of the old bytes, some of the new
+        raise

@@ -19,38 +19,70 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-class Turnstile:
-    """Lets work items through one at a time, in order of their index.
+class Stopped(Exception):
+    """Another thread failed, or the user interrupted the run."""
+
+
+class Line:
+    """Hands items out in order, and lets them through a turnstile in that order.
 
     What must happen in order (running checksums, the journal) goes between `turn`'s
     ends; everything else of the items overlaps.
     """
 
-    def __init__(self) -> None:
-        self._next = 0
-        self._broken = False
-        self._changed = threading.Condition()
+    def __init__(self, count: int) -> None:
+        """`count`: of the items, which are known here by their index."""
+        self._count = count
+        self._taken = 0
+        self._passed = 0
+        self._at_work = 0
+        self._stopped = False
+        lock = threading.Lock()
+        self._moved = threading.Condition(lock)
+        self._idle = threading.Condition(lock)
+
+    def take(self) -> int | None:
+        """The next item, or None at the end; `give_back` has to follow."""
+        with self._moved:
+            if self._stopped or self._taken == self._count:
+                return None
+            self._taken += 1
+            self._at_work += 1
+            return self._taken - 1
+
+    def give_back(self) -> None:
+        """The thread that took an item has finished with it, or has failed."""
+        with self._idle:
+            self._at_work -= 1
+            if self._at_work == 0:
+                self._idle.notify_all()
 
     @contextlib.contextmanager
-    def turn(self, index: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._broken or self._next == index)
-            if self._broken:
+    def turn(self, index: int, clock: Clock) -> Iterator[None]:
+        """Waits until all items before `index` are through; raises Stopped."""
+        with clock.stage("waiting"), self._moved:
+            self._moved.wait_for(lambda: self._stopped or self._passed == index)
+            if self._stopped:
                 raise Stopped
         yield
-        with self._changed:
-            self._next += 1
-            self._changed.notify_all()
+        with self._moved:
+            self._passed += 1
+            self._moved.notify_all()
 
-    def break_(self) -> None:
-        """Makes every waiting and later turn raise Stopped."""
-        with self._changed:
-            self._broken = True
-            self._changed.notify_all()
+    def stop(self) -> None:
+        """Hands out nothing more, and makes waiting and later turns raise Stopped."""
+        with self._moved:
+            self._stopped = True
+            self._moved.notify_all()
 
-
-class Stopped(Exception):
-    """Another thread failed, or the user interrupted the run."""
+    def wait_until_idle(self) -> None:
+        """Returns when no thread holds an item and none will be handed out."""
+        with self._idle:
+            self._idle.wait_for(
+                lambda: (
+                    self._at_work == 0 and (self._stopped or self._taken == self._count)
+                )
+            )
 
 
 class Clock:
@@ -81,58 +113,73 @@ def for_each(
 
     Items start in order. `turn` is a context manager: its body runs for one item at a
     time, in order of the items. The first exception stops all threads, after the
-    items in flight, and is raised here; so does KeyboardInterrupt.
+    items in flight, and is raised here; so does KeyboardInterrupt. No thread is at
+    work when this returns or raises, so buffers and files may then be let go.
 
     Args:
       items: the work.
       lanes: what each thread owns (its buffers).
-      work: is done once per item and calls `turn` exactly once.
+      work: is done once per item and calls `turn` at most once; if it does so for one
+        item it does so for all.
       clock: counts the time spent waiting for a turn.
+
+    Raises:
+      OSError: the system starts no more threads.
     """
-    turnstile = Turnstile()
-    lock = threading.Lock()
-    pending = iter(enumerate(items))
-    stopping = threading.Event()
+    line = Line(len(items))
     failures: list[BaseException] = []
 
     def loop(lane: Any) -> None:
-        while not stopping.is_set():
-            with lock:
-                index, item = next(pending, (-1, None))
-            if item is None:
-                return
-
-            @contextlib.contextmanager
-            def turn(index: int = index) -> Iterator[None]:
-                with contextlib.ExitStack() as stack:
-                    with clock.stage("waiting"):
-                        stack.enter_context(turnstile.turn(index))
-                    yield
-
+        while (index := line.take()) is not None:
             try:
-                work(item, lane, turn)
+                work(items[index], lane, lambda index=index: line.turn(index, clock))
             except Stopped:
-                return
+                pass
             except BaseException as error:
                 failures.append(error)
-                stopping.set()
-                turnstile.break_()
-                return
+                line.stop()
+            finally:
+                line.give_back()
 
     threads = [
         threading.Thread(target=loop, args=(lane,), name=f"m3jax-{i}", daemon=True)
         for i, lane in enumerate(lanes[: max(1, len(items))])
     ]
+    interrupted = _run(threads, line)
     for thread in threads:
-        thread.start()
+        if thread.ident is not None:  # it was started
+            thread.join()
+    if interrupted is not None:
+        raise interrupted
+    if failures:
+        del failures[1:]
+        raise failures.pop()  # a list that kept it would keep the lanes alive
+
+
+def _run(threads: Sequence[threading.Thread], line: Line) -> BaseException | None:
+    """Starts the threads and waits for them; what Ctrl-C or SIGTERM raised meanwhile.
+
+    A second Ctrl-C does not cut the orderly stop short. It does not rely on `join`:
+    in Python before 3.13, an interrupted `join` takes a running thread for finished.
+    """
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            if interrupted is None:
+                _start(threads)
+            else:
+                line.stop()
+            line.wait_until_idle()
+            return interrupted
+        except BaseException as error:
+            interrupted = interrupted or error
+
+
+def _start(threads: Sequence[threading.Thread]) -> None:
     try:
         for thread in threads:
-            thread.join()
-    except BaseException:  # KeyboardInterrupt, or SIGTERM made into an exception
-        stopping.set()
-        turnstile.break_()
-        for thread in threads:
-            thread.join()
-        raise
-    if failures:
-        raise failures[0]
+            thread.start()
+    except RuntimeError:
+        raise OSError(
+            f"the system does not start {len(threads)} threads; pass fewer --threads"
+        ) from None

@@ -16,7 +16,7 @@ import numpy as np
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
-from m3jax.checkpoints.output import Shard, make_shards
+from m3jax.checkpoints.shards import Shard, make_shards
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import plan
 from m3jax.engine.inputs import MergeInputs, align

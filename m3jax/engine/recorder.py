@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints.output import ShardWriter
+from m3jax.checkpoints.shards import ShardWriter
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Prepared
+from m3jax.engine.progress import Progress
 from m3jax.engine.streamed import Emit
+
+_BLOCK = 8 << 20  # bytes that are read back at a time
 
 
 class Recorder(Emit):
@@ -47,15 +50,25 @@ class Recorder(Emit):
             self._finish(item, digests[0], digests[1:])
             self._journal.keep_tensor(name, digests[0], digests[1:])
 
-    def recover(self) -> int:
+    def recover(self, progress: Progress) -> int:
         """Takes over the journalled tensors whose bytes are still what was written."""
         known = self._journal.tensors()
+        written = [
+            (i, known[tensor.name])
+            for i, tensor in enumerate(self._prepared.inputs.tensors)
+            if tensor.name in known
+        ]
+        if not written:
+            return 0
+        sizes = [self._entry(i).stop - self._entry(i).start for i, _ in written]
+        progress.stage("checking what was written", sum(sizes))
+        block = np.empty(min(_BLOCK, max(sizes)), np.uint8)
         count = 0
-        for i, tensor in enumerate(self._prepared.inputs.tensors):
-            entry = known.get(tensor.name)
-            if entry is not None and self._checksum_on_disk(i) == entry["checksum"]:
+        for (i, entry), size in zip(written, sizes, strict=True):
+            if self._checksum_on_disk(i, block) == entry["checksum"]:
                 self._finish(i, entry["checksum"], entry["inputs"])
                 count += 1
+            progress.advance(size)
         return count
 
     def input_checksums(self) -> list[str | None]:
@@ -81,10 +94,9 @@ class Recorder(Emit):
         shard = self._prepared.shards[self._prepared.places[item]]
         return shard.entries[self._prepared.inputs.tensors[item].name]
 
-    def _checksum_on_disk(self, item: int) -> str:
+    def _checksum_on_disk(self, item: int, block: np.ndarray) -> str:
         entry = self._entry(item)
         checksum = xxhash.xxh3_128()
-        block = np.empty(8 << 20, np.uint8)
         for offset in range(entry.start, entry.stop, len(block)):
             part = block[: min(len(block), entry.stop - offset)]
             self._writer.read(self._prepared.places[item], offset, part)

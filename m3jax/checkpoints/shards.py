@@ -1,0 +1,96 @@
+"""The safetensors files of an output: what stands where, and writing it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from m3jax.checkpoints import durable, safetensors
+from m3jax.checkpoints.folder import INDEX, WEIGHTS
+from m3jax.checkpoints.output import OutputFolder
+
+
+class Shard:
+    """One safetensors file of an output: its name, header and tensors' places."""
+
+    def __init__(self, name: str, tensors: list[Any]):
+        """`tensors`: (name, Dtype, shape) of each."""
+        # transformers asks for this piece of metadata; one key, so its order is fixed.
+        self.header, self.entries = safetensors.layout(tensors, {"format": "pt"})
+        self.name = name
+        self.size = max(
+            [len(self.header), *(entry.stop for entry in self.entries.values())]
+        )
+
+
+class ShardWriter:
+    """The safetensors files of an output, written at offsets from many threads."""
+
+    def __init__(self, folder: OutputFolder, shards: Sequence[Shard]):
+        """Creates the files with their headers and full sizes.
+
+        Tensors that a file holds already stay as they are.
+        """
+        self._files: list[int] = []
+        self._paths = [folder.path / shard.name for shard in shards]
+        try:
+            for shard, path in zip(shards, self._paths, strict=True):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._files.append(fd)
+                durable.resize(fd, shard.size, path)
+                durable.write_at(fd, memoryview(shard.header), 0, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, shard: int, offset: int, values: np.ndarray) -> None:
+        """Writes the bytes of `values` at `offset` of file number `shard`."""
+        view = memoryview(values.view(np.uint8))
+        durable.write_at(self._files[shard], view, offset, self._paths[shard])
+
+    def read(self, shard: int, offset: int, out: np.ndarray) -> None:
+        """Reads back bytes that were written."""
+        view = memoryview(out)
+        while len(view):
+            count = os.preadv(self._files[shard], [view], offset)
+            if count == 0:
+                path = self._paths[shard]
+                raise OSError(f"{path}: became shorter while it was written")
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Closes the files; a second call does nothing."""
+        with contextlib.ExitStack() as stack:  # closes all, even if one fails
+            while self._files:
+                stack.callback(os.close, self._files.pop())
+
+
+def make_shards(tensors: list[list[Any]]) -> list[Shard]:
+    """Shards named as transformers names them, one per list of tensors."""
+    if len(tensors) == 1:
+        return [Shard(WEIGHTS, tensors[0])]
+    return [
+        Shard(f"model-{i:05d}-of-{len(tensors):05d}.safetensors", group)
+        for i, group in enumerate(tensors, start=1)
+    ]
+
+
+def index_json(shards: Sequence[Shard]) -> bytes:
+    """The content of `model.safetensors.index.json`."""
+    places = {name: shard.name for shard in shards for name in shard.entries}
+    size = sum(e.stop - e.start for shard in shards for e in shard.entries.values())
+    index = {
+        "metadata": {"total_size": size},
+        "weight_map": dict(sorted(places.items())),
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def write_index(folder: OutputFolder, shards: Sequence[Shard]) -> None:
+    if len(shards) > 1:
+        folder.write(INDEX, index_json(shards))
