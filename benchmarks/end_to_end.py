@@ -34,6 +34,9 @@ _RESULTS = flags.DEFINE_string(
     "results", str(harness.BENCHMARKS / "results"), "Where results go."
 )
 _MERGEKIT = flags.DEFINE_string("mergekit", "", "A Python with mergekit, or install.")
+_MERGEKIT_FLAGS = flags.DEFINE_list(
+    "mergekit_flags", list(programs.MERGEKIT_FLAGS), "How mergekit is run."
+)
 _FSYNC = flags.DEFINE_bool(
     "fsync", False, "The floor and m3jax wait for the disk; mergekit cannot."
 )
@@ -69,16 +72,11 @@ def measure(
             waiting = set()
         for name, recipe in chosen.items():
             merged = keep("m3jax", name, runner.m3jax(recipe))
-            floor = runner.floor(recipe, merged.report)
-            keep("floor", _floor(recipe), floor)
+            keep("floor", name, runner.floor(recipe, merged.report))
             if recipe.mergekit in waiting:
                 waiting.remove(recipe.mergekit)
                 keep("mergekit", recipe.mergekit, runner.run_mergekit(recipe))
     return runs
-
-
-def _floor(recipe: recipes.BenchmarkRecipe) -> str:
-    return f"{len(recipe.inputs)} inputs"
 
 
 def summarise(
@@ -88,7 +86,7 @@ def summarise(
     rows = []
     for name, recipe in chosen.items():
         merged = _summary(runs["m3jax", name])
-        floor = _summary(runs["floor", _floor(recipe)])
+        floor = _summary(runs["floor", name])
         own = runs.get(("mergekit", recipe.mergekit))
         mergekit = _summary(own) if own else None
         rows.append(
@@ -179,7 +177,9 @@ def main(argv: list[str]) -> None:
         print("no mergekit (see --mergekit): its column is skipped", file=sys.stderr)
     programs.make_models(data, [_WARM_UP, _SIZE.value])
     output = data / f"output-{os.getpid()}"
-    runner = programs.Programs(data / _WARM_UP, output, mergekit, _FSYNC.value)
+    runner = programs.Programs(
+        data / _WARM_UP, output, mergekit, _MERGEKIT_FLAGS.value, _FSYNC.value
+    )
     measure(runner, chosen, 1, 1)
     runner = dataclasses.replace(runner, data=data / _SIZE.value)
     rounds = _ROUNDS.value
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
         "parameters": runner.size_bytes // 2,  # the header is lost in them
         "rounds": rounds,
         "mergekit_rounds": mergekit_rounds,
-        "mergekit_flags": programs.MERGEKIT_FLAGS,
+        "mergekit_flags": runner.mergekit_flags,
         "fsync": _FSYNC.value,
         "machine": harness.machine(data),
         "versions": {

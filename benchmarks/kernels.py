@@ -201,11 +201,11 @@ def all_kernels(chunk: Chunk) -> list[Kernel]:
     return table
 
 
-def seconds_per_call(call: Call, chunks: list[Chunk], samples: int) -> list[float]:
-    """Wall seconds of a call, when every chunk has a thread that calls it again and
-    again, divided by the number of threads; one number per sample."""
+def repeat(call: Call, chunks: list[Chunk], times: int) -> float:
+    """Wall seconds of a call, when every chunk has a thread that makes `times` calls,
+    divided by the number of threads."""
 
-    def repeat(chunk: Chunk, times: int) -> None:
+    def work(chunk: Chunk) -> None:
         for _ in range(times):
             result = call(chunk)
             if on_cpu():  # where the engine waits for each result, too
@@ -213,24 +213,28 @@ def seconds_per_call(call: Call, chunks: list[Chunk], samples: int) -> list[floa
         jax.block_until_ready(result)
 
     with concurrent.futures.ThreadPoolExecutor(len(chunks)) as pool:
-
-        def sample(times: int) -> float:
-            start = time.perf_counter()
-            list(pool.map(repeat, chunks, [times] * len(chunks)))
-            return (time.perf_counter() - start) / (times * len(chunks))
-
-        sample(2)  # compiles
-        times = max(2, int(_SAMPLE_SECONDS / (sample(2) * len(chunks))))
-        return [sample(times) for _ in range(samples)]
+        start = time.perf_counter()
+        for working in [pool.submit(work, chunk) for chunk in chunks]:
+            working.result()
+        return (time.perf_counter() - start) / (times * len(chunks))
 
 
 def measure(chunks: list[Chunk], samples: int) -> list[dict[str, Any]]:
-    """One record per kernel; the first is the copy."""
+    """One record per kernel; the first is the copy. The kernels take turns."""
+    table = all_kernels(chunks[0])
+    counts = []
+    for kernel in table:
+        repeat(kernel.call, chunks, 2)  # compiles
+        once = repeat(kernel.call, chunks, 2) * len(chunks)
+        counts.append(max(2, int(_SAMPLE_SECONDS / once)))
+    spent: list[list[float]] = [[] for _ in table]
+    for _ in range(samples):
+        for kernel, count, own in zip(table, counts, spent, strict=True):
+            own.append(repeat(kernel.call, chunks, count))
+    size = chunks[0].base.size
     records: list[dict[str, Any]] = []
-    for kernel in all_kernels(chunks[0]):
-        spent = seconds_per_call(kernel.call, chunks, samples)
-        size = chunks[0].base.size
-        median = statistics.median(spent)
+    for kernel, own in zip(table, spent, strict=True):
+        median = statistics.median(own)
         moved = kernel.arrays * size * _ITEMSIZE / median
         records.append(
             {
@@ -239,10 +243,9 @@ def measure(chunks: list[Chunk], samples: int) -> list[dict[str, Any]]:
                 "per_second": kernel.models * size / median,
                 "bytes_per_second": moved,
                 "of_copy": moved / records[0]["bytes_per_second"] if records else 1.0,
-                "seconds_per_call": harness.spread(spent),
+                "seconds_per_call": harness.spread(own),
             }
         )
-        print(f"{kernel.name:28} {median * 1e3:9.3f} ms", flush=True)
     return records
 
 

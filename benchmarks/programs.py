@@ -15,9 +15,8 @@ import harness
 import recipes
 
 MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
-# What a careful user gives on a CPU. Lazy unpickling reads tensors as they are
-# needed; the models have no tokenizer to copy; bars cost time. mergekit's own
-# asynchronous writing was no faster here.
+# What a careful user gives on a CPU: tensors are read as they are needed, no tokenizer
+# is looked for (the models have none), no bars are drawn.
 MERGEKIT_FLAGS = ("--lazy-unpickle", "--no-copy-tokenizer", "--quiet")
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -30,6 +29,7 @@ class Programs:
       data: holds base, maths and code.
       output: is made by each run, and deleted after it.
       mergekit: the Python of mergekit's environment, None without one.
+      mergekit_flags: that it is run with.
       fsync: the floor and m3jax wait until the disk has the output; mergekit cannot.
       cold: read the inputs from the disk, not from the page cache.
     """
@@ -37,6 +37,7 @@ class Programs:
     data: Path
     output: Path
     mergekit: Path | None = None
+    mergekit_flags: Sequence[str] = MERGEKIT_FLAGS
     fsync: bool = False
     cold: bool = False
 
@@ -82,7 +83,9 @@ class Programs:
         config.write_text(recipes.mergekit_yaml(recipe.mergekit, self.data))
         program = self.mergekit.parent / "mergekit-yaml"
         try:
-            return self._run([program, config, self.output, *MERGEKIT_FLAGS], recipe)
+            return self._run(
+                [program, config, self.output, *self.mergekit_flags], recipe
+            )
         finally:
             config.unlink()
 
