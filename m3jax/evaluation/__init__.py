@@ -1,0 +1,1 @@
+"""Tasks, and how well parameters do at them."""

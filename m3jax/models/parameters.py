@@ -1,0 +1,121 @@
+"""Which tensors a model of a config has; reading a checkpoint as a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m3jax.checkpoints import tree
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.models.config import Config
+
+# Tables that some checkpoints carry and that follow from the config.
+_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
+_FEW = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint that can be run.
+
+    Attributes:
+      parameters: nested dict of arrays, as `m3jax.load` gives it.
+      config: of the decoder.
+      folder: that holds the tokenizer and the other files.
+    """
+
+    parameters: dict[str, Any]
+    config: Config
+    folder: Path
+
+
+def load_model(name: str) -> Model:
+    """Loads a checkpoint's parameters and config, and checks that they fit.
+
+    Args:
+      name: a folder, a safetensors file or a Hugging Face id.
+
+    Raises:
+      CheckpointError: it cannot be read, or is no model that can be run.
+    """
+    import m3jax
+    from m3jax.checkpoints.folder import open_checkpoint
+
+    with open_checkpoint(name) as checkpoint:
+        folder, fields = checkpoint.folder, checkpoint.config
+    if fields is None:
+        raise CheckpointError(f"{name}: has no config.json; the model needs one to run")
+    if (fields.get("quantization_config") or {}).get("quant_method") == "fp8":
+        fields = {**fields, "quantization_config": None}  # dequantised as it is read
+    config = Config.from_dict(fields, f"{folder / 'config.json'}")
+    parameters = m3jax.load(name)
+    check_parameters(parameters, config, name)
+    return Model(parameters, config, folder)
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor; `lm_head.weight` only where it is not tied."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    linear = {  # output, input, bias
+        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
+        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, queries, config.output_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.qk_norm:
+        head = {
+            "self_attn.q_norm": config.head_dim,
+            "self_attn.k_norm": config.head_dim,
+        }
+        norms |= head
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden)
+    }
+    for i in range(config.num_layers):
+        prefix = f"model.layers.{i}"
+        for name, (rows, columns, bias) in linear.items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+        for name, size in norms.items():
+            shapes[f"{prefix}.{name}.weight"] = (size,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def check_parameters(
+    parameters: Mapping[str, Any], config: Config, name: str = "parameters"
+) -> None:
+    """Raises CheckpointError if names or shapes are not those of the config.
+
+    A tensor that the config does not ask for is refused as well: the model that it
+    belongs to computes something else.
+    """
+    leaves, _ = tree.flatten(parameters)
+    needed = parameter_shapes(config)
+    head = "lm_head.weight"
+    if config.tie_word_embeddings and head in leaves:
+        needed[head] = (config.vocab_size, config.hidden_size)
+    flaws = [f"lacks {shown(tensor)}" for tensor in needed if tensor not in leaves]
+    for tensor, leaf in leaves.items():
+        if tensor not in needed and not _BUFFERS.fullmatch(tensor):
+            flaws.append(f"has {shown(tensor)}, which {config.family} does not know")
+        elif tensor in needed and leaf.shape != needed[tensor]:
+            found, wanted = list(leaf.shape), list(needed[tensor])
+            flaws.append(f"{shown(tensor)} has shape {found}, needs {wanted}")
+    if flaws:
+        more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
+        raise CheckpointError(
+            f"{name}: is not what its config.json says: {'; '.join(flaws[:_FEW])}{more}"
+        )
