@@ -12,6 +12,7 @@ import pytest
 from attacks.folders import ATTACKS, INDEX, SECRET, WEIGHTS, link_to_secret, tensors
 from attacks.headers import DAMAGED, STRICTER
 from command_line import Run
+from fuzz import targets
 from fuzz.targets import LONGEST_MESSAGE, check_config, check_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -256,3 +257,13 @@ indexes = st.fixed_dictionaries(
 @given(damaged_json(indexes))
 def test_any_index(text):
     check_index(text)
+
+
+CORPUS = sorted((Path(__file__).parent / "fuzz" / "corpus").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    "path", CORPUS, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_what_the_fuzzers_start_from_and_found(path):
+    getattr(targets, f"check_{path.parent.name}")(path.read_bytes())

@@ -26,6 +26,7 @@ def _text(header: str | bytes, data: bytes = _DATA) -> bytes:
     return framed(header if isinstance(header, bytes) else header.encode(), data)
 
 
+_OVERFLOW = _entry(shape="[4294967296,4294967296,0]", offsets="[0,0]")
 _PAIRS = [f'"{i}":""' for i in range(65537)]
 _C64 = _entry(dtype='"C64"', offsets="[0,8]")
 
@@ -105,7 +106,7 @@ DAMAGED = {
     "size of 5000 digits": (_one(shape=f"[{'9' * 5000}]"), "not valid JSON"),
     "shape that overflows": (_one(shape="[4294967296,4294967296]"), "overflows"),
     "shape that overflows before a zero": (
-        _one(shape="[4294967296,4294967296,0]", offsets="[0,0]"),
+        framed(b'{"a":%s}' % _OVERFLOW.encode()),
         "overflows",
     ),
     "bytes that overflow": (_one(shape=f"[{2**63}]"), "needs 36893488147419103232 b"),

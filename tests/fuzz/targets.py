@@ -3,7 +3,7 @@
 Each function takes any bytes, and raises AssertionError where a reader fails in
 another way than with one clear line, accepts what the safetensors library (or
 Python's own json) refuses, or reads something else than they do. The tests give them
-bytes that hypothesis thinks up, `fuzz.py` bytes that reach new branches.
+bytes that hypothesis thinks up, `run.py` bytes that reach new branches.
 """
 
 from __future__ import annotations
