@@ -54,10 +54,10 @@ def render(
         json.dumps(recipe.to_dict(), indent=2),
         "```",
         "",
-        "To make the same bytes again, beside this folder:",
+        "To make the same bytes again, from where the paths above lead:",
         "",
         "```sh",
-        "m3jax merge --config=m3jax.json --output=again",
+        "m3jax merge --config=THIS_FOLDER/m3jax.json --output=again",
         "```",
         "",
     ]
