@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from m3jax.methods.method import Info, Method, sum_over_models
+from m3jax.methods.method import Info, Method, rounded_product, sum_over_models
 
 
 def average(
@@ -30,7 +30,7 @@ def average(
       The merged tensor, float32.
     """
     del base, info, scaling
-    return sum_over_models(stack * coefficients)
+    return sum_over_models(rounded_product(stack, coefficients))
 
 
 def task_arithmetic(
@@ -56,7 +56,8 @@ def task_arithmetic(
       The merged tensor, float32.
     """
     del info
-    return base + scaling * sum_over_models((stack - base[None]) * coefficients)
+    total = sum_over_models(rounded_product(stack - base[None], coefficients))
+    return base + rounded_product(total, scaling)
 
 
 AVERAGE = Method(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 Info = dict[str, Any]  # small arrays by name: what the statistics found
@@ -80,3 +81,14 @@ def sum_over_models(stack: jax.Array) -> jax.Array:
     what comes before and after: 15 times faster than its reduction over this axis.
     """
     return functools.reduce(operator.add, [stack[i] for i in range(stack.shape[0])])
+
+
+def rounded_product(values: jax.Array, factors: jax.Array) -> jax.Array:
+    """values · factors, for a sum: rounded to float32 before it is added to anything.
+
+    XLA contracts a product and the sum it goes into, or does not, depending on the
+    shape and on what else stands in the kernel, and a fused multiply-add rounds once
+    instead of twice. A select between the two prevents it, so that every kernel gives
+    the same bits, which are also NumPy's.
+    """
+    return jnp.where(jnp.isnan(values), values, values * factors)

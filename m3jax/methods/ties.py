@@ -45,12 +45,13 @@ def ties(
     trimmed = _trim(stack - base[None], info["thresholds"])
     total = sum_over_models(trimmed)
     elected = jnp.where(total == 0, info["majority"], jnp.sign(total))
-    weights = jnp.where(
-        trimmed * elected[None] > 0, jnp.maximum(coefficients, _NO_WEIGHT), 0.0
-    )
-    weight = sum_over_models(weights)
-    merged = sum_over_models(weights * trimmed) / jnp.where(weight > 0, weight, 1.0)
-    return base + scaling * merged
+    survives = trimmed * elected[None] > 0
+    coefficients = jnp.maximum(coefficients, _NO_WEIGHT)
+    # Products first, then selects, then sums: `rounded_product` says why.
+    weight = sum_over_models(jnp.where(survives, coefficients, 0.0))
+    total = sum_over_models(jnp.where(survives, coefficients * trimmed, 0.0))
+    merged = total / jnp.where(weight > 0, weight, 1.0)
+    return base + jnp.where(weight > 0, scaling * merged, 0.0)
 
 
 def statistics(num_models: int, size: int, trim_rate: float) -> Statistics:
