@@ -59,6 +59,8 @@ class Chunk(NamedTuple):
     Attributes:
       base: (T, TILE) bfloat16.
       stack: (K, T, TILE) bfloat16.
+      parts: the base and each model again, 1 + K arrays of (T, TILE).
+      room: (T, TILE) uint16, memory to copy them to on a CPU.
       plain: per-tile numbers without DARE.
       random: the same with random DARE.
       reducing: per-tile numbers for statistics, without coefficients.
@@ -66,6 +68,8 @@ class Chunk(NamedTuple):
 
     base: jax.Array
     stack: jax.Array
+    parts: list[jax.Array]
+    room: np.ndarray
     plain: kernels.Tiles
     random: kernels.Tiles
     reducing: kernels.Tiles
@@ -106,9 +110,14 @@ def make_chunk(tiles: int, seed: int) -> Chunk:
     )
     coefficients = np.full((_MODELS, 1), 1 / _MODELS, np.float32)
     repeat = -(-tiles // block)
+    whole_base = jnp.tile(base, (repeat, 1))[:tiles]
+    whole_stack = jnp.tile(stack, (1, repeat, 1))[:, :tiles]
+    parts = [jnp.copy(part) for part in (whole_base, *whole_stack)]
     return Chunk(
-        jnp.tile(base, (repeat, 1))[:tiles],
-        jnp.tile(stack, (1, repeat, 1))[:, :tiles],
+        whole_base,
+        whole_stack,
+        parts,
+        np.ones(whole_base.shape, np.uint16),
         jax.device_put(tables.tiles(chunk, tiles, _OFF, coefficients)),
         jax.device_put(tables.tiles(chunk, tiles, _RANDOM, coefficients)),
         jax.device_put(tables.tiles(chunk, tiles, _OFF)),
@@ -117,6 +126,18 @@ def make_chunk(tiles: int, seed: int) -> Chunk:
 
 def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
+
+
+def copy(chunk: Chunk) -> list[jax.Array]:
+    """Copies the chunk's parts; on a CPU to memory in use, as `preadv` does."""
+    if not on_cpu():
+        return [_copy(part) for part in chunk.parts]
+    for part in chunk.parts:
+        np.copyto(chunk.room, np.asarray(part).view(np.uint16))
+    return []
+
+
+_copy = jax.jit(jnp.copy)
 
 
 def merging(method: str, transform: kernels.Transform, info: Any) -> Call:
@@ -176,10 +197,9 @@ def statistics_of(chunk: Chunk) -> tuple[Any, list[Reduction]]:
 
 def all_kernels(chunk: Chunk) -> list[Kernel]:
     info, passes = statistics_of(chunk)
-    copying = jax.jit(jnp.copy)
     read = _MODELS + 1
     table = [
-        Kernel("copy", lambda chunk: copying(chunk.stack), 2 * _MODELS),
+        Kernel("copy", copy, 2 * read, read),
         Kernel("average", merging("average", _OFF, {}), _MODELS + 1),
         Kernel("task arithmetic", merging("task_arithmetic", _OFF, {}), read + 1),
         Kernel("DARE + average", merging("average", _RANDOM, {}), read + 1),
