@@ -29,7 +29,7 @@ from m3jax import prng
 from m3jax.commands import allocator
 from m3jax.engine import kernels, plan
 from m3jax.engine.pipeline import available_cores
-from m3jax.engine.streamed import TileTables
+from m3jax.engine.tables import TileTables
 from m3jax.methods import METHODS, dare, selection
 from m3jax.methods.method import Reduction, run_statistics
 
