@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, reporting
 from m3jax.commands.cli import UsageError
 
@@ -67,6 +68,7 @@ def main(positional: list[str]) -> int:
 
     allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
+    from m3jax.engine.inputs import MismatchError
     from m3jax.engine.prepare import Execution, prepare
 
     execution = Execution(
@@ -79,8 +81,15 @@ def main(positional: list[str]) -> int:
         tokenizer_from=tokenizer_from,
     )
     if _DRY_RUN.value:
-        with prepare(base, models, recipe, seed, execution) as prepared:
-            print(reporting.plan(prepared))
+        try:
+            with prepare(base, models, recipe, seed, execution) as prepared:
+                print(reporting.plan(prepared))
+        except MismatchError as error:
+            print("\n".join(error.mismatches))
+            count = len(error.mismatches)
+            raise CheckpointError(
+                f"the checkpoints do not fit: {count} mismatch{'es' * (count > 1)}"
+            ) from None
         return 0
 
     from m3jax.engine.merge import merge
