@@ -83,6 +83,8 @@ class Stream:
         self._names = names
         self._progress = progress
         self._mesh = Mesh(np.array(devices), (kernels.AXIS,))
+        # One CPU device shares the host's memory: NumPy takes over what it does better.
+        self._on_host = len(devices) == 1 and devices[0].platform == "cpu"
         base_bytes, stack_bytes = lane_bytes(tensors, tiles)
         self._lanes = [Lane(base_bytes, stack_bytes) for _ in range(threads)]
 
@@ -96,7 +98,7 @@ class Stream:
         total: list[Any] = [None]
         lock = threading.Lock()
         mesh = self._mesh if self._mesh.size > 1 else None
-        on_host = mesh is None and jax.default_backend() == "cpu"
+        on_host = self._on_host
         kernel = kernels.reduce_kernel(
             reduction.function,
             transform,
@@ -229,7 +231,7 @@ class Stream:
     ) -> tuple[Any, Any, Any]:
         """The kernel's arguments on the devices; NumPy as it is where there is one."""
         if self._mesh.size == 1:
-            if tiles.keys is not None:
+            if tiles.keys is not None and self._on_host:
                 masks = kernels.mask_kernel()(tiles.keys, tiles.blocks, tiles.drop)
                 dropped = np.asarray(masks).view(np.bool_)
                 tiles = tiles._replace(
