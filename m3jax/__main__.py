@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "list a checkpoint's tensors, dtypes, sizes and provenance",
     "diff": "compare two checkpoints tensor by tensor",
     "verify": "check a merged checkpoint against its record, m3jax.json",
+    "evaluate": "score a checkpoint at tasks",
     "demo": "merge small built-in models, to see how it works",
 }
 

@@ -1,0 +1,269 @@
+"""Scores parameters in memory at tasks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from m3jax import prng
+from m3jax.evaluation import answers, programs
+from m3jax.evaluation.examples import Example, load_examples
+from m3jax.evaluation.requests import Prepared, prepare
+from m3jax.evaluation.results import Result
+from m3jax.evaluation.running import continuations, log_likelihoods
+from m3jax.evaluation.tasks import Task, TaskError
+from m3jax.evaluation.tokenizer import Tokenizer
+from m3jax.models.config import Config
+from m3jax.models.decoder import Parameters
+from m3jax.models.generation import Sampling
+
+
+class Evaluator(Protocol):
+    """Any function that scores parameters; `TaskEvaluator` is one."""
+
+    def __call__(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> Mapping[str, float]:
+        """Scores parameters.
+
+        Args:
+          parameters: nested dict of arrays, as `m3jax.load` and `merge_params` give it.
+          budget: how much to spend, in the evaluator's own unit; None: all there is.
+          key: of `jax.random`, for whatever is drawn.
+
+        Returns:
+          A score for each name; the names are always the same.
+        """
+        ...
+
+
+class TaskEvaluator:
+    """Scores parameters at tasks. Reads and tokenises once, compiles once per shape.
+
+    A score is a function of the parameters, the task and the key: the batches that
+    an example comes in, and the other tasks, change nothing but rounding.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        config: Config,
+        tokenizer: Tokenizer,
+        *,
+        tokens_per_batch: int = 4096,
+        dtype: Any = None,
+        allow_code_execution: bool = False,
+    ):
+        """Reads the tasks' data.
+
+        Args:
+          tasks: with different names.
+          config: of the model.
+          tokenizer: of the model.
+          tokens_per_batch: padding included; more is faster and takes more memory.
+          dtype: of the matrix products; None: the parameters' own.
+          allow_code_execution: run programs that the model writes, for `code` tasks.
+
+        Raises:
+          TaskError: a task cannot be used.
+        """
+        names = [task.name for task in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise TaskError(f"two tasks are named {name!r}; rename one of them")
+        for task in tasks:
+            if task.kind == "code" and not allow_code_execution:
+                raise TaskError(
+                    f"task {task.name!r} runs programs that the model writes, on this "
+                    "machine; allow it with --allow_code_execution "
+                    "(allow_code_execution=True)"
+                )
+        self._tasks = [(task, load_examples(task)) for task in tasks]
+        self._config, self._tokenizer = config, tokenizer
+        self._tokens_per_batch, self._dtype = tokens_per_batch, dtype
+        self._prepare = functools.cache(self._prepared)
+
+    def __call__(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> dict[str, float]:
+        """The mean score of each task over its first `budget` examples."""
+        found = self.evaluate(parameters, budget, key)
+        return {result.task: result.mean for result in found}
+
+    def evaluate(
+        self,
+        parameters: Parameters,
+        budget: int | None = None,
+        key: jax.Array | None = None,
+    ) -> list[Result]:
+        """The results of all tasks, in their order; see `results`."""
+        return list(self.results(parameters, budget, key))
+
+    def results(
+        self,
+        parameters: Parameters,
+        budget: int | None = None,
+        key: jax.Array | None = None,
+    ) -> Iterator[Result]:
+        """Yields the result of each task when it has been run.
+
+        Args:
+          parameters: nested dict of arrays.
+          budget: only the first examples of each task; None: all.
+          key: for sampling; the default is ``jax.random.key(0)``.
+        """
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget={budget} needs 1 example or more")
+        key = jax.random.key(0) if key is None else key
+        for place in range(len(self._tasks)):
+            yield self._evaluate(parameters, place, budget, key)
+
+    def _evaluate(
+        self, parameters: Parameters, place: int, budget: int | None, key: jax.Array
+    ) -> Result:
+        task, examples = self._tasks[place]
+        examples = examples[:budget]
+        prepared = [self._prepare(place, i) for i in range(len(examples))]
+        if task.kind in ("loss", "choice"):
+            records = self._score(parameters, task, examples, prepared)
+        else:
+            records = self._generate(parameters, task, examples, prepared, key)
+        return Result(
+            task=task.name,
+            metric=task.metric,
+            records=tuple(records),
+            truncated=sum(item.truncated for item in prepared),
+        )
+
+    def _prepared(self, place: int, example: int) -> Prepared:
+        task, examples = self._tasks[place]
+        length = self._config.max_position_embeddings
+        return prepare(examples[example], task, self._tokenizer, length)
+
+    def _score(
+        self,
+        parameters: Parameters,
+        task: Task,
+        examples: Sequence[Example],
+        prepared: Sequence[Prepared],
+    ) -> list[dict[str, Any]]:
+        contexts = [context for item in prepared for context in item.contexts]
+        completions = [part for item in prepared for part in item.completions]
+        scored = log_likelihoods(
+            parameters,
+            contexts,
+            completions,
+            config=self._config,
+            tokens_per_batch=self._tokens_per_batch,
+            dtype=self._dtype,
+        )
+        scores = iter(scored)
+        records = []
+        for example, item in zip(examples, prepared, strict=True):
+            sums = [next(scores).log_likelihood for _ in item.completions]
+            tokens = [len(part) for part in item.completions]
+            record: dict[str, Any] = {"index": example.index, "prompt": example.prompt}
+            if task.kind == "loss":
+                record |= {
+                    "completion": example.completion,
+                    "log_likelihood": sums[0],
+                    "tokens": tokens[0],
+                    "score": -sums[0] / tokens[0],
+                }
+            else:
+                lengths = {
+                    "bytes": [len(choice.encode()) for choice in example.choices],
+                    "tokens": tokens,
+                    "none": [1] * len(tokens),
+                }[task.normalise]
+                normal = [s / n for s, n in zip(sums, lengths, strict=True)]
+                # A model that gives NaN has chosen nothing.
+                valid = not any(map(math.isnan, normal))
+                chosen = int(np.argmax(normal)) if valid else None
+                record |= {
+                    "choices": example.choices,
+                    "log_likelihoods": sums,
+                    "normalised": normal,
+                    "chosen": chosen,
+                    "correct": example.correct,
+                    "score": float(chosen == example.correct),
+                }
+            records.append(record)
+        return records
+
+    def _generate(
+        self,
+        parameters: Parameters,
+        task: Task,
+        examples: Sequence[Example],
+        prepared: Sequence[Prepared],
+        key: jax.Array,
+    ) -> list[dict[str, Any]]:
+        prompts = [item.contexts[0] for item in prepared]
+        outputs = self._write(parameters, prompts, task, key)
+        if task.kind == "code":
+            marks = _run_all(task, examples, outputs)
+        else:
+            marks = []
+            for example, output in zip(examples, outputs, strict=True):
+                answer = answers.found(output, task)
+                right = answers.is_right(answer, task, example)
+                marks.append(
+                    {"found": answer, "answer": example.answer, "score": float(right)}
+                )
+        return [
+            {
+                "index": example.index,
+                "prompt": example.prompt,
+                "output": output,
+                **mark,
+            }
+            for example, output, mark in zip(examples, outputs, marks, strict=True)
+        ]
+
+    def _write(
+        self,
+        parameters: Parameters,
+        prompts: Sequence[Sequence[int]],
+        task: Task,
+        key: jax.Array,
+    ) -> list[str]:
+        """What the model writes behind each prompt, up to the task's stop texts."""
+        for word in prng.name_words([task.name])[0]:
+            key = jax.random.fold_in(key, word)
+        written = continuations(
+            parameters,
+            prompts,
+            config=self._config,
+            max_new_tokens=task.max_new_tokens,
+            stop_tokens=self._tokenizer.stop_tokens,
+            sampling=Sampling(task.temperature, task.top_k, task.top_p),
+            key=key,
+            tokens_per_batch=self._tokens_per_batch,
+            dtype=self._dtype,
+        )
+        texts = map(self._tokenizer.decode, written)
+        return [answers.until_stop(text, task.stop) for text in texts]
+
+
+def _run_all(
+    task: Task, examples: Sequence[Example], outputs: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Runs the program of each example with its tests."""
+
+    def mark(example: Example, output: str) -> dict[str, Any]:
+        program = "\n\n".join((example.setup, answers.code(output), example.tests))
+        passed, why = programs.passes(
+            program, seconds=task.seconds, megabytes=task.megabytes
+        )
+        return {"problem": why, "score": float(passed)}
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(mark, examples, outputs))

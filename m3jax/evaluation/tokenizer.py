@@ -1,0 +1,111 @@
+"""From texts to tokens and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.side_files import read_config, read_side_file
+
+
+class Tokenizer(Protocol):
+    """What tasks need of a tokenizer."""
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens with which a model ends what it writes."""
+        ...
+
+    @property
+    def first_token(self) -> int | None:
+        """What a text begins with that would be empty otherwise."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The tokens of a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        ...
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text of a chat, up to where the assistant begins to write."""
+        ...
+
+
+class FolderTokenizer:
+    """The tokenizer in a checkpoint's folder; none of the folder's code is run."""
+
+    def __init__(self, folder: Path):
+        """Loads it.
+
+        Raises:
+          CheckpointError: there is none, or it cannot be used.
+        """
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise CheckpointError(
+                "tokenizers need transformers; install it with: "
+                "pip install 'm3jax[evaluate]'"
+            ) from None
+        self._folder = folder
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # the library raises a dozen unrelated types
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(
+                f"{folder}: its tokenizer cannot be used ({type(error).__name__}: "
+                f"{reason[:200]}); copy the model's tokenizer files into the folder"
+            ) from None
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        generation = read_side_file(self._folder, "generation_config.json")
+        sources: list[dict[str, Any]] = [
+            {}
+            if generation is None
+            else load_json(generation, "generation_config.json"),
+            read_config(self._folder) or {},
+            {"eos_token_id": self._tokenizer.eos_token_id},
+        ]
+        found: set[int] = set()
+        for source in sources:
+            tokens = source.get("eos_token_id")
+            tokens = tokens if isinstance(tokens, list) else [tokens]
+            found |= {token for token in tokens if isinstance(token, int)}
+        return tuple(sorted(found))
+
+    @property
+    def first_token(self) -> int | None:
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        return eos if bos is None else bos
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        tokens = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return list(tokens)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # there is none, or it raises, or Jinja is missing
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(
+                f"{self._folder}: its chat template cannot be used ({reason[:200]}); "
+                "leave out chat: true, or add chat_template.jinja"
+            ) from None
+        return str(text)

@@ -1,0 +1,170 @@
+"""`m3jax evaluate`, from a checkpoint's files to a table."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import checkpoints
+import jax
+import pytest
+import tiny_models
+import tiny_tokenizer
+from command_line import run  # noqa: F401
+
+import m3jax
+from m3jax.evaluation.evaluator import TaskEvaluator
+from m3jax.evaluation.tasks import load_tasks
+from m3jax.evaluation.tokenizer import FolderTokenizer, Tokenizer
+from m3jax.models.parameters import load_model
+
+pytest.importorskip("transformers")
+
+FAMILY = "smollm2"
+TEXTS = ["what is 2+2?", "hello, world!", "x = [1, 2]", " two  spaces\n", ""]
+GENERATED = {"max_new_tokens": 4, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "model"
+    checkpoints.write(
+        folder, tiny_models.tensors(FAMILY), tiny_models.config_dict(FAMILY)
+    )
+    tiny_tokenizer.write(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 60]}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    records = [{"q": text, "a": text[:3] or "none"} for text in TEXTS]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "data.jsonl").write_text(lines)
+    common = {"data": "data.jsonl", "prompt": "{q}"}
+    tasks = [
+        {"name": "loss", "kind": "loss", "completion": "{a}", **common},
+        {"name": "chat", "kind": "regex", "pattern": "a", **GENERATED, **common}
+        | {"chat": True},
+    ]
+    code = {"name": "code", "kind": "code", "tests": "", **common}
+    for name, spec in (("tasks", tasks), ("code", code)):
+        (folder / f"{name}.json").write_text(json.dumps(spec))
+    return folder
+
+
+def test_table_json_and_records(run, model, specs, tmp_path):  # noqa: F811
+    output = tmp_path / "records.jsonl"
+    tasks = f"--tasks={specs}/tasks.json"
+    ran = run("evaluate", model, tasks, "--json", f"--output={output}")
+    assert ran.code == 0
+    expected = TaskEvaluator(
+        load_tasks(specs / "tasks.json"),
+        tiny_models.config(FAMILY),
+        FolderTokenizer(model),
+    ).evaluate(tiny_models.parameters(FAMILY))
+    found = json.loads(ran.out)
+    assert [entry["task"] for entry in found] == ["loss", "chat"]
+    for entry, result in zip(found, expected, strict=True):
+        assert entry["mean"] == pytest.approx(result.mean)
+        assert entry["standard_error"] == pytest.approx(result.standard_error)
+        assert entry["n"] == len(TEXTS)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["loss"] * 5 + ["chat"] * 5
+    scores = [line["score"] for line in lines[:5]]
+    assert sum(scores) / 5 == pytest.approx(expected[0].mean)
+    assert lines[5]["prompt"] == TEXTS[0]
+    assert list(tmp_path.iterdir()) == [output]
+
+    ran = run("evaluate", model, tasks, "--limit=2")
+    assert ran.code == 0
+    header, loss, chat = ran.out.splitlines()
+    assert header.split() == ["task", "metric", "mean", "n"]
+    mean = sum(scores[:2]) / 2
+    error = abs(scores[0] - scores[1]) / 2
+    assert loss.split() == ["loss", "loss", f"{mean:.4f}", "±", f"{error:.4f}", "2"]
+    assert chat.split()[:2] == ["chat", "accuracy"]
+    assert "m3jax: 2 of 2 tasks: chat" in ran.err
+
+
+def test_one_example_has_no_standard_error(run, model, specs):  # noqa: F811
+    ran = run("evaluate", model, f"--tasks={specs}/tasks.json", "--limit=1")
+    assert ran.out.splitlines()[1].split()[3:] == ["—", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "needs one model, not 0"),
+        (["{model}"], 2, "needs --tasks"),
+        (["{model}", "--tasks={specs}/none.json"], 2, "No such file"),
+        (["{model}", "--tasks={specs}/code.json"], 2, "--allow_code_execution"),
+        (["{model}", "--tasks={specs}/tasks.json", "--limit=0"], 2, "--limit=0"),
+        (["{model}", "--tasks={specs}/tasks.json", "--seed=-1"], 2, "seed=-1"),
+        (["{model}", "--tasks={specs}/tasks.json", "--output=/no/where"], 2, "/no is"),
+        (["{specs}", "--tasks={specs}/tasks.json"], 3, "neither model.safetensors"),
+    ],
+)
+def test_errors_are_one_line(run, model, specs, arguments, code, message):  # noqa: F811
+    ran = run("evaluate", *[a.format(model=model, specs=specs) for a in arguments])
+    assert ran.code == code
+    assert message in ran.error
+
+
+def test_a_model_that_is_not_supported(run, specs, tmp_path):  # noqa: F811
+    config = {**tiny_models.config_dict(FAMILY), "hidden_act": "relu"}
+    folder = checkpoints.write(tmp_path / "m", tiny_models.tensors(FAMILY), config)
+    ran = run("evaluate", folder, f"--tasks={specs}/tasks.json")
+    assert ran.code == 3
+    assert "config.json: hidden_act = 'relu': only 'silu' is supported" in ran.error
+
+
+def test_a_model_without_tokenizer_or_config(run, model, specs, tmp_path):  # noqa: F811
+    tensors = tiny_models.tensors(FAMILY)
+    bare = checkpoints.write(tmp_path / "bare", tensors)
+    ran = run("evaluate", bare, f"--tasks={specs}/tasks.json")
+    assert (ran.code, "no config.json" in ran.error) == (3, True)
+    mute = checkpoints.write(
+        tmp_path / "mute", tensors, tiny_models.config_dict(FAMILY)
+    )
+    ran = run("evaluate", mute, f"--tasks={specs}/tasks.json")
+    assert (ran.code, "its tokenizer cannot be used" in ran.error) == (3, True)
+
+
+def test_folder_tokenizer_is_the_one_that_tests_use(model):
+    ours: Tokenizer = tiny_tokenizer.Characters()
+    theirs: Tokenizer = FolderTokenizer(model)
+    for text in TEXTS:
+        for special in (True, False):
+            tokens = ours.encode(text, add_special_tokens=special)
+            assert theirs.encode(text, add_special_tokens=special) == tokens
+        assert theirs.decode(tokens) == ours.decode(tokens)
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert theirs.chat(messages) == ours.chat(messages)
+    assert theirs.first_token == ours.first_token
+    assert theirs.stop_tokens == (1, 60)
+
+
+def test_a_merge_in_memory_is_evaluated_as_it_is(model, specs, tmp_path):
+    """No renaming: merged parameters go straight into the evaluator."""
+    other = checkpoints.write(
+        tmp_path / "other",
+        tiny_models.tensors(FAMILY, seed=1),
+        tiny_models.config_dict(FAMILY),
+    )
+    recipe = m3jax.Recipe(mixup=m3jax.Mixup(ratios=(0.25, 0.75)))
+    evaluator = TaskEvaluator(
+        load_tasks(specs / "tasks.json"),
+        load_model(str(model)).config,
+        FolderTokenizer(model),
+    )
+    parents = [m3jax.load(model), m3jax.load(other)]
+    merged = m3jax.merge_params(None, parents, recipe)
+    m3jax.merge(None, [str(model), str(other)], tmp_path / "merged", recipe)
+    exported = load_model(str(tmp_path / "merged")).parameters
+    key = jax.random.key(0)
+    scores = evaluator(merged, None, key)
+    assert evaluator(exported, None, key) == scores
+    assert evaluator(parents[0], None, key) != scores
+    assert all(map(math.isfinite, scores.values()))
