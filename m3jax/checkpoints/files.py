@@ -20,8 +20,8 @@ def open_regular(path: Path) -> int:
     something on being opened.
 
     Raises:
-      CheckpointError: it is not a regular file, or too many files are open.
-      OSError: it is missing or may not be read.
+      CheckpointError: it is not a regular file.
+      OSError: it is missing or may not be read, or too many files are open.
     """
     _check_regular(path, path.stat())
     try:
@@ -29,7 +29,7 @@ def open_regular(path: Path) -> int:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-        raise CheckpointError(
+        raise OSError(
             f"{path}: this process may not open more files; allow more of them "
             "(ulimit -n 65536), or merge fewer models at a time"
         ) from None
