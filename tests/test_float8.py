@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -140,8 +141,12 @@ def test_a_wide_row_needs_no_wide_scales():
     scales = np.array([[2.0], [3.0]], np.float32)
     source = Dequantised(InMemory(codes), InMemory(scales), (1, columns))
     out = np.empty(4, np.float32)
+    tracemalloc.start()
     source.read_into(out, columns - 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     np.testing.assert_array_equal(out, [2, 2, 3, 3])
+    assert peak < 1_000_000
 
 
 F32 = np.dtype(np.float32)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import encode
 from hypothesis import given
 from hypothesis import strategies as st
 
+import m3jax
 from m3jax.checkpoints import sources
 from m3jax.checkpoints.dtypes import DTYPES, of_numpy
 from m3jax.checkpoints.errors import CheckpointError
@@ -149,6 +151,16 @@ def test_a_mean_of_infinities_is_left_to_the_check_of_values():
     array = np.array([[np.inf, np.nan, 1], [-np.inf, 1, 3]], np.float32)
     mean = WithMeanRows(InMemory(array), 3).mean
     np.testing.assert_array_equal(mean, [np.nan, np.nan, 2])
+
+
+def test_integers_have_no_mean(tmp_path):
+    for name, rows in (("a", 2), ("b", 3)):
+        (tmp_path / name).mkdir()
+        weights = encode({"model.embed_tokens.weight": np.ones((rows, 2), np.int32)})
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    recipe = m3jax.Recipe(vocabulary="mean")
+    with pytest.raises(CheckpointError, match=r"has shape \[2, 2\] in .*, \[3, 2\] in"):
+        m3jax.merge(None, [tmp_path / "a", tmp_path / "b"], tmp_path / "out", recipe)
 
 
 @pytest.mark.parametrize("code", FLOATS)

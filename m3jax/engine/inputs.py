@@ -210,7 +210,7 @@ def _fit_vocabulary(
     rows = [source.shape[0] for source in sources]
     if recipe.vocabulary == "truncate":
         return [FirstRows(source, min(rows)) for source in sources]
-    if min(rows) == 0:
+    if min(rows) == 0 or sources[0].dtype.kind == "exact":  # has no mean
         return None
     return [
         source if source.shape[0] == max(rows) else WithMeanRows(source, max(rows))

@@ -124,6 +124,16 @@ def _snapshot_with_false_blobs(folder: Path) -> Path:
     return snapshot
 
 
+def _blobs_without_a_snapshot(folder: Path) -> Path:
+    """Something beside that happens to be called blobs."""
+    (folder / "blobs").mkdir()
+    (folder / "blobs" / "blob").write_bytes(tensors("a"))
+    model = folder / "models" / "mine"
+    model.mkdir(parents=True)
+    (model / WEIGHTS).symlink_to("../../blobs/blob")
+    return model
+
+
 def _snapshot_of_another_model(folder: Path) -> Path:
     (folder / "other" / "blobs").mkdir(parents=True)
     (folder / "other" / "blobs" / "blob").write_bytes(tensors("a"))
@@ -172,6 +182,7 @@ ATTACKS: dict[str, tuple[Builder, str]] = {
         "is a link to nothing",
     ),
     "cache whose blobs are elsewhere": (_snapshot_with_false_blobs, "leads out of the"),
+    "blobs of no cache": (_blobs_without_a_snapshot, "leads out of the folder"),
     "blob of another model": (_snapshot_of_another_model, "leads out of the folder"),
     # Paths in an index.
     "index leads up": (
