@@ -18,10 +18,10 @@ _HOMES = {
     "Mixup": "m3jax.recipe",
     "Recipe": "m3jax.recipe",
     "RecipeError": "m3jax.recipe",
-    "load": "m3jax.engine.in_memory",
+    "load": "m3jax.engine.load",
     "merge": "m3jax.engine.merge",
     "merge_params": "m3jax.engine.in_memory",
-    "save": "m3jax.engine.in_memory",
+    "save": "m3jax.engine.save",
     "verify": "m3jax.engine.verify",
 }
 __all__ = sorted(_HOMES)
@@ -29,9 +29,11 @@ __all__ = sorted(_HOMES)
 if TYPE_CHECKING:
     # ruff: noqa: F401
     from m3jax.checkpoints.errors import CheckpointError
-    from m3jax.engine.in_memory import load, merge_params, save
+    from m3jax.engine.in_memory import merge_params
+    from m3jax.engine.load import load
     from m3jax.engine.merge import MergeResult, merge
     from m3jax.engine.prepare import Execution
+    from m3jax.engine.save import save
     from m3jax.engine.verify import verify
     from m3jax.recipe import Dare, Mixup, Recipe, RecipeError
 

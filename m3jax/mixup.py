@@ -34,7 +34,7 @@ def group_of(name: str, granularity: str) -> str:
 
 
 def draw_ratios(
-    mixup: Mixup, num_models: int, names: list[str], seed: int
+    mixup: Mixup, num_models: int, names: list[str], seed: int | jax.Array
 ) -> dict[str, tuple[float, ...]] | None:
     """The ratios of each group of tensors.
 

@@ -1,0 +1,192 @@
+"""Loads a checkpoint into device memory, each device its own shards."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import math
+from collections.abc import Callable
+from os import PathLike, fspath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from m3jax.checkpoints import boxes, tree
+from m3jax.checkpoints.boxes import Box
+from m3jax.checkpoints.errors import shown
+from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.checkpoints.sources import Source, read_whole
+from m3jax.engine.pipeline import available_cores
+from m3jax.engine.sharding_rules import by_rules
+
+# Bytes of a tensor that stand in host memory on their way to a device; each thread
+# holds two such pieces.
+PIECE = 64 << 20
+MAX_THREADS = 4
+_ALIGNMENT = 64  # bytes; XLA's CPU backend takes over such memory without a copy
+
+
+def load(
+    path: str | PathLike[str],
+    sharding: Mesh
+    | Sharding
+    | Callable[[str, tuple[int, ...]], Sharding]
+    | None = None,
+) -> dict[str, Any]:
+    """Loads a checkpoint as a pytree: nested dicts, names split at ".".
+
+        >>> import m3jax
+        >>> _ = m3jax.save({"norm": {"weight": jnp.ones(4)}}, folder)
+        >>> m3jax.load(folder)["norm"]["weight"]
+        Array([1., 1., 1., 1.], dtype=float32)
+
+    Sharded, every process reads the bytes of its own devices' shards and no others.
+    On an accelerator host memory is bounded, whatever the size of the model: at most
+    eight pieces of 64 MB.
+
+    Args:
+      path: a folder, a safetensors file or a Hugging Face id.
+      sharding: where the arrays go. None: whole, to JAX's default device. A mesh:
+        every tensor is split over all its devices along the first axis that divides.
+        A sharding: all tensors have it. A function (name, shape) -> sharding, such as
+        `m3jax.engine.sharding_rules.by_rules` makes: each tensor has its own.
+
+    Returns:
+      Arrays of the stored dtypes. float64, and float8 with the scales that stand
+      beside it, come as float32, in which they are merged. 64-bit integers come as
+      NumPy arrays unless JAX has 64 bits on: nothing loses bits.
+
+    Raises:
+      CheckpointError: one line that names the file and the tensor.
+      ValueError: a sharding does not fit a tensor.
+    """
+    with open_checkpoint(fspath(path)) as checkpoint:
+        tensors = [
+            (source, _sharding_of(name, source.shape, sharding))
+            for name, source in checkpoint.tensors.items()
+        ]
+        # What the caller has set for its own thread, for ours too.
+        x64 = _fits(np.dtype(np.int64))
+        (device,) = jnp.zeros(()).devices()
+
+        def read(tensor: tuple[Source, Sharding | None]) -> Any:
+            with jax.enable_x64(x64), jax.default_device(device):
+                return read_tensor(*tensor)
+
+        with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+            arrays = dict(zip(checkpoint.tensors, pool.map(read, tensors), strict=True))
+        for file in checkpoint.files:
+            file.check_unchanged()
+    return tree.nest(arrays)
+
+
+def read_tensor(
+    source: Source, sharding: Sharding | None = None, piece: int | None = None
+) -> Any:
+    """Reads one tensor, or this process's shards of it.
+
+    Args:
+      source: of the tensor.
+      sharding: of the array; None for all of it on JAX's default device.
+      piece: bytes of a piece on its way to a device. None: `PIECE`, but all at once
+        to CPU devices, which take over the host's memory as it is.
+
+    Returns:
+      A `jax.Array`, or a NumPy array of 64-bit integers where JAX would cut them off.
+    """
+    shape, dtype = source.shape, source.dtype.numpy
+    if not _fits(dtype):
+        return read_whole(source)
+    holders: dict[Box, list[jax.Device | None]] = {}
+    if sharding is None:
+        holders[boxes.whole(shape)] = [None]
+    else:
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            holders.setdefault(boxes.box_of(index or (), shape), []).append(device)
+    if piece is None:
+        devices: Any = (
+            jnp.zeros(()).devices() if sharding is None else sharding.device_set
+        )
+        on_cpu = all(device.platform == "cpu" for device in devices)
+        piece = math.prod(shape) * dtype.itemsize if on_cpu else PIECE
+    limit = max(1, piece // dtype.itemsize)
+    placed: dict[jax.Device | None, jax.Array] = {}
+    before: list[jax.Array] = []
+    for part in (p for box in boxes.joined(holders) for p in boxes.cut(box, limit)):
+        values = _read(source, part)
+        jax.block_until_ready(before)  # so that host memory holds two parts
+        before = []
+        for box, devices in holders.items():
+            common = boxes.overlap(box, part)
+            if common is None:
+                continue
+            for device in devices:
+                sent = jax.device_put(values[boxes.within(common, part)], device)
+                before.append(sent)
+                if common == box:
+                    placed[device] = sent
+                    continue
+                if device not in placed:
+                    own = boxes.box_shape(box)
+                    placed[device] = jnp.zeros(own, dtype, device=device)
+                corner = [s.start for s in boxes.within(common, box)]
+                placed[device] = _insert(placed[device], sent, np.array(corner))
+    if math.prod(shape) == 0:
+        for box, devices in holders.items():
+            for device in devices:
+                own = boxes.box_shape(box)
+                placed[device] = jnp.zeros(own, dtype, device=device)
+    if sharding is None:
+        return placed[None]
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, list(placed.values()), dtype=dtype
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(array: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
+    """The array with `part` put at `corner`, in place."""
+    return jax.lax.dynamic_update_slice(array, part, tuple(corner))
+
+
+def _read(source: Source, box: Box) -> np.ndarray:
+    shape, dtype = boxes.box_shape(box), source.dtype.numpy
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    values = memory[first : first + size].view(dtype)
+    place = 0
+    for start, count in boxes.runs(box, source.shape):
+        source.read_into(values[place : place + count], start)
+        place += count
+    return values.reshape(shape)
+
+
+def _sharding_of(name: str, shape: tuple[int, ...], sharding: Any) -> Sharding | None:
+    if isinstance(sharding, Mesh):
+        sharding = by_rules(sharding)
+    if callable(sharding):
+        sharding = sharding(name, shape)
+    if not isinstance(sharding, Sharding | None):
+        raise TypeError(
+            f"sharding={sharding!r} needs a Mesh, a Sharding, or a function "
+            "(name, shape) -> Sharding"
+        )
+    if sharding is not None:
+        try:
+            sharding.shard_shape(shape)
+        except ValueError as error:
+            raise ValueError(f"tensor {shown(name)}: {error}") from None
+    return sharding
+
+
+def _fits(dtype: np.dtype) -> bool:
+    """Whether JAX has this dtype, or would narrow it because 64 bits are off."""
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype
+
+
+def num_threads() -> int:
+    return min(MAX_THREADS, available_cores() + 1)
