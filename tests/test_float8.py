@@ -1,5 +1,6 @@
 """Float8 weights times their scales, against NumPy; what is strange is refused."""
 
+import contextlib
 import json
 import math
 import tracemalloc
@@ -150,6 +151,17 @@ def test_a_wide_row_needs_no_wide_scales():
 
 
 F32 = np.dtype(np.float32)
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+keys = st.sampled_from(
+    [
+        "quantization_config",
+        "weight_block_size",
+        "config_groups",
+        "weights",
+        "group_size",
+    ]
+)
+
 PROBLEMS = {
     "no scale": ({}, None, "has no scale tensor, needs one of NAME_scale"),
     "both scales": (
@@ -257,6 +269,16 @@ def test_strange_configs_are_no_blocks(quantization):
         dequantised(
             codes_of((6, 10)), scales_of((2, 3)), {"quantization_config": quantization}
         )
+
+
+@given(
+    st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(keys, inner))
+)
+def test_any_config_is_understood_or_refused(config):
+    codes, scales = InMemory(codes_of((6, 10))), InMemory(scales_of((2, 3)))
+    config = config if isinstance(config, dict) else {"quantization_config": config}
+    with contextlib.suppress(CheckpointError):
+        dequantise({"l.weight": codes, "l.weight_scale": scales}, config)
 
 
 def test_scales_of_activations_are_dropped():

@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 
+import hub_server
 import numpy as np
 import pytest
 from checkpoints import encode
@@ -226,7 +228,8 @@ def locate_elsewhere(home, endpoint, name="org/name"):
         text=True,
         timeout=60,
     )
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.returncode == 0, ran.stderr
+    assert re.sub(r"\n?Fetching .*", "", ran.stderr).strip() == ""  # a progress bar
     return ran.stdout.strip(), time.monotonic() - start
 
 
@@ -242,6 +245,27 @@ def closed_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     return f"http://127.0.0.1:{port}"
+
+
+def test_a_model_is_fetched_and_then_cached(tmp_path):
+    """What a merge needs and no more; then the network can go."""
+    wanted = {**model(1), "tokenizer.json": b"{}", "README.md": b"# card"}
+    others = ("pytorch_model.bin", "consolidated.safetensors", "model.py", "x/a.json")
+    others += ("original/model.safetensors",)
+    files = wanted | dict.fromkeys(others, b"large")
+    with hub_server.serve(files) as (endpoint, asked):
+        said, _ = locate_elsewhere(tmp_path, endpoint, "org/name")
+        folder = tmp_path / "hub/models--org--name/snapshots" / hub_server.COMMIT
+        assert said == f"{folder} {hub_server.COMMIT}"
+        assert {path.name for path in folder.iterdir()} == set(wanted)
+        assert not any(path.endswith(others) for path in asked)
+        missing, _ = locate_elsewhere(tmp_path, endpoint, "org/nothing")
+        assert "or it is private: check the name, or run `hf auth login`" in missing
+        missing, _ = locate_elsewhere(tmp_path, endpoint, "org/name@v9")
+        assert missing.startswith("org/name@v9: no such folder here")
+    assert value_of(str(folder))[0] == 1
+    said, _ = locate_elsewhere(tmp_path, endpoint, "org/name")
+    assert said == f"{folder} {hub_server.COMMIT}"
 
 
 @pytest.mark.parametrize("server", ["silent_server", "closed_port"])
