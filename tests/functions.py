@@ -15,6 +15,10 @@ from m3jax.methods.method import Reduction, run_statistics
 Tensors = Mapping[str, np.ndarray]
 
 
+_drop_and_rescale = jax.jit(dare.drop_and_rescale, static_argnames="target")
+_magnitude_mask = jax.jit(dare.magnitude_mask, static_argnames="target")
+
+
 def merge(
     base: Tensors | None,
     models: Sequence[Tensors],
@@ -78,10 +82,10 @@ def drop(
                 dare.magnitude_thresholds(tuple(rates), stack[0].size, target=target),
                 lambda reduction, own=own, stack=stack: answer(reduction, own, stack),
             )
-            dropped = dare.magnitude_mask(
+            dropped = _magnitude_mask(
                 own, stack, jnp.asarray(thresholds).reshape(behind), target=target
             )
-        kept = dare.drop_and_rescale(
+        kept = _drop_and_rescale(
             own, stack, dropped, jnp.asarray(scales).reshape(behind), target=target
         )
         for model, part in zip(dropped_models, kept, strict=True):
@@ -102,7 +106,7 @@ def count(reduction: Reduction, base: Any, stack: Any) -> Any:
         base, stack, jnp.ones(stack.shape[1:], bool), reduction.arguments
     )
     if reduction.histogram:
-        counts = selection.count_codes(counts)
+        counts = selection.count_codes_on_host(np.asarray(counts))
     return jax.tree.map(lambda part: np.asarray(part).astype(np.int64), counts)
 
 

@@ -184,7 +184,9 @@ def test_equals_the_reference(method: str, m3: str, dare: str, models: Path, out
     assert set(merged) == set(SHAPES)
     for name, tensor in expected.items():
         assert (merged[name].dtype, merged[name].shape) == (np.float32, SHAPES[name])
-        np.testing.assert_allclose(merged[name], tensor, rtol=0, atol=3e-8)
+        # A sole survivor's weight cancels up to rounding in TIES; the rest is exact.
+        tolerance = 3e-8 if method == "ties" else 0
+        np.testing.assert_allclose(merged[name], tensor, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS)
