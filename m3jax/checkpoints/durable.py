@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 from pathlib import Path
@@ -59,6 +60,18 @@ def write_at(fd: int, view: memoryview, offset: int, path: Path) -> None:
     try:
         while len(view):
             count = os.pwrite(fd, view, offset)
+            view, offset = view[count:], offset + count
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_at(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fills `view` from an offset; an OSError names the file, `path`."""
+    try:
+        while len(view):
+            count = os.preadv(fd, [view], offset)
+            if count == 0:
+                raise OSError(errno.EIO, "became shorter while it was written")
             view, offset = view[count:], offset + count
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -56,12 +56,7 @@ class ShardWriter:
     def read(self, shard: int, offset: int, out: np.ndarray) -> None:
         """Reads back bytes that were written."""
         view = memoryview(out)
-        while len(view):
-            count = os.preadv(self._files[shard], [view], offset)
-            if count == 0:
-                path = self._paths[shard]
-                raise OSError(f"{path}: became shorter while it was written")
-            view, offset = view[count:], offset + count
+        durable.read_at(self._files[shard], view, offset, self._paths[shard])
 
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
