@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-long lint types bench clean
+.PHONY: demo test test-long lint types fuzz bench clean
 
 demo: .venv/installed ## merge the built-in models
 	$(BIN)/m3jax demo
@@ -21,8 +21,12 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
+fuzz: .venv/installed-dev ## the readers, coverage-guided, ten minutes
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/python tests/fuzz/run.py --seconds=200
+
 bench: .venv/installed-dev ## beside mergekit; see benchmarks/README.md
-	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/end_to_end.py --size=1.1b --mergekit=install
 
 clean:
 	rm -rf .venv build dist *.egg-info m3jax-demo
