@@ -68,7 +68,7 @@ def draw_ratios(
     ):
         # One by one, so that one program makes them all: XLA's programs for different
         # numbers of draws differ in the last bits.
-        draws = [np.float32(_dirichlet(key, alpha)) for key in keys]
+        draws = [np.asarray(_dirichlet(key, alpha), np.float32) for key in keys]
     return {
         group: tuple(float(ratio) for ratio in draw)
         for group, draw in zip(groups, draws, strict=True)
