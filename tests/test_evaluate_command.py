@@ -10,7 +10,6 @@ import jax
 import pytest
 import tiny_models
 import tiny_tokenizer
-from command_line import run  # noqa: F401
 
 import m3jax
 from m3jax.evaluation.evaluator import TaskEvaluator
@@ -54,7 +53,7 @@ def specs(tmp_path_factory):
     return folder
 
 
-def test_table_json_and_records(run, model, specs, tmp_path):  # noqa: F811
+def test_table_json_and_records(run, model, specs, tmp_path):
     output = tmp_path / "records.jsonl"
     tasks = f"--tasks={specs}/tasks.json"
     ran = run("evaluate", model, tasks, "--json", f"--output={output}")
@@ -88,7 +87,7 @@ def test_table_json_and_records(run, model, specs, tmp_path):  # noqa: F811
     assert "m3jax: 2 of 2 tasks: chat" in ran.err
 
 
-def test_one_example_has_no_standard_error(run, model, specs):  # noqa: F811
+def test_one_example_has_no_standard_error(run, model, specs):
     ran = run("evaluate", model, f"--tasks={specs}/tasks.json", "--limit=1")
     assert ran.out.splitlines()[1].split()[3:] == ["—", "1"]
 
@@ -106,13 +105,13 @@ def test_one_example_has_no_standard_error(run, model, specs):  # noqa: F811
         (["{specs}", "--tasks={specs}/tasks.json"], 3, "neither model.safetensors"),
     ],
 )
-def test_errors_are_one_line(run, model, specs, arguments, code, message):  # noqa: F811
+def test_errors_are_one_line(run, model, specs, arguments, code, message):
     ran = run("evaluate", *[a.format(model=model, specs=specs) for a in arguments])
     assert ran.code == code
     assert message in ran.error
 
 
-def test_a_model_that_is_not_supported(run, specs, tmp_path):  # noqa: F811
+def test_a_model_that_is_not_supported(run, specs, tmp_path):
     config = {**tiny_models.config_dict(FAMILY), "hidden_act": "relu"}
     folder = checkpoints.write(tmp_path / "m", tiny_models.tensors(FAMILY), config)
     ran = run("evaluate", folder, f"--tasks={specs}/tasks.json")
@@ -120,7 +119,7 @@ def test_a_model_that_is_not_supported(run, specs, tmp_path):  # noqa: F811
     assert "config.json: hidden_act = 'relu': only 'silu' is supported" in ran.error
 
 
-def test_a_model_without_tokenizer_or_config(run, model, specs, tmp_path):  # noqa: F811
+def test_a_model_without_tokenizer_or_config(run, model, specs, tmp_path):
     tensors = tiny_models.tensors(FAMILY)
     bare = checkpoints.write(tmp_path / "bare", tensors)
     ran = run("evaluate", bare, f"--tasks={specs}/tasks.json")

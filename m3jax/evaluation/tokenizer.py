@@ -38,7 +38,11 @@ class Tokenizer(Protocol):
 
 
 class FolderTokenizer:
-    """The tokenizer in a checkpoint's folder; none of the folder's code is run."""
+    """The tokenizer in a checkpoint's folder; none of the folder's code is run.
+
+    Attributes:
+      transformers: the library's own object.
+    """
 
     def __init__(self, folder: Path):
         """Loads it.
@@ -55,7 +59,7 @@ class FolderTokenizer:
             ) from None
         self._folder = folder
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            self.transformers: Any = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # the library raises a dozen unrelated types
@@ -73,7 +77,7 @@ class FolderTokenizer:
             if generation is None
             else load_json(generation, "generation_config.json"),
             read_config(self._folder) or {},
-            {"eos_token_id": self._tokenizer.eos_token_id},
+            {"eos_token_id": self.transformers.eos_token_id},
         ]
         found: set[int] = set()
         for source in sources:
@@ -84,22 +88,22 @@ class FolderTokenizer:
 
     @property
     def first_token(self) -> int | None:
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        bos, eos = self.transformers.bos_token_id, self.transformers.eos_token_id
         return eos if bos is None else bos
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        tokens = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        tokens = self.transformers.encode(text, add_special_tokens=add_special_tokens)
         return list(tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        text = self._tokenizer.decode(
+        text = self.transformers.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.transformers.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # there is none, or it raises, or Jinja is missing

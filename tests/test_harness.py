@@ -1,0 +1,148 @@
+"""lm-evaluation-harness with our model, against the same with its own HF backend."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import tiny_models
+import tiny_tokenizer
+
+from m3jax.evaluation.evaluator import TaskEvaluator
+from m3jax.evaluation.tasks import load_tasks
+from m3jax.evaluation.tokenizer import FolderTokenizer
+
+lm_eval = pytest.importorskip("lm_eval")
+hf_backend = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
+harness = pytest.importorskip("m3jax.evaluation.harness")
+
+# The harness and what it imports warn of their own affairs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FAMILY = "qwen3"
+WORDS = ["a", "to be ", "what is 2+2?", "seven words in a row, and more", "x=1"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer.write(folder)
+    return FolderTokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(tokenizer):
+    config, parameters = tiny_models.config(FAMILY), tiny_models.parameters(FAMILY)
+    return harness.HarnessModel(parameters, config, tokenizer, tokens_per_batch=64)
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer):
+    model = copy.deepcopy(tiny_models.reference(FAMILY))
+    model.generation_config.eos_token_id = tokenizer.stop_tokens[0]
+    return hf_backend.HFLM(
+        pretrained=model, tokenizer=tokenizer.transformers, batch_size=2
+    )
+
+
+def _requests(kind: str, *arguments: Any) -> list[Any]:
+    make = lm_eval.api.instance.Instance
+    return [make(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+def test_loglikelihood(ours, theirs):
+    pairs = [(word, f" {word[::-1]}") for word in WORDS]
+    pairs += [("", "alone"), ("a" * 70, "cut off")]  # the model takes 64
+    requests = _requests("loglikelihood", *pairs)
+    expected = theirs.loglikelihood(requests)
+    for found, wanted in zip(ours.loglikelihood(requests), expected, strict=True):
+        assert found[0] == pytest.approx(wanted[0], abs=1e-4)
+        assert found[1] == bool(wanted[1])
+
+
+def test_loglikelihood_rolling(ours, theirs):
+    requests = _requests("loglikelihood_rolling", *[(w,) for w in [*WORDS, "ab" * 90]])
+    expected = theirs.loglikelihood_rolling(requests)
+    assert ours.loglikelihood_rolling(requests) == pytest.approx(expected, abs=1e-3)
+
+
+def test_generate_until(ours, theirs):
+    short, long = {"until": ["q", "7"], "max_gen_toks": 12}, {"max_gen_toks": 16}
+    settings = [short, long, short, long, short]
+    requests = _requests("generate_until", *zip(WORDS, settings, strict=True))
+    found = ours.generate_until(requests)
+    assert found == theirs.generate_until(requests)
+    assert len(set(found)) > 2
+
+
+def test_settings_that_are_not_supported_are_refused(ours):
+    request = _requests("generate_until", ("a", {"num_beams": 4}))
+    with pytest.raises(ValueError, match="num_beams"):
+        ours.generate_until(request)
+
+
+def test_local_tasks_and_our_own_scores(ours, theirs, tokenizer, tmp_path, monkeypatch):
+    """A whole evaluation by the harness; our tasks give the same numbers."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    records = [
+        {"q": f"{word}?", "options": ["yes", "no way", word[::-1]], "label": i % 3}
+        for i, word in enumerate(WORDS * 3)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(data)},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    scores = []
+    for lm in (ours, theirs):
+        found = lm_eval.simple_evaluate(lm, tasks=[task], bootstrap_iters=0)
+        scores.append(found["results"]["local"])
+    for metric in ("acc,none", "acc_norm,none"):
+        assert scores[0][metric] == scores[1][metric]
+    for normalise, metric in (("none", "acc,none"), ("bytes", "acc_norm,none")):
+        spec = {
+            "name": "local",
+            "kind": "choice",
+            "data": "data.jsonl",
+            "prompt": "{q}",
+            "choices": "{options}",
+            "answer": "{label}",
+            "delimiter": " ",
+            "normalise": normalise,
+        }
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        evaluator = TaskEvaluator(
+            load_tasks(tmp_path / "spec.json"), tiny_models.config(FAMILY), tokenizer
+        )
+        (result,) = evaluator.evaluate(tiny_models.parameters(FAMILY))
+        assert result.mean == pytest.approx(scores[1][metric])
+        assert 0 < result.mean < 1
+
+
+def test_our_loss_is_the_harness_log_likelihood(theirs, tokenizer, tmp_path):
+    records = [{"q": word, "a": f" {word[::-1]}"} for word in WORDS]
+    data = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "data.jsonl").write_text(data)
+    spec = {"name": "loss", "kind": "loss", "data": "data.jsonl"}
+    spec |= {"prompt": "{q}", "completion": "{a}"}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    (result,) = TaskEvaluator(
+        load_tasks(tmp_path / "spec.json"), tiny_models.config(FAMILY), tokenizer
+    ).evaluate(tiny_models.parameters(FAMILY))
+    pairs = [(record["q"], record["a"]) for record in records]
+    expected = theirs.loglikelihood(_requests("loglikelihood", *pairs))
+    found = [record["log_likelihood"] for record in result.records]
+    assert found == pytest.approx([score for score, _ in expected], abs=1e-4)
