@@ -70,9 +70,7 @@ def test_equals_partition(values: np.ndarray):
 
 @pytest.mark.parametrize("values", DATA.values(), ids=DATA)
 @pytest.mark.parametrize("misleading", [None, *MISLEADING])
-def test_a_sample_changes_no_result(
-    values: np.ndarray, misleading: str | None
-):
+def test_a_sample_changes_no_result(values: np.ndarray, misleading: str | None):
     sample = values[::7] if misleading is None else MISLEADING[misleading]
     for rank in (1, max(1, values.size // 2), values.size):
         found, passes = find(values[None], [rank], sample=sample[None])
