@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3jax.evaluation import answers, programs
@@ -32,7 +32,7 @@ assert len(tiny_tokenizer.VOCABULARY) == tiny_models.VOCABULARY
 FAMILY = "qwen3"
 CONFIG = tiny_models.config(FAMILY)
 TOKENIZER = tiny_tokenizer.Characters()
-WORDS = ["a", "to be", "what is 2+2?", "seven words in a row, and more", "x=1"]
+WORDS = ["a", "to be", "what is 2+2?", "words in a row, and more", "x=1"]
 
 
 def write_task(folder: Path, records: list[dict[str, Any]], **spec: Any) -> Path:
@@ -45,6 +45,12 @@ def write_task(folder: Path, records: list[dict[str, Any]], **spec: Any) -> Path
     path = folder / f"{name}.json"
     path.write_text(json.dumps(spec))
     return path
+
+
+def padded(tokens: list[int], slots: int = 64) -> tuple[jax.Array, jax.Array]:
+    """A batch of one row, always of the same shape, and which tokens are valid."""
+    row = jnp.asarray([tokens + [0] * (slots - len(tokens))], jnp.int32)
+    return row, jnp.arange(slots)[None] < len(tokens)
 
 
 def evaluator(*specs: Path, **options: Any) -> TaskEvaluator:
@@ -82,10 +88,9 @@ def written_task(tmp_path):
     parameters = tiny_models.parameters(FAMILY)
     records = []
     for i, word in enumerate(WORDS):
-        tokens = jnp.asarray([TOKENIZER.encode(word, add_special_tokens=True)])
-        valid = jnp.ones(tokens.shape, bool)
+        prompt = padded(TOKENIZER.encode(word, add_special_tokens=True))
         options = {"config": CONFIG, "max_new_tokens": 8, "stop_tokens": (1,)}
-        found = generate(parameters, tokens, valid, **options)
+        found = generate(parameters, *prompt, **options)
         text = TOKENIZER.decode(found.tokens[0, : found.lengths[0]].tolist())
         records.append({"q": word, "a": text if i % 2 == 0 else text + "?"})
     return write_task(
@@ -144,13 +149,9 @@ def test_loss_is_the_mean_over_the_completions_tokens(loss_task):
     for word, record in zip(WORDS, result.records, strict=True):
         context = TOKENIZER.encode(f"{word}:", add_special_tokens=True)
         whole = context + TOKENIZER.encode(f" {word[::-1]}", add_special_tokens=False)
-        scores = token_scores(
-            parameters,
-            jnp.asarray([whole]),
-            jnp.ones((1, len(whole)), bool),
-            config=CONFIG,
-        ).log_likelihood[0]
-        expected = -float(scores[len(context) - 1 :].mean())
+        scores = token_scores(parameters, *padded(whole), config=CONFIG)
+        own = scores.log_likelihood[0, len(context) - 1 : len(whole) - 1]
+        expected = -float(own.mean())
         assert record["score"] == pytest.approx(expected, abs=1e-5)
         assert record["tokens"] == len(word) + 1
     assert result.metric == "loss"
@@ -204,14 +205,14 @@ def test_exact_match_of_what_the_model_writes(written_task):
 def test_sampling_follows_the_key_and_not_the_batch_or_other_tasks(tmp_path, loss_task):
     spec = write_task(
         tmp_path,
-        [{"q": word} for word in WORDS],
+        [{"q": word} for word in ("a", "to be", "x=1")],
         name="sampled",
         kind="regex",
         prompt="{q}",
         pattern="e",
         temperature=1.0,
         top_k=20,
-        max_new_tokens=6,
+        max_new_tokens=4,
     )
 
     def outputs(seed: int, *specs: Path, **options: Any) -> list[str]:
@@ -373,6 +374,7 @@ def test_long_prompts_lose_their_beginning():
         _prepare("abc", "")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 500), max_size=60),
     st.integers(1, 5000),
@@ -390,14 +392,14 @@ def test_batches_hold_every_sequence_once(lengths, tokens_per_batch, extra):
         within = batch.rows * (batch.slots + extra) <= tokens_per_batch
         assert within or batch.rows == 1
     shapes = {(batch.rows, batch.slots) for batch in batches}
-    assert len(shapes) <= 10
+    assert len(shapes) <= 11  # slots: 16, 24, 32, 48, 64, …, 512
 
 
 def test_padding_is_on_the_right_and_rows_are_filled_up():
     (batch,) = plan_batches([3, 1, 2], 1000)
     tokens, valid = pad([[7, 8, 9], [5], [1, 2]], batch)
-    assert tokens.shape == valid.shape == (4, 16)
-    assert valid.sum(axis=1).tolist() == [3, 1, 2, 0]
+    assert tokens.shape == valid.shape == (8, 16)
+    assert valid.sum(axis=1).tolist() == [3, 1, 2, 0, 0, 0, 0, 0]
     assert tokens[0, :4].tolist() == [7, 8, 9, 0]
 
 

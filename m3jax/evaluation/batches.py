@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _SHORTEST = 16  # slots; below it nothing is gained
+_FEWEST = 8  # rows, so that small budgets share a shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def plan_batches(
     batches = []
     for slots, members in sorted(by_slots.items(), reverse=True):
         most = 1 << (max(1, tokens_per_batch // (slots + extra)).bit_length() - 1)
-        rows = min(most, 1 << (len(members) - 1).bit_length())
+        rows = min(most, max(_FEWEST, 1 << (len(members) - 1).bit_length()))
         for start in range(0, len(members), rows):
             part = tuple(members[start : start + rows])
             batches.append(Batch(part, rows, slots))
