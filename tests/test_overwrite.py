@@ -295,8 +295,13 @@ class TestSync:
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match=r"m3jax-partial/checkpoint/m.*") as caught:
-            write_output(output, b"new")
+        with (
+            pytest.raises(OSError, match=r"m3jax-partial/checkpoint/m.*") as caught,
+            folder(output) as under_construction,
+        ):
+            under_construction.journal({"worth": "keeping"})
+            under_construction.write("m3jax.json", b"new")
+            under_construction.commit(fsync=True)
         assert not hasattr(caught.value, "__notes__")
         assert list(output.parent.iterdir()) == []
 
