@@ -45,7 +45,7 @@ _NAMES = {
 
 
 def random_model(
-    seed: int,
+    seed: int | np.random.Generator,
     shapes: Shapes = ODD_SHAPES,
     dtype: np.dtype | type = np.float32,
     base: Tensors | None = None,

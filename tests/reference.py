@@ -47,7 +47,7 @@ def merge(
                 name: _dare(
                     None if base is None else base[name],
                     tensor,
-                    np.float32(rate),
+                    rate,
                     None if masks is None else masks(i, name),
                     rescale=rescale,
                     target=target,
@@ -105,7 +105,7 @@ def plain_jax_mask(
 def _dare(
     base: np.ndarray | None,
     tensor: np.ndarray,
-    rate: np.float32,
+    rate: float,
     dropped: np.ndarray | None,
     *,
     rescale: bool,
@@ -143,8 +143,11 @@ def _ties(
     total = sum(np.where(survives, coefficients, np.float32(0)))
     merged = sum(np.where(survives, rows * coefficients, np.float32(0)))
     merged /= np.where(total > 0, total, np.float32(1))
-    alone = survives.sum(axis=0) == 1  # one survivor passes whole, whatever its λ
-    merged = np.where(alone, sum(np.where(survives, rows, np.float32(0))), merged)
+    # One survivor passes whole, whatever its λ; several that all have λ = 0 count
+    # alike.
+    number = survives.sum(axis=0).astype(np.float32)
+    plain = sum(np.where(survives, rows, np.float32(0))) / np.maximum(number, 1)
+    merged = np.where((number == 1) | (total == 0), plain, merged)
     ends = np.cumsum([deltas[0][n].size for n in names])[:-1]
     return {
         name: part.reshape(deltas[0][name].shape)

@@ -444,6 +444,22 @@ class TestProcess:
         assert third.stderr.startswith("m3jax merge: unknown recipe field 'trim'; ")
         assert third.stderr.count("\n") == 1
 
+    def test_same_bytes_with_one_device(self, merge, models: Path):
+        """In a process without virtual devices and with other settings of JAX."""
+        arguments = ["--config=ties_m3_dare", "--config.dtype=float32", "--seed=9"]
+        assert merge(*arguments).code == 0  # on eight
+        settings = {
+            "XLA_FLAGS": "",
+            "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+            "JAX_ENABLE_X64": "1",
+            "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        }
+        other = [*PATHS[:2], "--output=other", *arguments]
+        done = process(models, "merge", *other, **settings)
+        assert done.returncode == 0, done.stderr
+        digest = checkpoints.digest(models / "other")
+        assert digest == checkpoints.digest(models / "merged")
+
     def test_progress_on_a_terminal(self, models: Path):
         """A bar with bytes, rate and remaining time."""
         ours, theirs = pty.openpty()
@@ -527,10 +543,13 @@ def write_in_shards(folder: Path) -> None:
     checkpoints.write(folder, model, shards=[names[:2], names[2:]])
 
 
-def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def process(
+    folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "m3jax", *arguments],
         cwd=folder,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,7 @@ from m3jax import Mixup
 from m3jax.mixup import draw_ratios, group_of
 
 NAMES = ["lm_head.weight", "model.layers.0.a.weight", "model.layers.0.b.weight"]
-DRAWS = 20_000
+DRAWS = 10_000
 SIGMAS = 4.5  # a fair draw passes each bound 149999 times of 150000
 
 

@@ -123,6 +123,27 @@ def test_offsets_beyond_32_bits(block: int):
     assert lanes[0].tolist() == expected
 
 
+@pytest.mark.parametrize("block", [0, 4096, 2**32 - 100, 7 * 2**32 - 1])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3, 1.0])
+def test_packed_masks(block: int, drop_rate: float):
+    """The same as lanes, also where the low word of the counter wraps around."""
+    key = (0x13198A2E, 0x03707344)
+    (threshold,) = prng.drop_thresholds((drop_rate,))
+    packed = prng.packed_mask(
+        jnp.array([key], jnp.uint32),
+        jnp.array([[block >> 32, block % 2**32]], jnp.uint32),
+        jnp.uint32(threshold),
+        1024,
+        wraps=True,
+    )
+    expected = []
+    for i in range(block, block + 256):
+        high, low = threefry_by_hand(key, (i >> 32, i % 2**32))
+        expected += [low % 2**16, low >> 16, high % 2**16, high >> 16]
+    mask = np.asarray(packed).view(np.bool_)[0]
+    np.testing.assert_array_equal(mask, np.array(expected) < threshold)
+
+
 def test_lanes_of_several_rows():
     """Each row has its own key and its own place in its tensor."""
     keys = np.array([[1, 2], [1, 2], [3, 4]], np.uint32)

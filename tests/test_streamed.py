@@ -223,6 +223,24 @@ def test_64_bit_types_do_not_matter(models: Path, outputs):
         jax.config.update("jax_enable_x64", False)
 
 
+def test_denormal_numbers(outputs):
+    """XLA may take them for 0; it does so alike however the merge is run."""
+    folder, shape = next(outputs), (5001,)
+    base = {"a": np.zeros(shape, np.float32)}
+    patterns = np.random.default_rng(0).integers(0, 1 << 23, shape).astype(np.uint32)
+    model = {"a": patterns.view(np.float32)}
+    checkpoints.write(folder / "base", base)
+    checkpoints.write(folder / "a", model)
+    recipe = m3jax.Recipe(method="ties", dare=DARE["magnitude"])
+    first, *others = [
+        merge(folder, "aa", folder / str(i), recipe, **execution)
+        for i, execution in enumerate(EXECUTIONS)
+    ]
+    assert all(digest == first for digest in others)
+    merged = checkpoints.read(folder / "0")["a"]
+    np.testing.assert_allclose(merged, model["a"], atol=np.finfo(np.float32).tiny)
+
+
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
     """Collects an entry for every program that XLA compiles meanwhile."""
