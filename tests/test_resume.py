@@ -81,14 +81,15 @@ def test_the_same_bytes(name, share, merge, references, output):
 @pytest.mark.parametrize("name", RECIPES)
 def test_interrupted_again_and_again(name, merge, references, output):
     expected, observed = references[name]
-    interruptions, at = 0, observed.calls * 3 // 4
+    interruptions, at = 0, observed.calls * 2 // 3
     while not output.exists():
+        assert interruptions < 20, "it does not get on"
         try:
             merge(output, RECIPES[name], Observer(at), resume=True)
         except KeyboardInterrupt:
             interruptions += 1
             at = len(durable.read_lines(journal_of(output))) + 2  # those are checked
-    assert interruptions >= 2
+    assert interruptions
     assert checkpoints.digest(output) == expected
 
 
