@@ -116,6 +116,32 @@ def test_bits_are_those_of_the_streamed_merge(method: str, dare: str, tmp_path: 
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_bits_are_those_of_numpy(method: str):
+    """No product and sum become one fused multiply-add, with one rounding fewer."""
+    base, a, b = (tensors["model.norm.weight"] for tensors in TRIO)
+    p, q, s = (np.float32(number) for number in (0.3, 0.7, 1.3))
+    x, y = a - base, b - base
+    if method == "average":
+        expected = p * a + q * b
+    elif method == "task_arithmetic":
+        expected = base + s * (p * x + q * y)
+    else:
+        agree = np.sign(x) == np.sign(y)
+        mean = (p * x + q * y) / (p + q)
+        winner = np.where(np.abs(x) > np.abs(y), p * x / p, q * y / q)
+        expected = base + s * np.where(agree, mean, winner)
+    recipe = m3jax.Recipe(
+        method=method,
+        mixup=m3jax.Mixup(ratios=(0.3, 0.7)),
+        scaling=1.3,
+        trim_rate=0.0,
+    )
+    trees = [{"x": jnp.asarray(tensor)} for tensor in (base, a, b)]
+    merged = m3jax.merge_params(trees[0], trees[1:], recipe)["x"]
+    np.testing.assert_array_equal(merged, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_bfloat16(method: str, tmp_path: Path):
     trio = random_trio(BFLOAT16)
     recipe = m3jax.Recipe(method=method, dare=DARE["random"])

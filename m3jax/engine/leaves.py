@@ -41,9 +41,8 @@ class Numbers(NamedTuple):
     masks: Any = None
 
 
-@functools.partial(jax.jit, static_argnames="placement")
 def draw_masks(keys: Any, thresholds: Any, *, placement: Placement) -> jax.Array:
-    """Random DARE's masks of one tensor, four elements to a word.
+    """Random DARE's masks of one tensor, True where an element is dropped.
 
     Args:
       keys: (K, 2) uint32, the mask key of each model.
@@ -51,27 +50,56 @@ def draw_masks(keys: Any, thresholds: Any, *, placement: Placement) -> jax.Array
       placement: of the tensor; the masks lie as it does.
 
     Returns:
-      (K, *runs, words) uint32: each run has the words that hold its elements, the
-      first of which may hold elements before it.
+      (K, *shape) bool.
     """
+    # Kernels of their own: fused into one, XLA's CPU backend repeats
+    # the cipher for every element of a block, and unpacks words one by one.
+    words = _draw_words(jnp.asarray(keys), jnp.asarray(thresholds), placement=placement)
+    return _unpack(words, placement=placement)
+
+
+@functools.partial(jax.jit, static_argnames="placement")
+def _draw_words(
+    keys: jax.Array, thresholds: jax.Array, *, placement: Placement
+) -> jax.Array:
+    """(K, *runs, words) uint32: the words of `packed_mask` that hold each run."""
     slack = 0 if placement.aligned else prng.LANES - 1
     width = -(-(placement.run_size + slack) // prng.LANES) * prng.LANES
     wraps = placement.size >= prng.LANES << 32
 
-    def draw(keys: Any, thresholds: Any, first_elements: Any) -> jax.Array:
-        high, low = run_starts(placement, first_elements)
+    def draw(keys: jax.Array, thresholds: jax.Array) -> jax.Array:
+        high, low = run_starts(placement)
         # An element's 64-bit block is its number divided by the four lanes of a block.
         blocks = jnp.concatenate([high >> 2, (high << 30) | (low >> 2)], axis=-1)
 
         def one(key: jax.Array, threshold: jax.Array) -> jax.Array:
             return prng.packed_mask(key[None], blocks, threshold, width, wraps=wraps)
 
-        masks = jax.vmap(one)(keys, thresholds)
-        return masks.reshape(len(keys), *placement.runs_shape, -1)
+        words = jax.vmap(one)(keys, thresholds)
+        return words.reshape(len(keys), *placement.runs_shape, -1)
 
-    specs = (P(), P(), placement.first_elements_specs)
-    draw = _on_shards(draw, placement, specs, placement.masks_spec)
-    return draw(jnp.asarray(keys), jnp.asarray(thresholds), placement.first_elements)
+    draw = _on_shards(draw, placement, (P(), P()), placement.runs_spec)
+    return draw(keys, thresholds)
+
+
+@functools.partial(jax.jit, static_argnames="placement")
+def _unpack(words: jax.Array, *, placement: Placement) -> jax.Array:
+    """(K, *shape) bool from what `_draw_words` gives."""
+    size = placement.run_size
+
+    def unpack(words: jax.Array) -> jax.Array:
+        lanes = jax.lax.bitcast_convert_type(words, jnp.uint8) != 0
+        lanes = lanes.reshape(len(words), -1, words.shape[-1] * prng.LANES)
+        dropped = lanes[..., :size]
+        if not placement.aligned:
+            _, low = run_starts(placement)
+            lane = low[None] % prng.LANES  # of a run's first element in its first word
+            for i in range(1, prng.LANES):
+                dropped = jnp.where(lane == i, lanes[..., i : i + size], dropped)
+        return dropped.reshape(len(words), *placement.shard_shape)
+
+    unpack = _on_shards(unpack, placement, placement.runs_spec, placement.stack_spec)
+    return unpack(words)
 
 
 def _merge(
@@ -103,20 +131,20 @@ def _merge(
     """
 
     def merge(
-        models: Any, base: Any, numbers: Numbers, first_elements: Any, info: Any, s: Any
+        models: Any, base: Any, numbers: Numbers, info: Any, scaling: Any
     ) -> jax.Array:
         base, stack = _float32(base, models)
-        stack = _transformed(base, stack, numbers, transform, placement, first_elements)
+        stack = _transformed(base, stack, numbers, transform)
         coefficients = _behind(numbers.coefficients, stack)
-        merged = METHODS[method].apply(base, stack, coefficients, info, s)
+        merged = METHODS[method].apply(base, stack, coefficients, info, scaling)
         return merged.astype(dtype)
 
     spec = placement.spec
     numbers_specs = _numbers_specs(placement)
-    specs = (spec, spec, numbers_specs, placement.first_elements_specs, P(), P())
+    specs = (spec, spec, numbers_specs, P(), P())
     merge = _on_shards(merge, placement, specs, spec)
     models = (first, *others)
-    return merge(models, base, numbers, placement.first_elements, info, scaling)
+    return merge(models, base, numbers, info, scaling)
 
 
 _STATIC = ("method", "transform", "dtype", "placement")
@@ -152,11 +180,9 @@ def reduce_leaf(
       adds up: a sum of several devices' counts might leave the range of int32.
     """
 
-    def reduce(
-        models: Any, base: Any, numbers: Numbers, first_elements: Any, arguments: Any
-    ) -> Any:
+    def reduce(models: Any, base: Any, numbers: Numbers, arguments: Any) -> Any:
         base, stack = _float32(base, models)
-        stack = _transformed(base, stack, numbers, transform, placement, first_elements)
+        stack = _transformed(base, stack, numbers, transform)
         base = None if base is None else base.reshape(-1)
         stack = stack.reshape(len(models), -1)
         parts = []
@@ -170,9 +196,9 @@ def reduce_leaf(
 
     spec = placement.spec
     numbers_specs = _numbers_specs(placement)
-    specs = (spec, spec, numbers_specs, placement.first_elements_specs, P())
+    specs = (spec, spec, numbers_specs, P())
     reduce = _on_shards(reduce, placement, specs, P(placement.splitting_axes))
-    return reduce(models, base, numbers, placement.first_elements, arguments)
+    return reduce(models, base, numbers, arguments)
 
 
 @functools.partial(jax.jit, static_argnames="placement")
@@ -197,7 +223,7 @@ def _on_shards(
 
 
 def _numbers_specs(placement: Placement) -> Numbers:
-    return Numbers(P(), P(), P(), placement.masks_spec)
+    return Numbers(P(), P(), P(), placement.stack_spec)
 
 
 def _float32(
@@ -221,35 +247,17 @@ def _transformed(
     stack: jax.Array,
     numbers: Numbers,
     transform: Transform,
-    placement: Placement,
-    first_elements: Any,
 ) -> jax.Array:
     """The stack after DARE."""
     if transform.strategy is None:
         return stack
     if transform.strategy == "random":
-        dropped = _dropped(numbers.masks, placement, first_elements)
-        dropped = dropped.reshape(stack.shape)
+        dropped = numbers.masks
     else:
         thresholds = _behind(numbers.drop, stack)
         dropped = dare.magnitude_mask(base, stack, thresholds, target=transform.target)
     scales = _behind(numbers.scales, stack)
     return dare.drop_and_rescale(base, stack, dropped, scales, target=transform.target)
-
-
-def _dropped(masks: jax.Array, placement: Placement, first_elements: Any) -> jax.Array:
-    """(K, R, run size) bool from the packed masks of this device's R runs."""
-    lanes = jax.lax.bitcast_convert_type(masks, jnp.uint8) != 0
-    lanes = lanes.reshape(len(masks), -1, masks.shape[-1] * prng.LANES)
-    size = placement.run_size
-    if placement.aligned:
-        return lanes[..., :size]
-    _, low = run_starts(placement, first_elements)
-    lane = low[None] % prng.LANES  # of a run's first element within its first word
-    dropped = lanes[..., :size]
-    for i in range(1, prng.LANES):
-        dropped = jnp.where(lane == i, lanes[..., i : i + size], dropped)
-    return dropped
 
 
 def _behind(per_model: Any, stack: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
@@ -100,50 +100,67 @@ def read_tensor(
     shape, dtype = source.shape, source.dtype.numpy
     if not _fits(dtype):
         return read_whole(source)
-    holders: dict[Box, list[jax.Device | None]] = {}
-    if sharding is None:
-        holders[boxes.whole(shape)] = [None]
-    else:
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            holders.setdefault(boxes.box_of(index or (), shape), []).append(device)
     if piece is None:
         devices: Any = (
             jnp.zeros(()).devices() if sharding is None else sharding.device_set
         )
         on_cpu = all(device.platform == "cpu" for device in devices)
-        piece = math.prod(shape) * dtype.itemsize if on_cpu else PIECE
+        piece = max(1, math.prod(shape)) * dtype.itemsize if on_cpu else PIECE
+    holders: dict[Box, list[Any]] = {}
+    if sharding is None:
+        holders[boxes.whole(shape)] = [None]  # no device in particular
+        return read_shards(source, holders, piece)[None]
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        holders.setdefault(boxes.box_of(index or (), shape), []).append(device)
+    shards = read_shards(source, holders, piece)
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, list(shards.values()), dtype=dtype
+    )
+
+
+def read_shards(
+    source: Source, holders: Mapping[Box, Sequence[Any]], piece: int
+) -> dict[Any, jax.Array]:
+    """Reads parts of a tensor, each byte once, and sends them to their devices.
+
+    Args:
+      source: of the tensor.
+      holders: the devices that hold each part.
+      piece: bytes to hold in host memory at a time; two of these are.
+
+    Returns:
+      The part of each device.
+    """
+    dtype = source.dtype.numpy
     limit = max(1, piece // dtype.itemsize)
-    placed: dict[jax.Device | None, jax.Array] = {}
+    shards: dict[Any, jax.Array] = {}
     before: list[jax.Array] = []
-    for part in (p for box in boxes.joined(holders) for p in boxes.cut(box, limit)):
-        values = _read(source, part)
-        jax.block_until_ready(before)  # so that host memory holds two parts
+
+    def blank(own: Box, device: Any) -> jax.Array:
+        return jnp.zeros(boxes.box_shape(own), dtype, device=device)
+
+    joined = boxes.joined(holders)
+    for box in (part for whole in joined for part in boxes.cut(whole, limit)):
+        values = _read(source, box)
+        jax.block_until_ready(before)
         before = []
-        for box, devices in holders.items():
-            common = boxes.overlap(box, part)
+        for own, devices in holders.items():
+            common = boxes.overlap(own, box)
             if common is None:
                 continue
             for device in devices:
-                sent = jax.device_put(values[boxes.within(common, part)], device)
+                sent = jax.device_put(values[boxes.within(common, box)], device)
                 before.append(sent)
-                if common == box:
-                    placed[device] = sent
+                if common == own:
+                    shards[device] = sent
                     continue
-                if device not in placed:
-                    own = boxes.box_shape(box)
-                    placed[device] = jnp.zeros(own, dtype, device=device)
-                corner = [s.start for s in boxes.within(common, box)]
-                placed[device] = _insert(placed[device], sent, np.array(corner))
-    if math.prod(shape) == 0:
-        for box, devices in holders.items():
-            for device in devices:
-                own = boxes.box_shape(box)
-                placed[device] = jnp.zeros(own, dtype, device=device)
-    if sharding is None:
-        return placed[None]
-    return jax.make_array_from_single_device_arrays(
-        shape, sharding, list(placed.values()), dtype=dtype
-    )
+                shard = shards.get(device)
+                shard = blank(own, device) if shard is None else shard
+                corner = [edges.start for edges in boxes.within(common, own)]
+                shards[device] = _insert(shard, sent, np.array(corner))
+    if math.prod(source.shape) == 0:
+        shards = {d: blank(own, d) for own, devices in holders.items() for d in devices}
+    return shards
 
 
 @functools.partial(jax.jit, donate_argnums=0)

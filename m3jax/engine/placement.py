@@ -90,24 +90,6 @@ class Placement:
         """A shard's runs, by their place along the axes before `run_axis`."""
         return self.shard_shape[: self.run_axis]
 
-    @functools.cached_property
-    def first_elements(self) -> tuple[np.ndarray, ...]:
-        """Per axis up to `run_axis`, what its index adds to the number of an element.
-
-        Returns:
-          (n, 2) uint32 for an axis of n: high and low words. Sharded as that axis is,
-          they tell a device where its runs start. Empty where nothing is split.
-        """
-        if max(self.parts, default=1) == 1:
-            return ()
-        words = []
-        for axis in range(self.run_axis + 1):
-            stride = math.prod(self.shape[axis + 1 :])
-            number = np.arange(self.shape[axis], dtype=np.uint64) * np.uint64(stride)
-            pair = [number >> np.uint64(32), number & np.uint64(0xFFFFFFFF)]
-            words.append(np.stack(pair, axis=-1).astype(np.uint32))
-        return tuple(words)
-
     @property
     def aligned(self) -> bool:
         """Whether all runs start at a multiple of `LANES` elements."""
@@ -119,37 +101,41 @@ class Placement:
         )
 
     @property
-    def first_elements_specs(self) -> tuple[PartitionSpec, ...]:
-        count = len(self.first_elements)
-        return tuple(PartitionSpec(names) for names in self.mesh_axes[:count])
-
-    @property
-    def masks_spec(self) -> PartitionSpec:
+    def runs_spec(self) -> PartitionSpec:
         """Layout of what has a leading axis, the axes of the runs, and a run's own."""
         return PartitionSpec(None, *self.mesh_axes[: self.run_axis + 1])
 
+    @property
+    def stack_spec(self) -> PartitionSpec:
+        """Layout of what has a leading axis before the tensor's."""
+        return PartitionSpec(None, *self.spec)
 
-def run_starts(
-    placement: Placement, first_elements: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The numbers of the first elements of this device's runs, inside `shard_map`.
 
-    Args:
-      placement: of the tensor.
-      first_elements: this device's part of `Placement.first_elements`.
+def run_starts(placement: Placement) -> tuple[jax.Array, jax.Array]:
+    """The numbers of the first elements of this device's runs; inside `shard_map`.
 
     Returns:
-      High and low words, (R, 1) uint32 each, for R runs.
+      High and low words, (R, 1) uint32 each, for R runs in row-major order.
     """
     high = low = jnp.zeros((1,) * placement.run_axis, jnp.uint32)
-    for axis, words in enumerate(first_elements):
-        place = [1] * high.ndim
-        if axis < placement.run_axis:
-            place[axis] = len(words)
-        else:
-            words = words[:1]  # the rest of this axis is within the runs
+    for axis, names in enumerate(placement.mesh_axes[: placement.run_axis + 1]):
+        step = math.prod(placement.shape[axis + 1 :])
+        count = placement.shard_shape[axis]
+        if axis == placement.run_axis:  # a run spans it: only where the shard begins
+            step, count = step * count, 1
+        numbers = _multiples(step, count * placement.parts[axis])
+        part = jax.lax.axis_index(names) if names else 0
+        words = jax.lax.dynamic_slice_in_dim(numbers, part * count, count)
+        place = [count if i == axis else 1 for i in range(placement.run_axis)]
         more_high, more_low = words[:, 0].reshape(place), words[:, 1].reshape(place)
         total = low + more_low
         high = high + more_high + (total < low).astype(jnp.uint32)
         low = total
     return high.reshape(-1, 1), low.reshape(-1, 1)
+
+
+def _multiples(step: int, count: int) -> jax.Array:
+    """High and low words of 0, step, 2 · step, …; (count, 2) uint32."""
+    numbers = np.arange(count, dtype=np.uint64) * np.uint64(step)
+    words = [numbers >> np.uint64(32), numbers & np.uint64(0xFFFFFFFF)]
+    return jnp.asarray(np.stack(words, axis=-1).astype(np.uint32))
