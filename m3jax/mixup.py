@@ -9,6 +9,7 @@ tensor instead.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,30 @@ def draw_ratios(
         group: tuple(float(ratio) for ratio in draw)
         for group, draw in zip(groups, draws, strict=True)
     }
+
+
+def coefficients(
+    ratios: Mapping[str, tuple[float, ...]] | None,
+    names: Sequence[str],
+    granularity: str,
+    default: tuple[float, ...],
+) -> np.ndarray:
+    """The coefficient of each of K models for each of N tensors.
+
+    Args:
+      ratios: from `draw_ratios`.
+      names: of the tensors.
+      granularity: of the draws.
+      default: K coefficients, for tensors without a draw and where M3 is off.
+
+    Returns:
+      (K, N) float32.
+    """
+    rows = [
+        default if ratios is None else ratios.get(group_of(name, granularity), default)
+        for name in names
+    ]
+    return np.array(rows, np.float32).reshape(-1, len(default)).T.copy()
 
 
 @jax.jit

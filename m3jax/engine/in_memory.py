@@ -125,14 +125,9 @@ def draw(
     names = [leaf.name for leaf in leaves]
     merged = [leaf.name for leaf in leaves if leaf.merged]
     ratios = mixup.draw_ratios(recipe.mixup, num_models, merged, key)
-    default = (METHODS[recipe.method].default_coefficient(num_models),) * num_models
-    rows = [
-        default
-        if ratios is None
-        else ratios.get(mixup.group_of(name, recipe.mixup.granularity), default)
-        for name in names
-    ]
-    coefficients = np.array(rows, np.float32).reshape(-1, num_models).T
+    default = METHODS[recipe.method].default_coefficients(num_models)
+    granularity = recipe.mixup.granularity
+    coefficients = mixup.coefficients(ratios, names, granularity, default)
     plain = Draw(coefficients, np.float32(recipe.scaling))
     rates = recipe.dare.rates(num_models)
     if rates is None:

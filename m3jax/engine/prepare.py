@@ -150,17 +150,10 @@ class Prepared:
 
     def coefficients(self) -> np.ndarray:
         """(K, N) float32: the coefficient of each model for each tensor."""
-        method = METHODS[self.recipe.method]
-        default = (method.default_coefficient(len(self.models)),) * len(self.models)
+        names = [tensor.name for tensor in self.inputs.tensors]
         granularity = self.recipe.mixup.granularity
-        ratios = self.ratios
-        rows = [
-            default
-            if ratios is None
-            else ratios.get(mixup.group_of(tensor.name, granularity), default)
-            for tensor in self.inputs.tensors
-        ]
-        return np.array(rows, np.float32).reshape(-1, len(self.models)).T.copy()
+        default = METHODS[self.recipe.method].default_coefficients(len(self.models))
+        return mixup.coefficients(self.ratios, names, granularity, default)
 
     def mask_keys(self) -> np.ndarray:
         names = [tensor.name for tensor in self.inputs.tensors]

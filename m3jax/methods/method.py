@@ -61,6 +61,9 @@ class Method:
     needs_base: bool
     statistics: Callable[[int, int, float], Statistics] | None = None
 
+    def default_coefficients(self, num_models: int) -> tuple[float, ...]:
+        return (self.default_coefficient(num_models),) * num_models
+
 
 def run_statistics(
     statistics: Generator[Reduction, Any, T], answer: Callable[[Reduction], Any | None]
