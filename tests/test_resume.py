@@ -89,7 +89,8 @@ def test_interrupted_again_and_again(name, merge, references, output):
         except KeyboardInterrupt:
             interruptions += 1
             lines = len(durable.read_lines(journal_of(output)))
-            at = lines + 4 if lines > 2 else at + 4  # a call for each that is checked
+            # A call for each line that is checked, and ever more time behind that.
+            at = lines + 4 + interruptions if lines > 2 else at + 4
     assert interruptions
     assert checkpoints.digest(output) == expected
 
