@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -404,6 +405,19 @@ def test_killed_at_every_file_system_call(exchange, first, output):
         assert found.count("nothing") == 1
     else:
         assert changes == [first, "new"]
+
+
+def test_an_old_one_that_cannot_be_removed(output, monkeypatch):
+    write_output(output, b"old")
+    notes = []
+    with folder(output, note=notes.append) as under_construction:
+        under_construction.write("m3jax.json", b"new")
+        under_construction.commit(fsync=False)
+        monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    assert (output / "m3jax.json").read_bytes() == b"new"
+    assert notes == [
+        f"{partial_of(output)}/checkpoint: cannot be removed; remove it yourself"
+    ]
 
 
 def test_put_back_after_a_crash_between_two_renames(output):

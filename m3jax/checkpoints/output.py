@@ -255,6 +255,8 @@ class OutputFolder:
             if not keep:
                 (self._work / _JOURNAL).unlink(missing_ok=True)
                 shutil.rmtree(self.path, ignore_errors=True)
+                if self.path.exists():
+                    self._note(f"{self.path}: cannot be removed; remove it yourself")
                 if self.final.exists():
                     shutil.rmtree(self._work / _OLD, ignore_errors=True)
                 (self._work / _LOCK).unlink(missing_ok=True)
