@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import gc
+import importlib
 import os
 import resource
 import shutil
@@ -479,7 +479,7 @@ class TestExitCodes:
         assert ran.error.startswith(f"m3jax merge: {text}; what is done so far")
         check_resumes(ran, merge, output, run, expected)
 
-    def test_stopped_while_it_starts(self, run, capsys, monkeypatch):
+    def test_stopped_while_it_starts(self, capsys, monkeypatch):
         def interrupted(name):
             raise KeyboardInterrupt
 
