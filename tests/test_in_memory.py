@@ -281,12 +281,19 @@ def test_donated_inputs_are_given_up():
     base, *models = map(as_tree, TRIO)
     recipe = m3jax.Recipe(method="ties", dare=DARE["random"], exclude=(r"model\.norm",))
     expected = m3jax.merge_params(base, models, recipe, SEED)
+    donated = models[0]["model"]["embed_tokens"]["weight"].unsafe_buffer_pointer()
     merged = m3jax.merge_params(base, models, recipe, SEED, donate=True)
+    reused = merged["model"]["embed_tokens"]["weight"].unsafe_buffer_pointer()
+    assert reused == donated
     assert_same(merged, {n: np.asarray(t) for n, t in flatten(expected)[0].items()})
     for tree in (base, *models):
         leaves, _ = flatten(tree)
         assert leaves["model.embed_tokens.weight"].is_deleted()
     assert not base["model"]["norm"]["weight"].is_deleted()
+    trees = [as_tree(tensors) for tensors in random_trio(BFLOAT16)]
+    wider = m3jax.Recipe(dtype="float32", exclude=("model.layers",))
+    m3jax.merge_params(trees[0], trees[1:], wider, SEED, donate=True)
+    assert trees[1]["model"]["norm"]["weight"].is_deleted()
     with pytest.raises(ValueError, match=r"'x' occurs more than once"):
         x = {"x": jnp.ones(3)}
         m3jax.merge_params(x, [x, {"x": jnp.ones(3)}], recipe, donate=True)

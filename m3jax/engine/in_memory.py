@@ -181,7 +181,6 @@ def combine(
       donate: reuse the memory of the leaves' arrays.
     """
     transform = Transform.of(recipe)
-    merge = kernels.merge_leaf_in_place if donate else kernels.merge_leaf
     merged = []
     for i, leaf in enumerate(leaves):
         if not leaf.merged:
@@ -189,6 +188,8 @@ def combine(
             continue
         first, *others = leaf.models
         placement = Placement.of(first)
+        in_place = donate and first.dtype == leaf.dtype
+        merge = kernels.merge_leaf_in_place if in_place else kernels.merge_leaf
         result = merge(
             first,
             others,

@@ -54,7 +54,7 @@ def draw_masks(keys: Any, thresholds: Any, *, placement: Placement) -> jax.Array
     """
     # Kernels of their own: fused into one, XLA's CPU backend repeats
     # the cipher for every element of a block, and unpacks words one by one.
-    words = _draw_words(jnp.asarray(keys), jnp.asarray(thresholds), placement=placement)
+    words = _draw_words(keys, thresholds, placement=placement)
     return _unpack(words, placement=placement)
 
 
