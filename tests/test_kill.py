@@ -151,6 +151,16 @@ def stage_of(output: Path) -> str:
     return "tensors" if any("tensor" in entry for entry in entries) else "statistics"
 
 
+def journal_lines(output: Path) -> float:
+    """How many lines the journal has; infinitely many when it is gone for good."""
+    if output.exists():
+        return float("inf")
+    try:
+        return journal_of(output).read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def check_what_is_left(output: Path, number: signal.Signals, ended: Ended) -> None:
     """Nothing or all under the output's name; what is said of the rest is true."""
     assert ended.code in (EXIT_CODES[number], 0), ended
@@ -171,15 +181,7 @@ def test_a_fresh_process(number, merge, tmp_path):
     merge(tmp_path / "reference", recipe, chunk_size=1 << 17)
     output = tmp_path / "merged"
     pid, wait = fresh(merge.arguments(output, RECIPES["ties"]))
-    wait_until(
-        lambda: (
-            output.exists()
-            or (
-                journal_of(output).exists()
-                and journal_of(output).read_bytes().count(b"\n") > 4
-            )
-        )
-    )
+    wait_until(lambda: journal_lines(output) > 4)
     os.kill(pid, number)
     check_what_is_left(output, number, wait())
     assert stage_of(output) == "tensors"
@@ -215,10 +217,16 @@ def test_random_moments(number, name, forked, merge, tmp_path):
         remove_output()
         pid, wait = forked(arguments)
         wait_until(started)
-        # Every part of the duration has its share; the end, where most happens in
-        # little time, has more.
+        # Some of the moments are a time, which can be one in a reading pass. Most are
+        # a place in the journal and a little later, so that a busy machine does not
+        # move them all to before or behind what matters.
         share = (i + moments.random()) / TIMES[number]
-        time.sleep(duration * (1 - (1 - share) ** 1.5))
+        if share < 0.3:
+            time.sleep(duration * 2 * share)
+        else:
+            lines = int((share - 0.3) / 0.7 * (len(SHAPES) + 3))
+            wait_until(lambda lines=lines: journal_lines(output) >= lines)
+            time.sleep(moments.random() * duration / 30)
         with contextlib.suppress(ProcessLookupError):  # it was faster
             os.kill(pid, number)
         check_what_is_left(output, number, wait())
