@@ -3,7 +3,8 @@
 While a merge into `NAME` runs, a hidden folder beside it, `.NAME.m3jax-partial`, holds
 
     lock             held as long as the merge runs: a second one is refused
-    journal.jsonl    what was found out and completely written, for `--resume`
+    journal.jsonl    what was found out and completely written, for `--resume`; where
+                     several processes write, journal-1.jsonl and so on are the others'
     checkpoint/      the output under construction, renamed to `NAME` when it is whole
     old/             only where two names cannot be swapped in one step, for a moment:
                      the output that is being replaced
@@ -125,7 +126,7 @@ class OutputFolder:
     @property
     def resumable(self) -> bool:
         """Whether an interrupted merge could go on from here."""
-        return (self._work / _JOURNAL).exists() and not self.committed
+        return bool(self._journals()) and not self.committed
 
     @property
     def committed(self) -> bool:
@@ -146,7 +147,7 @@ class OutputFolder:
         if not keep:
             self.journalled = []
             # First of all: without its files it would be of no use.
-            (self._work / _JOURNAL).unlink(missing_ok=True)
+            self._remove_journals()
         for path in self.path.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -206,18 +207,30 @@ class OutputFolder:
         if (self._work / _OLD).exists():  # its replacement is in place
             shutil.rmtree(self._work / _OLD)
         self.path.mkdir(exist_ok=True)
-        journal = self._work / _JOURNAL
         if resume:
-            self.journalled = durable.read_lines(journal)
+            self.journalled = [
+                entry for path in self._journals() for entry in durable.read_lines(path)
+            ]
             if not self.journalled:
                 self._note("nothing to resume; starting from the beginning")
-        elif journal.exists():
+        elif self._journals():
             self._note(
                 f"{self._work}: discarding what an interrupted merge has left; "
                 "--resume would go on from there"
             )
         if not self.journalled:
             self.clear()
+
+    def _journals(self) -> list[Path]:
+        """The journals of all processes that have written one, this process's first."""
+        return sorted(
+            self._work.glob("journal*.jsonl"),
+            key=lambda path: path != self._work / _JOURNAL,
+        )
+
+    def _remove_journals(self) -> None:
+        for path in self._journals():
+            path.unlink(missing_ok=True)
 
     def _take_lock(self) -> int:
         while True:
@@ -253,7 +266,7 @@ class OutputFolder:
         """Lets go of the lock; removes the partial folder unless it is to be kept."""
         try:
             if not keep:
-                (self._work / _JOURNAL).unlink(missing_ok=True)
+                self._remove_journals()
                 shutil.rmtree(self.path, ignore_errors=True)
                 if self.path.exists():
                     self._note(f"{self.path}: cannot be removed; remove it yourself")
