@@ -12,8 +12,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +26,7 @@ from typing import Any
 BENCHMARKS = Path(__file__).parent
 _SAMPLE_SECONDS = 0.05
 _READ_BLOCK = 4 << 20
+_TOUCH = 8 << 30  # more than any of the programs takes anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,23 +139,36 @@ def settle() -> None:
     os.sync()
 
 
+def touch_free_memory() -> None:
+    """Uses free memory once, in a child, so that a virtual machine really has it.
+
+    Memory that was free for a while may have gone back to the host. Whoever uses it
+    first waits for it, which would be the program that happens to run then.
+    """
+    size = min(_TOUCH, int(0.9 * meminfo("MemFree")))
+    subprocess.run([sys.executable, "-c", f"b'1' * {size}"], check=True)
+
+
+def meminfo(name: str) -> int:
+    """Bytes of an entry of /proc/meminfo."""
+    text = Path("/proc/meminfo").read_text()
+    return int(re.search(rf"^{name}: +(\d+) kB$", text, re.MULTILINE)[1]) * 1024
+
+
 def _files(folders: Iterable[Path]) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.iterdir())]
 
 
 def machine(data: Path) -> dict[str, Any]:
     """What the times depend on, of this machine and of the disk that holds `data`."""
-    processor = memory = ""
+    processor = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             processor = line.partition(":")[2].strip()
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            memory = line.split()[1]
     return {
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": int(memory) * 1024,
+        "memory_bytes": meminfo("MemTotal"),
         "kernel": f"{platform.system()} {platform.release()}",
         "file_system": _file_system(data),
     }
