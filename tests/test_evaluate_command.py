@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import checkpoints
 import jax
@@ -49,7 +50,9 @@ def specs(tmp_path_factory):
         | {"chat": True},
     ]
     code = {"name": "code", "kind": "code", "tests": "", **common}
-    for name, spec in (("tasks", tasks), ("code", code)):
+    ask = {"name": "ask", "kind": "choice", "data": "data.jsonl"}
+    ask |= {"prompt": "say {q} or", "choices": ["yes", "no way"], "answer": "A"}
+    for name, spec in (("tasks", tasks), ("code", code), ("ask", ask)):
         (folder / f"{name}.json").write_text(json.dumps(spec))
     return folder
 
@@ -104,6 +107,11 @@ def test_one_example_has_no_standard_error(run, model, specs):
         (["{model}", "--tasks={specs}/tasks.json", "--seed=-1"], 2, "seed=-1"),
         (["{model}", "--tasks={specs}/tasks.json", "--output=/no/where"], 2, "/no is"),
         (["{specs}", "--tasks={specs}/tasks.json"], 3, "neither model.safetensors"),
+        (["{model}", "--tasks={specs}/ask.json", "--attacks=dog"], 2, "known: deepw"),
+        (["{model}", "--tasks={specs}/tasks.json", "--attacks=words"], 2, "has a loss"),
+        (["{model}", "--tasks={specs}/ask.json", "--attacks=words"], 2, "no token"),
+        (["{model}", "--tasks=gsm8k", "--attacks=words"], 2, "not gsm8k"),
+        (["{model}", "--tasks={specs}/ask.json", "--attack_examples=0"], 2, "=0"),
     ],
 )
 def test_errors_are_one_line(run, model, specs, arguments, code, message):
@@ -168,3 +176,35 @@ def test_a_merge_in_memory_is_evaluated_as_it_is(model, specs, tmp_path):
     assert evaluator(exported, None, key) == scores
     assert evaluator(parents[0], None, key) != scores
     assert all(map(math.isfinite, scores.values()))
+
+
+def test_attacks(run, model, specs):
+    arguments = (model, f"--tasks={specs}/ask.json", "--attacks=deepwordbug,stresstest")
+    ran = run("evaluate", *arguments, "--attack_examples=3", "--json", "--seed=1")
+    assert ran.code == 0
+    clean, *attacked = json.loads(ran.out)
+    assert [found["attack"] for found in attacked] == ["deepwordbug", "stresstest"]
+    for found in attacked:
+        assert found["clean"] == clean["mean"] > 0
+        drop = (found["clean"] - found["attacked"]) / found["clean"]
+        assert found["drop_rate"] == pytest.approx(drop)
+        assert found["prompt"] != "say {q} or"
+    assert "{q} and " in attacked[1]["prompt"]
+    assert "m3jax: 2 of 2 attacks: stresstest on ask" in ran.err
+
+    ran = run("evaluate", *arguments, "--attack_examples=3", "--seed=1")
+    *_, header, deepwordbug, _ = ran.out.splitlines()
+    assert header.split()[:4] == ["task", "attack", "clean", "attacked"]
+    drop = f"{attacked[0]['drop_rate']:.1%}"
+    assert deepwordbug.split()[:2] == ["ask", "deepwordbug"]
+    assert deepwordbug.split()[4] == drop
+
+
+def test_a_task_of_the_harness_without_the_harness(run, model, monkeypatch):
+    for name in ("m3jax.evaluation.harness", "m3jax.evaluation.harness_tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    ran = run("evaluate", model, "--tasks=gsm8k")
+    assert ran.code == 2
+    assert "--tasks=gsm8k: no file of that name" in ran.error
+    assert "pip install 'm3jax[harness]'" in ran.error

@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+import checkpoints
 import pytest
 import tiny_models
 import tiny_tokenizer
@@ -146,3 +147,96 @@ def test_our_loss_is_the_harness_log_likelihood(theirs, tokenizer, tmp_path):
     expected = theirs.loglikelihood(_requests("loglikelihood", *pairs))
     found = [record["log_likelihood"] for record in result.records]
     assert found == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    train: {data}
+    test: {data}
+test_split: test
+fewshot_split: train
+output_type: {kind}
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{target}"
+metric_list:
+  - metric: {metric}
+"""
+CHOICE = 'doc_to_choice: "{{options}}"\nnum_fewshot: 2\n'
+WRITTEN = "generation_kwargs:\n  until: ['q']\n  max_gen_toks: 6\n"
+
+
+@pytest.fixture
+def local_tasks(tmp_path, monkeypatch):
+    """A folder of YAML tasks: of choices, and of text that is written."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    records = [
+        {"q": f"{word}?", "options": ["yes", "no way"], "label": i % 2, "a": "?"}
+        for i, word in enumerate(WORDS * 3)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    folder = tmp_path / "yaml"
+    folder.mkdir()
+    choice = {"name": "m3_choice", "kind": "multiple_choice"}
+    choice |= {"target": "label", "metric": "acc"}
+    written = {"name": "m3_written", "kind": "generate_until"}
+    written |= {"target": "{{a}}", "metric": "exact_match"}
+    for fields, more in ((choice, CHOICE), (written, WRITTEN)):
+        text = TASK.format(data=data, **fields) + more
+        (folder / f"{fields['name']}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    tensors, config = tiny_models.tensors(FAMILY), tiny_models.config_dict(FAMILY)
+    checkpoints.write(folder, tensors, config)
+    tiny_tokenizer.write(folder)
+    return folder
+
+
+def test_the_command_runs_tasks_by_name(run, theirs, model, local_tasks, tmp_path):
+    names = ["m3_choice", "m3_written"]
+    output = tmp_path / "records.jsonl"
+    ran = run(
+        *("evaluate", model, f"--tasks={','.join(names)}", "--json", "--seed=3"),
+        *(f"--harness_tasks_path={local_tasks}", "--limit=12", f"--output={output}"),
+    )
+    assert ran.code == 0, ran.err
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed")
+    expected = lm_eval.simple_evaluate(
+        theirs,
+        tasks=names,
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(local_tasks)),
+        limit=12,
+        bootstrap_iters=0,
+        fewshot_random_seed=3,
+        **dict.fromkeys(seeds, 3),
+    )["results"]
+    found = json.loads(ran.out[ran.out.index("[") :])
+    assert [(e["task"], e["metric"], e["n"]) for e in found] == [
+        ("m3_choice", "acc", 12),
+        ("m3_written", "exact_match", 12),
+    ]
+    assert found[0]["mean"] == pytest.approx(expected["m3_choice"]["acc,none"])
+    assert 0 < found[0]["mean"] < 1
+    wanted = expected["m3_written"]["exact_match,none"]
+    assert found[1]["mean"] == pytest.approx(wanted)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["task"] for record in records] == ["m3_choice"] * 12 + [
+        "m3_written"
+    ] * 12
+    assert sum(r["acc"] for r in records[:12]) / 12 == pytest.approx(found[0]["mean"])
+
+
+def test_a_name_that_the_harness_does_not_know(run, model, local_tasks):
+    ran = run(
+        "evaluate", model, "--tasks=m3_choic", f"--harness_tasks_path={local_tasks}"
+    )
+    assert ran.code == 2
+    assert "did you mean m3_choice?" in ran.error

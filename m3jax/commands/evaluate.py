@@ -7,6 +7,16 @@ answer: kinds loss, choice, exact_match, regex, numeric and code. For example,
      "prompt": "Question: {question}\\nAnswer:", "answer": "{answer}",
      "stop": ["\\nQuestion:"], "max_new_tokens": 320}
 
+A name that is no file is a task of lm-evaluation-harness: --tasks=gsm8k,arc_easy (needs
+pip install 'm3jax[harness]').
+
+--attacks also runs each task with its prompt disturbed, and reports the drop rate,
+(clean − attacked) / clean. An attack changes the words of the prompt's template, never
+the {fields} that it fills in, and looks for the change that costs this model most:
+  deepwordbug  swaps, substitutes, deletes or inserts a letter in important words
+  stresstest   appends a true statement that is beside the point
+  words        neighbours in the model's own embedding for important words
+
 A code task runs the programs that the model writes, with limits of time and memory,
 and without a network where the system allows that. It is no sandbox: use a container.
 """
@@ -26,12 +36,30 @@ from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
-    from m3jax.evaluation.results import Result
+    from collections.abc import Callable
 
-USAGE = "m3jax evaluate MODEL --tasks=SPEC.json[,...] [--limit=N] [--json]"
+    from m3jax.evaluation.evaluator import TaskEvaluator
+    from m3jax.evaluation.harness_tasks import HarnessResult
+    from m3jax.evaluation.results import Result
+    from m3jax.evaluation.robustness import Robustness
+    from m3jax.evaluation.tasks import Task
+    from m3jax.models.parameters import Model
+
+    Scored = Result | HarnessResult
+
+USAGE = "m3jax evaluate MODEL --tasks=SPEC.json|NAME[,...] [--limit=N] [--json]"
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
-_TASKS = flags.DEFINE_list("tasks", None, "JSON files of tasks, comma-separated.")
+_TASKS = flags.DEFINE_list(
+    "tasks", None, "JSON files of tasks, or names of harness tasks, comma-separated."
+)
+_HARNESS_TASKS_PATH = flags.DEFINE_string(
+    "harness_tasks_path", None, "Folder of more harness tasks, as YAML."
+)
+_ATTACKS = flags.DEFINE_list("attacks", [], "deepwordbug, stresstest, words.")
+_ATTACK_EXAMPLES = flags.DEFINE_integer(
+    "attack_examples", 64, "The first of each task, on which an attack searches."
+)
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first N examples of each.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "input", ["input", "float32", "bfloat16"], "Of the matrix products."
@@ -57,59 +85,163 @@ def main(positional: list[str]) -> int:
         raise UsageError(f"needs one model, not {len(positional)}; usage: {USAGE}")
     if not _TASKS.value:
         raise UsageError(f"needs --tasks; usage: {USAGE}")
-    for flag in (_LIMIT, _TOKENS_PER_BATCH):
+    for flag in (_LIMIT, _TOKENS_PER_BATCH, _ATTACK_EXAMPLES):
         if flag.value is not None and flag.value < 1:
             raise UsageError(f"--{flag.name}={flag.value} needs 1 or more")
     output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={output}: {output.parent} is not a folder")
-    results = _results(positional[0])
+    results, attacked = _results(positional[0])
     if output is not None:
         _write(results, output)
     if _JSON.value:
         from m3jax.evaluation.results import as_json
 
-        print(json.dumps([as_json(result.to_dict()) for result in results], indent=1))
+        entries = [entry.to_dict() for entry in (*results, *attacked)]
+        print(json.dumps([as_json(entry) for entry in entries], indent=1))
     else:
         print("\n".join(_report(results)))
+        if attacked:
+            print("\n".join(["", *_report_attacks(attacked)]))
     return 0
 
 
-def _results(model_name: str) -> list[Result]:
+def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     # Imported here: `--help` must not wait for JAX.
     import jax
-    import jax.numpy as jnp
 
-    from m3jax.evaluation.evaluator import TaskEvaluator
+    from m3jax.evaluation.attacks import ATTACKS, check_attackable
     from m3jax.evaluation.tasks import load_tasks
-    from m3jax.evaluation.tokenizer import FolderTokenizer
     from m3jax.models.parameters import load_model
     from m3jax.prng import check_seed
 
     seed = check_seed(_SEED.value)
-    tasks = [task for path in _TASKS.value or [] for task in load_tasks(path)]
+    for attack in _ATTACKS.value:
+        if attack not in ATTACKS:
+            raise UsageError(f"--attacks={attack}: known: {', '.join(ATTACKS)}")
+    files = [name for name in _TASKS.value or [] if _is_file(name)]
+    names = [name for name in _TASKS.value or [] if not _is_file(name)]
+    tasks = [task for path in files for task in load_tasks(path)]
+    for task in tasks:
+        for attack in _ATTACKS.value:
+            check_attackable(task, attack)
+    if names and _ATTACKS.value:
+        raise UsageError(f"--attacks needs tasks of JSON files, not {', '.join(names)}")
+    run_names = _harness(names) if names else None
     model = load_model(model_name)
-    evaluator = TaskEvaluator(
-        tasks,
-        model.config,
-        FolderTokenizer(model.folder),
-        tokens_per_batch=_TOKENS_PER_BATCH.value,
-        dtype={"input": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[
-            _DTYPE.value
-        ],
-        allow_code_execution=_ALLOW_CODE_EXECUTION.value,
-    )
-    results: list[Result] = []
+    evaluator = _evaluator(model, tasks)
+    results: list[Scored] = []
     for result in evaluator.results(
         model.parameters, _LIMIT.value, jax.random.key(seed)
     ):
-        done = f"{len(results) + 1} of {len(tasks)} tasks"
-        print(f"m3jax: {done}: {clean(result.task)}", file=sys.stderr, flush=True)
         results.append(result)
-    return results
+        _say(f"{len(results)} of {len(tasks)} tasks: {clean(result.task)}")
+    attacked = _under_attack(model, tasks, results, seed) if _ATTACKS.value else []
+    if run_names is not None:
+        results += run_names(model, seed)
+    return results, attacked
 
 
-def _report(results: list[Result]) -> list[str]:
+def _is_file(name: str) -> bool:
+    return name.endswith(".json") or "/" in name or Path(name).is_file()
+
+
+def _evaluator(model: Model, tasks: list[Task]) -> TaskEvaluator:
+    from m3jax.evaluation.evaluator import TaskEvaluator
+    from m3jax.evaluation.tokenizer import open_tokenizer
+
+    return TaskEvaluator(
+        tasks,
+        model.config,
+        open_tokenizer(model.folder),
+        tokens_per_batch=_TOKENS_PER_BATCH.value,
+        dtype=_dtype(),
+        allow_code_execution=_ALLOW_CODE_EXECUTION.value,
+    )
+
+
+def _under_attack(
+    model: Model, tasks: list[Task], clean_results: list[Any], seed: int
+) -> list[Robustness]:
+    """Attacks all tasks in all ways that were asked for."""
+    from m3jax.evaluation.neighbours import Neighbours
+    from m3jax.evaluation.robustness import under_attack
+    from m3jax.evaluation.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(model.folder)
+    embedding = model.parameters["model"]["embed_tokens"]["weight"]
+    found: list[Robustness] = []
+    for robustness in under_attack(
+        tasks,
+        _ATTACKS.value,
+        clean_results,
+        model.parameters,
+        lambda task: _evaluator(model, [task]),
+        neighbours=(
+            Neighbours(embedding, tokenizer)
+            if "words" in _ATTACKS.value
+            else lambda word: []
+        ),
+        examples=_ATTACK_EXAMPLES.value,
+        limit=_LIMIT.value,
+        seed=seed,
+    ):
+        found.append(robustness)
+        of = f"{len(found)} of {len(tasks) * len(_ATTACKS.value)} attacks"
+        _say(f"{of}: {robustness.attack} on {clean(robustness.clean.task)}")
+    return found
+
+
+def _harness(names: list[str]) -> Callable[[Model, int], list[HarnessResult]]:
+    """What runs tasks of lm-evaluation-harness; fails at once if it cannot."""
+    try:
+        from m3jax.evaluation.harness import HarnessModel
+        from m3jax.evaluation.harness_tasks import find_tasks, run_tasks
+    except ImportError as error:
+        raise UsageError(
+            f"--tasks={','.join(names)}: no file of that name, and tasks of "
+            f"lm-evaluation-harness need the extra harness (missing: {error.name}): "
+            "pip install 'm3jax[harness]'"
+        ) from None
+    manager = find_tasks(names, _HARNESS_TASKS_PATH.value)
+
+    def run(model: Model, seed: int) -> list[HarnessResult]:
+        import jax
+
+        from m3jax.evaluation.tokenizer import FolderTokenizer
+
+        harness_model = HarnessModel(
+            model.parameters,
+            model.config,
+            FolderTokenizer(model.folder),
+            tokens_per_batch=_TOKENS_PER_BATCH.value,
+            dtype=_dtype(),
+            key=jax.random.key(seed),
+        )
+        return run_tasks(
+            harness_model,
+            names,
+            manager,
+            limit=_LIMIT.value,
+            seed=seed,
+            allow_code_execution=_ALLOW_CODE_EXECUTION.value,
+        )
+
+    return run
+
+
+def _dtype() -> Any:
+    import jax.numpy as jnp
+
+    known = {"input": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    return known[_DTYPE.value]
+
+
+def _say(text: str) -> None:
+    print(f"m3jax: {text}", file=sys.stderr, flush=True)
+
+
+def _report(results: list[Scored]) -> list[str]:
     rows = []
     for result in results:
         error = result.standard_error
@@ -117,7 +249,7 @@ def _report(results: list[Result]) -> list[str]:
             (
                 clean(result.task),
                 result.metric,
-                f"{result.mean:.4f}",
+                "—" if math.isnan(result.mean) else f"{result.mean:.4f}",
                 "—" if math.isnan(error) else f"± {error:.4f}",
                 f"{result.count:,}",
             )
@@ -132,7 +264,25 @@ def _report(results: list[Result]) -> list[str]:
     return lines
 
 
-def _write(results: list[Result], output: Path) -> None:
+def _report_attacks(attacked: list[Robustness]) -> list[str]:
+    rows = []
+    for found in attacked:
+        drop = found.drop_rate
+        rows.append(
+            (
+                clean(found.clean.task),
+                found.attack,
+                f"{found.clean.mean:.4f}",
+                f"{found.attacked.mean:.4f}",
+                "—" if math.isnan(drop) else f"{drop:.1%}",
+                clean(found.prompt),
+            )
+        )
+    header = ("task", "attack", "clean", "attacked", "drop rate", "prompt")
+    return table(header, rows, "<<>>><")
+
+
+def _write(results: list[Scored], output: Path) -> None:
     """Writes all records; the file appears when it is complete."""
     from m3jax.evaluation.results import as_json
 
@@ -142,7 +292,8 @@ def _write(results: list[Result], output: Path) -> None:
             for result in results:
                 for record in result.records:
                     line: dict[str, Any] = {"task": result.task, **as_json(record)}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    text = json.dumps(line, ensure_ascii=False, default=str)
+                    file.write(text + "\n")
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)

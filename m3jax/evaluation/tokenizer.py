@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.json_text import load_json
-from m3jax.checkpoints.side_files import read_config, read_side_file
+from m3jax.evaluation.characters import read_characters
+from m3jax.evaluation.stop_tokens import stop_tokens_of
 
 
 class Tokenizer(Protocol):
@@ -35,6 +35,15 @@ class Tokenizer(Protocol):
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The text of a chat, up to where the assistant begins to write."""
         ...
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder, by transformers unless it is a plain one.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be used.
+    """
+    return read_characters(folder) or FolderTokenizer(folder)
 
 
 class FolderTokenizer:
@@ -71,20 +80,7 @@ class FolderTokenizer:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        generation = read_side_file(self._folder, "generation_config.json")
-        sources: list[dict[str, Any]] = [
-            {}
-            if generation is None
-            else load_json(generation, "generation_config.json"),
-            read_config(self._folder) or {},
-            {"eos_token_id": self.transformers.eos_token_id},
-        ]
-        found: set[int] = set()
-        for source in sources:
-            tokens = source.get("eos_token_id")
-            tokens = tokens if isinstance(tokens, list) else [tokens]
-            found |= {token for token in tokens if isinstance(token, int)}
-        return tuple(sorted(found))
+        return stop_tokens_of(self._folder, self.transformers.eos_token_id)
 
     @property
     def first_token(self) -> int | None:
