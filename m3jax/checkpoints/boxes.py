@@ -103,3 +103,32 @@ def runs(box: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     for place in itertools.product(*(range(*edges) for edges in box[:axis])):
         before = sum(i * stride for i, stride in zip(place, strides, strict=False))
         yield before + start * strides[axis], (stop - start) * strides[axis]
+
+
+def of_run(start: int, count: int, shape: Sequence[int]) -> Iterator[Box]:
+    """The boxes that make up elements [start, start + count) of a tensor, in order.
+
+    At most two for each axis, since whole slices are taken together: the inverse of
+    `runs`, for files that are read by boxes.
+
+    Args:
+      start: of the first element, in row-major order.
+      count: at least 1.
+      shape: of the whole tensor.
+    """
+    if not shape:
+        yield ()
+        return
+    width = math.prod(shape[1:])
+    row, first = divmod(start, width)
+    if first or count < width:  # the rest of a row, or a part of it
+        head = min(count, width - first)
+        for box in of_run(first, head, shape[1:]):
+            yield ((row, row + 1), *box)
+        if head < count:
+            yield from of_run(start + head, count - head, shape)
+        return
+    rows, rest = divmod(count, width)
+    yield ((row, row + rows), *whole(shape[1:]))
+    if rest:
+        yield from of_run(start + rows * width, rest, shape)

@@ -7,8 +7,15 @@ import os
 import stat
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, TypeAlias
 
 from m3jax.checkpoints.errors import CheckpointError, shown
+
+if TYPE_CHECKING:  # it is made of what stands here
+    from m3jax.checkpoints.store import StorePath
+
+# On this machine, or in an object store; `store.parse` tells which.
+Location: TypeAlias = "Path | StorePath"
 
 _MAX_FILE_NAME = 255  # characters; the limit of file systems
 
@@ -41,13 +48,23 @@ def open_regular(path: Path) -> int:
     return fd
 
 
-def open_small(path: Path, limit: int) -> InputFile:
+def exists(path: Location) -> bool:
+    """Whether a folder holds this name, be it a link that leads nowhere."""
+    return os.path.lexists(path) if isinstance(path, Path) else path.exists()
+
+
+def open_file(path: Location) -> InputFile:
+    """Opens a regular file; see `open_regular` for the errors."""
+    return InputFile(path) if isinstance(path, Path) else path.open()
+
+
+def open_small(path: Location, limit: int) -> InputFile:
     """Opens a regular file of at most `limit` bytes.
 
     Raises:
       CheckpointError: it is larger, or no regular file.
     """
-    file = InputFile(path)
+    file = open_file(path)
     if file.size > limit:
         file.close()
         raise CheckpointError(
@@ -57,7 +74,7 @@ def open_small(path: Path, limit: int) -> InputFile:
     return file
 
 
-def read_small(path: Path, limit: int) -> bytes:
+def read_small(path: Location, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes; see `open_small`."""
     with open_small(path, limit) as file:
         return file.read(0, file.size)
@@ -74,7 +91,7 @@ def is_plain_name(name: object) -> bool:
     )
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Location, name: str) -> Location:
     """The path of a file of the folder; a link may lead only into the hub's cache.
 
     A downloaded folder must not be able to name a file of its reader's and have it
@@ -84,6 +101,10 @@ def inside(folder: Path, name: str) -> Path:
       CheckpointError: the file is missing, or a link that leads elsewhere.
     """
     path = folder / name
+    if not (isinstance(folder, Path) and isinstance(path, Path)):
+        if not exists(path):
+            raise CheckpointError(f"{folder}: file {shown(name)} is missing")
+        return path  # stores have no links
     # Path's own methods raise where the name is too long.
     if not os.path.exists(path):  # noqa: PTH110
         what = "a link to nothing" if os.path.islink(path) else "missing"  # noqa: PTH114
@@ -106,7 +127,7 @@ class InputFile:
 
     def __init__(self, path: Path):
         """Opens a regular file; see `open_regular` for the errors."""
-        self.path = path
+        self.path: Location = path
         self._fd = open_regular(path)
         self._stat = os.fstat(self._fd)
 
@@ -119,6 +140,11 @@ class InputFile:
     def modified_ns(self) -> int:
         """Time of the last change before it was opened, in nanoseconds."""
         return self._stat.st_mtime_ns
+
+    @property
+    def version(self) -> int | str:
+        """Changes when the file is written to."""
+        return self.modified_ns
 
     def read_into(self, out: memoryview, offset: int) -> None:
         """Fills `out` with the bytes from `offset` on.

@@ -1,27 +1,36 @@
-"""Opens a checkpoint: a folder, a single safetensors file or a Hugging Face id."""
+"""Opens a checkpoint: a folder, a single file or a Hugging Face id.
+
+Its tensors are safetensors, an Orbax pytree or Flax's msgpack.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from m3jax.checkpoints import hub, side_files
+from m3jax.checkpoints import flax_msgpack, hub, orbax, side_files
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile, inside
+from m3jax.checkpoints.files import (
+    InputFile,
+    Location,
+    exists,
+    inside,
+    open_file,
+)
 from m3jax.checkpoints.float8 import dequantise
 from m3jax.checkpoints.index import check_index, read_index
 from m3jax.checkpoints.safetensors import header_of
-from m3jax.checkpoints.sources import FileTensor, Float32, Source
+from m3jax.checkpoints.sources import FileTensor, Float32, Source, Stored
+from m3jax.checkpoints.tree import KeyPath
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_OTHER_FORMATS = (".gguf", ".ggml", ".h5", ".msgpack", ".npz", ".onnx", ".tflite")
+_FLAX = ".msgpack"
+_OTHER_FORMATS = (".gguf", ".ggml", ".h5", ".npz", ".onnx", ".tflite")
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -31,24 +40,30 @@ class Checkpoint:
 
     Attributes:
       name: the path or id as the user gave it.
-      location: where it lies on this machine.
+      location: where it lies, on this machine or in a store.
       revision: the commit of a Hugging Face repository.
       stored: tensors as the files hold them, in order of their names.
       tensors: the tensors to merge: float8 dequantised, float64 as float32.
       files: the files that hold the tensors.
       config: config.json, if there is one.
+      format: ``safetensors``, ``orbax`` or ``msgpack``.
+      paths: of each tensor in the pytree; None where names split at "." say it.
+      cache_bytes: that reading holds beside the caller's buffers, at most.
     """
 
     name: str
-    location: Path
+    location: Location
     revision: str | None
-    stored: Mapping[str, FileTensor]
+    stored: Mapping[str, Stored]
     tensors: Mapping[str, Source]
     files: tuple[InputFile, ...]
     config: dict[str, Any] | None
+    format: str = "safetensors"
+    paths: Mapping[str, KeyPath] | None = None
+    cache_bytes: int = 0
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         return self.location if self.location.is_dir() else self.location.parent
 
     def close(self) -> None:
@@ -71,8 +86,9 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
     """Opens the checkpoint that `name` stands for and checks its files.
 
     Args:
-      name: a folder with ``model.safetensors`` or an index and its shards, a single
-        safetensors file, or a Hugging Face id ``org/name[@revision]``.
+      name: a folder with ``model.safetensors`` or an index and its shards, with an
+        Orbax pytree or a ``.msgpack`` file of Flax, a single file, the URL of one of
+        these in an object store, or a Hugging Face id ``org/name[@revision]``.
       mergeable: dequantise float8; False leaves `tensors` as they are stored.
 
     Raises:
@@ -81,32 +97,67 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
     """
     location, revision = hub.locate(name)
     is_folder = location.is_dir()
-    paths, weight_map = _weights(location) if is_folder else ([location], None)
     config = side_files.read_config(location if is_folder else location.parent)
+    item = _orbax_item(location) if is_folder else None
     with contextlib.ExitStack() as stack:
-        files: list[InputFile] = []
-        stored: dict[str, FileTensor] = {}
-        for path in paths:
-            _check_format(path)
-            files.append(stack.enter_context(InputFile(path)))
-            for tensor, entry in header_of(files[-1]).tensors.items():
-                if tensor in stored:
-                    raise CheckpointError(
-                        f"{path}: tensor {shown(tensor)} also stands in "
-                        f"{shown(stored[tensor].file.path.name)}; remove one of them"
-                    )
-                stored[tensor] = FileTensor(files[-1], entry)
-        if weight_map is not None:
-            held = {tensor: source.file.path.name for tensor, source in stored.items()}
-            check_index(location / INDEX, weight_map, held)
+        stored: Mapping[str, Stored]
+        paths, cache = None, 0
+        if item is not None:
+            kind = "orbax"
+            stored, paths, cache, files = orbax.read_item(item)
+        else:
+            kind, stored, files = _open_files(location, is_folder, stack)
         stored = dict(sorted(stored.items()))
         tensors = _mergeable(name, stored, config) if mergeable else dict(stored)
         stack.pop_all()
-    return Checkpoint(name, location, revision, stored, tensors, tuple(files), config)
+    return Checkpoint(
+        name,
+        location,
+        revision,
+        stored,
+        tensors,
+        files,
+        config,
+        kind,
+        paths,
+        cache,
+    )
+
+
+def _orbax_item(folder: Location) -> Location | None:
+    """The Orbax pytree of a folder that holds no safetensors files."""
+    if any(path.name.endswith(".safetensors") for path in folder.iterdir()):
+        return None
+    return orbax.find_item(folder)
+
+
+def _open_files(
+    location: Location, is_folder: bool, stack: contextlib.ExitStack
+) -> tuple[str, dict[str, Stored], tuple[InputFile, ...]]:
+    """Format, tensors and files of a checkpoint whose tensors stand in plain files."""
+    paths, weight_map = _weights(location) if is_folder else ([location], None)
+    files: list[InputFile] = []
+    stored: dict[str, Stored] = {}
+    for path in paths:
+        _check_format(path)
+        files.append(stack.enter_context(open_file(path)))
+        if path.name.endswith(_FLAX):
+            return "msgpack", dict(flax_msgpack.read_tensors(files[0])), (files[0],)
+        for tensor, entry in header_of(files[-1]).tensors.items():
+            if tensor in stored:
+                raise CheckpointError(
+                    f"{path}: tensor {shown(tensor)} also stands in "
+                    f"{shown(stored[tensor].place)}; remove one of them"
+                )
+            stored[tensor] = FileTensor(files[-1], entry)
+    if weight_map is not None:
+        held = {tensor: source.place for tensor, source in stored.items()}
+        check_index(location / INDEX, weight_map, held)
+    return "safetensors", stored, tuple(files)
 
 
 def _mergeable(
-    name: str, stored: Mapping[str, FileTensor], config: dict[str, Any] | None
+    name: str, stored: Mapping[str, Stored], config: dict[str, Any] | None
 ) -> dict[str, Source]:
     try:
         tensors = dequantise(stored, config)
@@ -118,24 +169,24 @@ def _mergeable(
     }
 
 
-def _weights(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+def _weights(folder: Location) -> tuple[list[Location], dict[str, str] | None]:
     """The files of a folder that hold its tensors, and its index if that is used.
 
     As in transformers, a whole `model.safetensors` has precedence over an index.
     """
     weight_map = None
-    if os.path.lexists(folder / WEIGHTS):
+    if exists(folder / WEIGHTS):
         names = [WEIGHTS]
-    elif os.path.lexists(folder / INDEX):
+    elif exists(folder / INDEX):
         weight_map = read_index(inside(folder, INDEX))
         names = sorted(set(weight_map.values()))
     else:
         present = sorted(path.name for path in folder.iterdir())
-        names = [
-            name
-            for name in present
-            if name.endswith(".safetensors") and not name.startswith(".")
-        ]
+        visible = [name for name in present if not name.startswith(".")]
+        names = [name for name in visible if name.endswith(".safetensors")]
+        if not names:  # Flax's, if there is one
+            flax = [name for name in visible if name.endswith(_FLAX)]
+            names = flax if len(flax) == 1 else []
         if len(names) != 1 or names[0] in _ADAPTERS:
             raise CheckpointError(f"{folder}: {_no_weights(present, names)}")
     return [inside(folder, name) for name in names], weight_map
@@ -165,7 +216,7 @@ def _no_weights(present: list[str], safetensors: list[str]) -> str:
     )
 
 
-def _check_format(path: Path) -> None:
+def _check_format(path: Location) -> None:
     if path.name.endswith(_PICKLED):
         raise CheckpointError(f"{path}: pickled weights; {_HOW_TO_UNPICKLE}")
     if path.name.endswith(_OTHER_FORMATS):

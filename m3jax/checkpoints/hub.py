@@ -7,7 +7,9 @@ import os
 import re
 from pathlib import Path
 
+from m3jax.checkpoints import store
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.side_files import SIDE_FILES
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -28,8 +30,8 @@ _HINTS = {
 }
 
 
-def locate(path: str) -> tuple[Path, str | None]:
-    """A local path, or a Hugging Face id ``org/name`` or ``org/name@revision``.
+def locate(path: str) -> tuple[Location, str | None]:
+    """A path or URL, or a Hugging Face id ``org/name`` or ``org/name@revision``.
 
     What the Hugging Face cache holds is used without a network.
 
@@ -39,8 +41,11 @@ def locate(path: str) -> tuple[Path, str | None]:
     Raises:
       CheckpointError: one line, if there is no such thing or it cannot be fetched.
     """
+    location = store.parse(path)
+    if isinstance(location, store.StorePath):
+        return store.locate(location), None
     # Path's own methods raise where there is no such user, or too long a name.
-    local = os.path.expanduser(path)  # noqa: PTH111
+    local = os.path.expanduser(location if path else "")  # noqa: PTH111
     if os.path.exists(local):  # noqa: PTH110
         return Path(local), None
     hub_id = _HUB_ID.fullmatch(path)

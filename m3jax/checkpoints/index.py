@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import is_plain_name, read_small
+from m3jax.checkpoints.files import Location, is_plain_name, read_small
 from m3jax.checkpoints.json_text import JsonCursor
 
 _MAX_INDEX = 100_000_000  # bytes; the index of a model of 600 B parameters has 9 MB
 _MAX_OTHER = 65536  # characters of what stands beside the weight map
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Location) -> dict[str, str]:
     """The file name of each tensor.
 
     Raises:
@@ -60,7 +59,7 @@ def parse_index(text: bytes, what: str) -> dict[str, str]:
 
 
 def check_index(
-    index: Path, weight_map: Mapping[str, str], held: Mapping[str, str]
+    index: Location, weight_map: Mapping[str, str], held: Mapping[str, str]
 ) -> None:
     """Checks the index against what the files hold.
 

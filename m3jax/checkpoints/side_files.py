@@ -7,12 +7,16 @@ have a private file of its user's published with the merge.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.files import inside, open_small, read_small
+from m3jax.checkpoints.files import (
+    Location,
+    exists,
+    inside,
+    open_small,
+    read_small,
+)
 from m3jax.checkpoints.json_text import load_json
 
 CONFIG = "config.json"
@@ -38,29 +42,31 @@ MAX_SIDE_FILE = 256_000_000  # bytes; the largest tokenizers are a tenth of it
 _MAX_CONFIG = 8_000_000  # bytes; the longest lists of labels take an eighth of it
 
 
-def check_side_files(folder: Path) -> None:
+def check_side_files(folder: Location) -> None:
     """Checks that all side files can be read, before a long merge begins.
 
     Raises:
       CheckpointError: one is no regular file of the folder, or larger than the limit.
     """
     for name in SIDE_FILES:
-        if os.path.lexists(folder / name):
+        if exists(folder / name):
             open_small(inside(folder, name), MAX_SIDE_FILE).close()
 
 
-def read_side_file(folder: Path, name: str, limit: int = MAX_SIDE_FILE) -> bytes | None:
+def read_side_file(
+    folder: Location, name: str, limit: int = MAX_SIDE_FILE
+) -> bytes | None:
     """The content of a side file, or None where the folder has none.
 
     Raises:
       CheckpointError: it is no regular file of the folder, or larger than `limit`.
     """
-    if not os.path.lexists(folder / name):
+    if not exists(folder / name):
         return None
     return read_small(inside(folder, name), limit)
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Location) -> dict[str, Any] | None:
     """config.json as a dict, or None where there is none."""
     content = read_side_file(folder, CONFIG, _MAX_CONFIG)
     if content is None:

@@ -43,6 +43,17 @@ class Source(Protocol):
         ...
 
 
+class Stored(Source, Protocol):
+    """A tensor as it is stored.
+
+    Attributes:
+      place: the name of the file or folder that holds it.
+    """
+
+    @property
+    def place(self) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileTensor:
     """A tensor as it stands in a file."""
@@ -61,6 +72,10 @@ class FileTensor:
     @property
     def output_dtype(self) -> Dtype:
         return self.entry.dtype
+
+    @property
+    def place(self) -> str:
+        return self.file.path.name
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         offset = self.entry.start + start * self.dtype.itemsize

@@ -8,25 +8,39 @@ keys, attributes and indices, joined by ".".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 
 SEPARATOR = "."
+# The way to a leaf: keys of dicts, and places in lists.
+KeyPath: TypeAlias = tuple[str | int, ...]
 
 
-def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of tensors, their names split at ".".
+def name_of(path: Iterable[str | int]) -> str:
+    return SEPARATOR.join(map(str, path))
+
+
+def path_of(name: str) -> KeyPath:
+    return tuple(name.split(SEPARATOR))
+
+
+def nest(
+    tensors: Mapping[str, Any], paths: Mapping[str, KeyPath] | None = None
+) -> dict[str, Any]:
+    """Nested dicts (and lists) of tensors.
+
+    Args:
+      tensors: by name.
+      paths: of each name; by default the name is split at ".".
 
     Raises:
       CheckpointError: a name is also the beginning of another one.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str | int, Any] = {}
     for name, tensor in tensors.items():
-        *parents, last = name.split(SEPARATOR)
+        *parents, last = path_of(name) if paths is None else paths[name]
         node: Any = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -38,7 +52,7 @@ def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
                 "its name, cannot both be leaves of a nested dict"
             )
         node[last] = tensor
-    return tree
+    return _with_lists(tree)
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -47,19 +61,43 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     Raises:
       CheckpointError: two leaves have one name.
     """
+    # Imported here: what only reads names does not wait for it.
+    import jax
+
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     leaves: dict[str, Any] = {}
     for path, leaf in paths:
-        name = SEPARATOR.join(_part(key) for key in path)
+        name = name_of(_part(key) for key in path)
         if name in leaves:
             raise CheckpointError(f"two tensors of the pytree are named {shown(name)}")
         leaves[name] = leaf
     return leaves, structure
 
 
-def _part(key: Any) -> str:
+def key_paths(tree: Any) -> dict[str, KeyPath]:
+    """The path of each leaf of a pytree, by its name; see `flatten`."""
+    import jax
+
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    keys = [tuple(map(_part, path)) for path, _ in paths]
+    return {name_of(path): path for path in keys}
+
+
+def _part(key: Any) -> str | int:
     """One step of a path: a dict's key, an attribute's name or an index."""
-    for attribute in ("key", "name", "idx"):
+    if hasattr(key, "idx"):
+        return int(key.idx)
+    for attribute in ("key", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def _with_lists(node: Any) -> Any:
+    """Dicts whose keys are places in a list, as lists; None where a list has a gap."""
+    if not isinstance(node, dict):
+        return node
+    children = {key: _with_lists(child) for key, child in node.items()}
+    if not children or not all(isinstance(key, int) for key in children):
+        return children
+    return [children.get(i) for i in range(max(children) + 1)]

@@ -70,8 +70,12 @@ def _record(checkpoint: Checkpoint) -> tuple[Record | None, str | None]:
 
 def _kind(checkpoint: Checkpoint) -> str:
     count = len(checkpoint.files)
+    if checkpoint.format == "orbax":
+        return "folder with an Orbax pytree"
     if checkpoint.location.is_file():
-        return "a single safetensors file"
+        return f"a single {checkpoint.format} file"
+    if checkpoint.format == "msgpack":
+        return "folder with Flax's msgpack"
     held = "one safetensors file" if count == 1 else f"{count} shards and an index"
     if checkpoint.revision:
         return f"Hugging Face repository at {checkpoint.revision}, {held}"
@@ -80,10 +84,10 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 def _summary(checkpoint: Checkpoint) -> list[str]:
     tensors = checkpoint.stored
-    count = sum(tensor.entry.size for tensor in tensors.values())
+    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     in_file: dict[str, int] = {}
     for tensor in tensors.values():
-        name = tensor.file.path.name
+        name = tensor.place
         in_file[name] = in_file.get(name, 0) + 1
     return [
         *fact("checkpoint", clean(checkpoint.name)),
@@ -209,14 +213,14 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
             tensor.dtype.code, {"tensors": 0, "parameters": 0, "bytes": 0}
         )
         facts["tensors"] += 1
-        facts["parameters"] += tensor.entry.size
+        facts["parameters"] += math.prod(tensor.shape)
         facts["bytes"] += _bytes(checkpoint, [name])
     return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
 
 
 def _bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    entries = [checkpoint.stored[name].entry for name in names]
-    return sum(entry.stop - entry.start for entry in entries)
+    tensors = [checkpoint.stored[name] for name in names]
+    return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
 
 
 def _tensor_count(count: int) -> str:
@@ -265,7 +269,7 @@ def _as_json(
                 "dtype": tensor.dtype.code,
                 "shape": tensor.shape,
                 "bytes": _bytes(checkpoint, [name]),
-                "file": tensor.file.path.name,
+                "file": tensor.place,
             }
             for name, tensor in tensors.items()
         },

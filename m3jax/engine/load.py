@@ -18,6 +18,7 @@ from m3jax.checkpoints import boxes, tree
 from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.errors import shown
 from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.checkpoints.orbax import OrbaxTensor
 from m3jax.checkpoints.sources import Source, read_whole
 from m3jax.engine.pipeline import available_cores
 from m3jax.engine.sharding_rules import by_rules
@@ -38,6 +39,8 @@ def load(
 ) -> dict[str, Any]:
     """Loads a checkpoint as a pytree: nested dicts, names split at ".".
 
+    An Orbax pytree keeps its own structure, lists included.
+
         >>> import m3jax
         >>> _ = m3jax.save({"norm": {"weight": jnp.ones(4)}}, folder)
         >>> m3jax.load(folder)["norm"]["weight"]
@@ -48,7 +51,8 @@ def load(
     eight pieces of 64 MB.
 
     Args:
-      path: a folder, a safetensors file or a Hugging Face id.
+      path: a folder (of safetensors, or with an Orbax pytree or Flax's msgpack), a
+        file of these or a Hugging Face id.
       sharding: where the arrays go. None: whole, to JAX's default device. A mesh:
         every tensor is split over all its devices along the first axis that divides.
         A sharding: all tensors have it. A function (name, shape) -> sharding, such as
@@ -80,7 +84,7 @@ def load(
             arrays = dict(zip(checkpoint.tensors, pool.map(read, tensors), strict=True))
         for file in checkpoint.files:
             file.check_unchanged()
-    return tree.nest(arrays)
+    return tree.nest(arrays, checkpoint.paths)
 
 
 def read_tensor(
@@ -175,6 +179,9 @@ def _read(source: Source, box: Box) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
     values = memory[first : first + size].view(dtype)
+    if isinstance(source, OrbaxTensor):  # is stored in boxes, too
+        source.read_box(values.reshape(shape), box)
+        return values.reshape(shape)
     place = 0
     for start, count in boxes.runs(box, source.shape):
         source.read_into(values[place : place + count], start)

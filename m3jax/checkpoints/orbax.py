@@ -1,0 +1,386 @@
+"""Reads Orbax checkpoints: any part of any tensor, without restoring the whole.
+
+What Orbax writes for a pytree is a folder that holds
+
+    _METADATA                   the tree, in JSON: the path of every leaf and its kind
+    manifest.ocdbt, d/          all arrays in one key-value store (OCDBT), or
+    PATH.JOINED.BY.DOTS/        one folder for each array
+
+and every array is a zarr array of version 2 or 3. TensorStore, which Orbax itself is
+built on, reads them; Orbax is not imported. `CheckpointManager` puts such a folder,
+called an item, into the folder of a step.
+
+A tensor's chunks are as large as the shards that wrote it, and are read whole. The
+chunks that a stretch of rows crosses are kept until they have been used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3jax.checkpoints import boxes
+from m3jax.checkpoints.boxes import Box
+from m3jax.checkpoints.dtypes import Dtype, of_numpy
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import InputFile, Location, exists, inside, read_small
+from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.tree import KeyPath, name_of
+
+METADATA = "_METADATA"
+MANIFEST = "manifest.ocdbt"
+ITEM = "default"  # what CheckpointManager calls the item of a step that has but one
+SEQUENCE_KEY, DICT_KEY = 1, 2  # kinds of keys in the metadata
+_MAX_METADATA = 40_000_000  # bytes; 300 bytes describe a leaf
+_MAX_DIMENSIONS = 32  # TensorStore's limit
+_ARRAYS = ("jax.Array", "np.ndarray", "scalar")
+_STORES = ("gs://", "s3://")  # that TensorStore reads by itself
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxTensor:
+    """A tensor of an Orbax checkpoint.
+
+    Attributes:
+      store: TensorStore's handle.
+      dtype, shape: of the tensor.
+      name: of the tensor, for errors.
+      item: the checkpoint's folder.
+    """
+
+    store: Any
+    dtype: Dtype
+    shape: tuple[int, ...]
+    name: str
+    item: Location
+
+    @property
+    def place(self) -> str:
+        return self.item.name
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return self.dtype
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        done = 0
+        for box in boxes.of_run(start, len(out), self.shape) if len(out) else ():
+            shape = boxes.box_shape(box)
+            count = math.prod(shape)
+            self.read_box(out[done : done + count].reshape(shape), box)
+            done += count
+
+    def read_box(self, out: np.ndarray, box: Box) -> None:
+        """Fills `out`, of the box's shape, with that part of the tensor."""
+        index = tuple(slice(start, stop) for start, stop in box)
+        try:
+            out[...] = self.store[index].read().result()
+        except (ValueError, OSError) as error:  # NOT_FOUND and DATA_LOSS among them
+            raise CheckpointError(
+                f"{self.item}: tensor {shown(self.name)} cannot be read: "
+                f"{_first_line(error)}; save or copy the checkpoint again"
+            ) from None
+
+
+class OrbaxFiles(InputFile):
+    """All files of an Orbax checkpoint, as one: are they still as they were?
+
+    Attributes:
+      path: the folder of the item.
+    """
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError for a link that leads out, or what is no file."""
+        self.path = path
+        self._state = self._look()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return self._state[0]
+
+    @property
+    def modified_ns(self) -> int:
+        """Time of the last change, in nanoseconds."""
+        return self._state[1]
+
+    def check_unchanged(self) -> None:
+        if self._look() != self._state:
+            raise CheckpointError(
+                f"{self.path}: was changed while it was read; merge again"
+            )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _look(self) -> tuple[int, int]:
+        assert isinstance(self.path, Path)
+        size = modified = 0
+        for file in _files(self.path, self.path.resolve()):
+            found = file.stat()
+            size, modified = size + found.st_size, max(modified, found.st_mtime_ns)
+        return size, modified
+
+
+def find_item(folder: Location) -> Location | None:
+    """The folder that holds the pytree of an Orbax checkpoint; None if it is none.
+
+    Args:
+      folder: that folder itself, or a step that `CheckpointManager` wrote.
+
+    Raises:
+      CheckpointError: it holds several, or was not finished.
+    """
+    if exists(folder / METADATA):
+        items = [folder]
+    else:
+        folders = [path for path in _folders(folder) if exists(path / METADATA)]
+        items = sorted(folders, key=lambda path: path.name)
+    if not items:
+        _refuse_steps(folder)
+        return None
+    if len(items) > 1:
+        names = ", ".join(shown(item.name) for item in items[:8])
+        raise CheckpointError(
+            f"{folder}: holds {len(items)} Orbax pytrees ({names}); give one of them, "
+            f"as {folder / items[0].name}"
+        )
+    for part in (folder, items[0]):
+        if _UNFINISHED in part.name:
+            raise CheckpointError(
+                f"{part}: a save that was not finished; give a finished checkpoint"
+            )
+    return items[0]
+
+
+def read_item(
+    item: Location,
+) -> tuple[dict[str, OrbaxTensor], dict[str, KeyPath], int, tuple[InputFile, ...]]:
+    """Opens all tensors of a pytree.
+
+    Returns:
+      The tensors by name, each one's path in the pytree, the most bytes that reading
+      them in order holds in memory beside the caller's buffers, and the files.
+
+    Raises:
+      CheckpointError: one line that names the file, the tensor and the flaw.
+    """
+    metadata = _metadata(item)
+    leaves = dict(_leaves(item, metadata))
+    files = (OrbaxFiles(item),) if isinstance(item, Path) else ()
+    stores = _open(item, leaves, metadata, cache=0)
+    tensors = {n: _tensor(item, n, s) for n, s in stores.items()}
+    # Two stretches of rows may be in use at a time: the end of a tensor, or of its
+    # chunks, and the beginning of the next.
+    cache = 2 * max((_stretch(s) for s in stores.values()), default=0)
+    stores = _open(item, leaves, metadata, cache=cache)
+    for name, store in stores.items():
+        tensors[name] = dataclasses.replace(tensors[name], store=store)
+    return tensors, leaves, cache, files
+
+
+def _metadata(item: Location) -> dict[str, Any]:
+    path = inside(item, METADATA)
+    metadata = load_json(read_small(path, _MAX_METADATA), str(path))
+    if not isinstance(metadata.get("tree_metadata"), dict):
+        raise CheckpointError(
+            f"{path}: has no tree_metadata; save the checkpoint again with a current "
+            "Orbax"
+        )
+    return metadata
+
+
+def _leaves(item: Location, metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The name and path of each array."""
+    names = set()
+    for entry in metadata["tree_metadata"].values():
+        try:
+            keys = [(k["key"], k["key_type"]) for k in entry["key_metadata"]]
+            path = tuple(int(k) if t == SEQUENCE_KEY else str(k) for k, t in keys)
+            value = entry["value_metadata"]
+            kind, empty = value["value_type"], value.get("skip_deserialize")
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"{item / METADATA}: has the entry {shown(entry)}, which is not as "
+                "Orbax writes it; save the checkpoint again"
+            ) from None
+        name = name_of(path)
+        if empty:  # None, or a container without leaves
+            continue
+        if kind not in _ARRAYS:
+            raise CheckpointError(
+                f"{item}: {shown(name)} is a {shown(kind)}; only arrays can be merged: "
+                "save the parameters alone"
+            )
+        if not path or not name.isprintable() or name in names:
+            raise CheckpointError(
+                f"{item / METADATA}: names a tensor {shown(name)}, "
+                + ("twice" if name in names else "which is no name")
+                + "; rename it and save again"
+            )
+        # Of the folder of an array: it must not lead out of the checkpoint.
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise CheckpointError(
+                f"{item / METADATA}: names a tensor {shown(name)}; rename it"
+            )
+        names.add(name)
+        yield name, path
+
+
+def _open(
+    item: Location, leaves: Mapping[str, Any], metadata: Mapping[str, Any], cache: int
+) -> dict[str, Any]:
+    """TensorStore's handles, with a common cache of so many bytes."""
+    try:
+        import tensorstore
+    except ImportError:
+        raise CheckpointError(
+            f"{item}: Orbax checkpoints need TensorStore; install it with: "
+            "pip install 'm3jax[orbax]'"
+        ) from None
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache}})
+    folder = _url(item)
+    in_one_store = exists(item / MANIFEST)
+    complete = metadata.get("store_array_data_equal_to_fill_value") is True
+
+    def spec(name: str) -> dict[str, Any]:
+        kvstore: Any = f"{folder}{name}/"
+        if in_one_store:
+            kvstore = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
+        elif folder.startswith("/"):
+            kvstore = {"driver": "file", "path": f"{folder}{name}/"}
+        if in_one_store and folder.startswith("/"):
+            kvstore["base"] = {"driver": "file", "path": folder}
+        return {
+            "driver": "zarr3" if metadata.get("use_zarr3") is True else "zarr",
+            "kvstore": kvstore,
+            "recheck_cached_data": False,
+            "recheck_cached_metadata": False,
+            # Where all chunks are written, one that is missing is no chunk of zeros.
+            "fill_missing_data_reads": not complete,
+        }
+
+    opened = {
+        name: tensorstore.open(spec(name), context=context, open=True, read=True)
+        for name in leaves
+    }
+    stores = {}
+    for name, future in opened.items():
+        try:
+            stores[name] = future.result()
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{item}: tensor {shown(name)} cannot be opened: {_first_line(error)}; "
+                "save or copy the checkpoint again"
+            ) from None
+    return stores
+
+
+def _tensor(item: Location, name: str, store: Any) -> OrbaxTensor:
+    try:
+        dtype = of_numpy(store.dtype.numpy_dtype)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{item}: tensor {shown(name)}: {error}") from None
+    shape = tuple(store.shape)
+    if len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= 2**62:
+        raise CheckpointError(
+            f"{item}: tensor {shown(name)} has shape {shown(list(shape))}, which "
+            "overflows"
+        )
+    return OrbaxTensor(store, dtype, shape, name, item)
+
+
+def _stretch(store: Any) -> int:
+    """Bytes of all chunks that one element's row of chunks crosses."""
+    shape = tuple(store.shape)
+    chunk = store.chunk_layout.read_chunk.shape or shape
+    if not shape:
+        return 0
+    rows = min(shape[0], chunk[0])
+    return rows * math.prod(shape[1:]) * store.dtype.numpy_dtype.itemsize
+
+
+def _url(item: Location) -> str:
+    """The folder as TensorStore wants it, with a slash at the end."""
+    if isinstance(item, Path):
+        return f"{item.resolve()}/"
+    if not str(item).startswith(_STORES):
+        raise CheckpointError(
+            f"{item}: Orbax checkpoints are read from here, {' and '.join(_STORES)}; "
+            "copy it"
+        )
+    return f"{item}/"
+
+
+def _files(folder: Path, home: Path) -> Iterator[os.DirEntry[str]]:
+    """All files in and below a folder."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and not Path(entry).resolve().is_relative_to(home):
+                raise CheckpointError(
+                    f"{entry.path}: a link that leads out of the checkpoint; copy the "
+                    "file into it"
+                )
+            if entry.is_dir():
+                yield from _files(Path(entry), home)
+            elif entry.is_file():
+                yield entry
+            else:
+                raise CheckpointError(f"{entry.path}: is no regular file; remove it")
+
+
+def _folders(folder: Location) -> list[Location]:
+    return [path for path in folder.iterdir() if path.is_dir()]
+
+
+def _refuse_steps(folder: Location) -> None:
+    """Raises CheckpointError for the folder in which a manager keeps its steps."""
+    steps = [
+        step.name
+        for step in _folders(folder)
+        if step.name.rpartition("_")[2].isdecimal()
+        and any(exists(item / METADATA) for item in [step, *_folders(step)])
+    ]
+    if steps:
+        last = max(steps, key=lambda name: int(name.rpartition("_")[2]))
+        raise CheckpointError(
+            f"{folder}: holds {len(steps)} steps of Orbax's CheckpointManager; give "
+            f"one of them, as {folder / last}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return shown(str(error).strip().split("\n")[0], limit=200)
+
+
+def tree_json(paths: Mapping[str, KeyPath], *, use_ocdbt: bool) -> bytes:
+    """The content of `_METADATA` for arrays at these paths."""
+    tree = {
+        str(tuple(map(str, path))): {
+            "key_metadata": [
+                {
+                    "key": str(key),
+                    "key_type": SEQUENCE_KEY if isinstance(key, int) else DICT_KEY,
+                }
+                for key in path
+            ],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+        for path in paths.values()
+    }
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": use_ocdbt,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    return json.dumps(metadata).encode()
