@@ -104,7 +104,7 @@ def merge_params(
     if donate:
         _check_distinct(leaves)
     if not allow_nonfinite:
-        _check_inputs(leaves)
+        check_inputs(leaves)
     numbers = draw(leaves, recipe, len(models), key)
     info = measure(leaves, recipe, numbers)
     merged = combine(leaves, recipe, numbers, info, donate=donate)
@@ -264,7 +264,7 @@ def _added(counts: Iterable[Any]) -> Any:
     return functools.reduce(functools.partial(jax.tree.map, np.add), counts)
 
 
-def _check_inputs(leaves: Sequence[Leaf]) -> None:
+def check_inputs(leaves: Sequence[Leaf]) -> None:
     """Raises CheckpointError, naming leaf and model, for NaN or infinity."""
     places = []
     for leaf in leaves:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -18,11 +22,12 @@ from m3jax.evaluation.examples import Example, load_examples
 from m3jax.evaluation.requests import Prepared, prepare
 from m3jax.evaluation.results import Result
 from m3jax.evaluation.running import continuations, log_likelihoods
-from m3jax.evaluation.tasks import Task, TaskError
-from m3jax.evaluation.tokenizer import Tokenizer
+from m3jax.evaluation.tasks import Task, TaskError, load_tasks
+from m3jax.evaluation.tokenizer import Tokenizer, open_tokenizer
 from m3jax.models.config import Config
 from m3jax.models.decoder import Parameters
 from m3jax.models.generation import Sampling
+from m3jax.models.parameters import read_model_config
 
 
 class Evaluator(Protocol):
@@ -89,6 +94,51 @@ class TaskEvaluator:
         self._config, self._tokenizer = config, tokenizer
         self._tokens_per_batch, self._dtype = tokens_per_batch, dtype
         self._prepare = functools.cache(self._prepared)
+
+    @classmethod
+    def of_checkpoint(
+        cls, name: str, specs: Sequence[str | Path], **options: Any
+    ) -> TaskEvaluator:
+        """An evaluator for a checkpoint's config and tokenizer.
+
+            evaluator = m3jax.TaskEvaluator.of_checkpoint("base", ["maths.json"])
+            evaluator(m3jax.load("base"), None, jax.random.key(0))
+
+        Args:
+          name: a folder or a Hugging Face id.
+          specs: JSON files of tasks.
+          options: as for the constructor.
+
+        Raises:
+          CheckpointError, TaskError: the checkpoint or a task cannot be used.
+        """
+        config, folder = read_model_config(name)
+        tasks = [task for path in specs for task in load_tasks(path)]
+        return cls(tasks, config, open_tokenizer(folder), **options)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return tuple(task for task, _ in self._tasks)
+
+    @property
+    def full_budget(self) -> int:
+        """Examples of the largest task: the least budget that is all there is."""
+        return max(len(examples) for _, examples in self._tasks)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the scores depend on beside parameters, budget and key."""
+        tasks = {}
+        for task, examples in self._tasks:
+            fields = {**dataclasses.asdict(task), "data": None}
+            content = [fields, [dataclasses.asdict(example) for example in examples]]
+            digest = hashlib.sha256(json.dumps(content).encode())
+            tasks[task.name] = digest.hexdigest()
+        dtype = None if self._dtype is None else np.dtype(self._dtype).name
+        return {
+            "tasks": tasks,
+            "dtype": dtype,
+            "tokens_per_batch": self._tokens_per_batch,
+        }
 
     def __call__(
         self, parameters: Parameters, budget: int | None, key: jax.Array

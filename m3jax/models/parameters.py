@@ -42,18 +42,34 @@ def load_model(name: str) -> Model:
       CheckpointError: it cannot be read, or is no model that can be run.
     """
     import m3jax
+
+    config, folder = read_model_config(name)
+    return Model(m3jax.load(name), config, folder)
+
+
+def read_model_config(name: str) -> tuple[Config, Path]:
+    """The config and the folder of a checkpoint that can be run; reads no tensor.
+
+    Args:
+      name: a folder, a safetensors file or a Hugging Face id.
+
+    Raises:
+      CheckpointError: it cannot be read, or its tensors are not what the config says.
+    """
     from m3jax.checkpoints.folder import open_checkpoint
 
     with open_checkpoint(name) as checkpoint:
         folder, fields = checkpoint.folder, checkpoint.config
+        tensors = checkpoint.tensors
+    if not isinstance(folder, Path):
+        raise CheckpointError(f"{name}: is in a store; copy it here to run the model")
     if fields is None:
         raise CheckpointError(f"{name}: has no config.json; the model needs one to run")
     if (fields.get("quantization_config") or {}).get("quant_method") == "fp8":
         fields = {**fields, "quantization_config": None}  # dequantised as it is read
     config = Config.from_dict(fields, f"{folder / 'config.json'}")
-    parameters = m3jax.load(name)
-    check_parameters(parameters, config, name)
-    return Model(parameters, config, folder)
+    check_parameters(tensors, config, name)
+    return config, folder
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,114 @@
+"""JSON lines that survive the death of the process, under a header that binds them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from m3jax.checkpoints import durable
+from m3jax.checkpoints.errors import CheckpointError, shown
+
+Line = dict[str, Any]
+
+
+class Journal:
+    """The lines of a file, the first of which says what they belong to.
+
+    Attributes:
+      lines: that were there when it was opened, without the header.
+    """
+
+    def __init__(self, path: Path | None, header: Line):
+        """Opens a file, or begins it.
+
+        A last line that is torn is cut off: the process died while it wrote it.
+
+        Args:
+          path: of the file; None: nothing is kept.
+          header: JSON values; compared with that of the file.
+
+        Raises:
+          CheckpointError: the file belongs to something else; one line says what
+            differs.
+        """
+        self._path = path
+        self.lines: list[Line] = []
+        if path is None:
+            return
+        header = json.loads(_encode(header))  # tuples become lists
+        found = _read(path)
+        if found:
+            _compare(path, found[0], header)
+            self.lines = found[1:]
+        else:
+            self.append(header)
+
+    def append(self, line: Line) -> None:
+        """Writes a line, and waits until the disk has it."""
+        if self._path is None:
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        fd = os.open(self._path, flags, 0o666)
+        try:
+            left = memoryview(_encode(line))
+            while len(left):
+                left = left[os.write(fd, left) :]
+            os.fsync(fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        finally:
+            os.close(fd)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there completely or not at all."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    durable.sync(unfinished)
+    unfinished.replace(path)
+
+
+def _encode(line: Line) -> bytes:
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _read(path: Path) -> list[Line]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(path, len(whole))
+    lines = []
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            raise CheckpointError(
+                f"{path}, line {number}: is not as m3jax wrote it; choose another "
+                "output, or begin anew with --overwrite"
+            )
+        lines.append(line)
+    return lines
+
+
+def _compare(path: Path, found: Line, wanted: Line) -> None:
+    differing = [
+        name
+        for name in {**wanted, **found}
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        name = differing[0]
+        more = f" (and {', '.join(differing[1:])})" if differing[1:] else ""
+        raise CheckpointError(
+            f"{path}: was begun with {name} = {shown(found.get(name))}, now it is "
+            f"{shown(wanted.get(name))}{more}; resume with the same command, or "
+            "choose another output"
+        )

@@ -1,0 +1,101 @@
+"""Scores parameters on the lists of tasks, and puts the scores into one number."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
+from m3jax.exploration.trials import Scores
+from m3jax.models.decoder import Parameters
+from m3jax.recipe import RecipeError
+
+Examples = dict[str, list[float]]  # task -> score of each example
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What parameters score on a list of tasks.
+
+    Attributes:
+      scores: by task.
+      examples: of which the scores are means; None where the evaluator tells none.
+    """
+
+    scores: Scores
+    examples: Examples | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The weighted mean of scores: Σ w_t s_t / Σ |w_t|, a loss counting −w_t.
+
+    Attributes:
+      weights: by task; 1 where none is given.
+      losses: the tasks of which less is better.
+    """
+
+    weights: Mapping[str, float]
+    losses: frozenset[str] = frozenset()
+
+    def __call__(self, scores: Mapping[str, float]) -> float:
+        """NaN where a score is.
+
+        Raises:
+          RecipeError: a weight's task is not among the scores.
+        """
+        self.check(list(scores))
+        signed = [
+            -self.weights.get(name, 1.0) if name in self.losses
+            else self.weights.get(name, 1.0)
+            for name in scores
+        ]
+        parts = [w * s for w, s in zip(signed, scores.values(), strict=True)]
+        return sum(parts) / math.fsum(map(abs, signed))
+
+    def check(self, names: list[str]) -> None:
+        for name, weight in self.weights.items():
+            if name not in names:
+                raise RecipeError(
+                    f"weights: {name!r} is no validation task; those are "
+                    f"{', '.join(names)}"
+                )
+            if not math.isfinite(weight):
+                raise RecipeError(f"weights: {name}={weight} needs a finite number")
+        if names and not any(self.weights.get(name, 1.0) for name in names):
+            raise RecipeError("weights: one of them needs to be other than 0")
+
+
+def score(
+    evaluator: Evaluator, parameters: Parameters, budget: int | None, key: jax.Array
+) -> Scored:
+    """Evaluates; with the examples' own scores where the evaluator has them."""
+    if not isinstance(evaluator, TaskEvaluator):
+        found = evaluator(parameters, budget, key)
+        return Scored({name: float(value) for name, value in found.items()})
+    results = evaluator.evaluate(parameters, budget, key)
+    return Scored(
+        {result.task: result.mean for result in results},
+        {result.task: result.scores.tolist() for result in results},
+    )
+
+
+def losses(evaluator: Evaluator | None) -> frozenset[str]:
+    """The tasks of which less is better; a function says so by a negative weight."""
+    if not isinstance(evaluator, TaskEvaluator):
+        return frozenset()
+    return frozenset(t.name for t in evaluator.tasks if not t.higher_is_better)
+
+
+def describe(evaluator: Evaluator | None) -> Any:
+    """What a resumed exploration must have in common with the one it resumes."""
+    if evaluator is None:
+        return None
+    if isinstance(evaluator, TaskEvaluator):
+        return evaluator.fingerprint()
+    named = evaluator if hasattr(evaluator, "__qualname__") else type(evaluator)
+    return f"{named.__module__}.{named.__qualname__}"
