@@ -144,7 +144,7 @@ def test_a_revision_that_is_not_cached(home):
 
 NO_IDS = (
     "model a/b/c ./org/name ../org/name -org/name org/ /name @ org/name@ a:b/c "
-    "org\\name org/name@../../x org/..name https://huggingface.co/org/name gs://bucket/model"
+    "org\\name org/name@../../x org/..name https://huggingface.co/org/name"
 )
 
 

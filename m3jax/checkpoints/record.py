@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import is_plain_name, read_small
+from m3jax.checkpoints.files import Location, exists, is_plain_name, read_small
 from m3jax.checkpoints.json_text import load_json
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.provenance import CHECKSUM, FORMAT
@@ -61,14 +59,14 @@ class Record:
     tensors: Mapping[str, TensorRecord]
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Location) -> Record | None:
     """The record of a checkpoint folder, or None where there is none.
 
     Raises:
       CheckpointError: it is not a record that m3jax wrote; one line with its flaws.
     """
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    if not exists(path):
         return None
     text = read_small(path, _MAX_RECORD)
     return parse_record(load_json(text, str(path)), str(path))

@@ -30,12 +30,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints.dtypes import DTYPES, Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile
+from m3jax.checkpoints.files import InputFile, Location, open_file
 from m3jax.checkpoints.json_text import JsonCursor
 
 METADATA = "__metadata__"
@@ -75,14 +74,14 @@ class Header:
     file_size: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Location) -> Header:
     """Reads and checks the header of a safetensors file.
 
     Raises:
       CheckpointError: naming the file, the tensor and the rule that is broken.
       OSError: if the file cannot be opened or read.
     """
-    with InputFile(path) as file:
+    with open_file(path) as file:
         return header_of(file)
 
 

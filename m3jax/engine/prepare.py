@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.shards import Shard, make_shards
 from m3jax.checkpoints.side_files import check_side_files
@@ -257,11 +257,13 @@ def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
     return future
 
 
-def check_apart(output: Path, checkpoints: Sequence[Checkpoint]) -> None:
+def check_apart(output: Location, checkpoints: Sequence[Checkpoint]) -> None:
     """Raises CheckpointError if the output is, holds or lies in an input."""
-    final = output.resolve()
+    final: Any = output.resolve()
     for checkpoint in checkpoints:
-        location = checkpoint.location.resolve()
+        location: Any = checkpoint.location.resolve()
+        if type(location) is not type(final):
+            continue  # one is here, one in a store
         if final.is_relative_to(location) or location.is_relative_to(final):
             raise CheckpointError(
                 f"{output}: lies in (or holds) the input {checkpoint.name}; "

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,13 @@ import xxhash
 
 from m3jax.checkpoints import hub, side_files
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile, inside
+from m3jax.checkpoints.files import (
+    InputFile,
+    Location,
+    exists,
+    inside,
+    open_file,
+)
 from m3jax.checkpoints.folder import INDEX
 from m3jax.checkpoints.index import read_index
 from m3jax.checkpoints.output import MANIFEST
@@ -40,7 +44,7 @@ def verify(
     tensors. Files that a merge does not write and that hold no tensors are ignored.
 
     Args:
-      path: the folder that `merge` made, or a Hugging Face id.
+      path: the folder that `merge` made, its URL, or a Hugging Face id.
       threads: that read; None: one more than cores, at most 16.
       progress: is told the bytes read.
 
@@ -80,13 +84,13 @@ def verify(
 
 
 def _open(
-    folder: Path, record: Record, stack: contextlib.ExitStack, problems: list[str]
+    folder: Location, record: Record, stack: contextlib.ExitStack, problems: list[str]
 ) -> dict[str, InputFile]:
     """The recorded safetensors files."""
     files = {}
     for name in sorted({tensor.file for tensor in record.tensors.values()}):
         try:
-            files[name] = stack.enter_context(InputFile(inside(folder, name)))
+            files[name] = stack.enter_context(open_file(inside(folder, name)))
         except CheckpointError as error:
             problems.append(str(error))
     return files
@@ -131,18 +135,18 @@ def _tensors(
     return found
 
 
-def _unrecorded_files(folder: Path, record: Record) -> Iterator[str]:
+def _unrecorded_files(folder: Location, record: Record) -> Iterator[str]:
     recorded = {tensor.file for tensor in record.tensors.values()}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in recorded:
-            yield f"{shown(path.name)}: a safetensors file that is not recorded"
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name.endswith(".safetensors") and name not in recorded:
+            yield f"{shown(name)}: a safetensors file that is not recorded"
 
 
-def _index(folder: Path, record: Record) -> list[str]:
+def _index(folder: Location, record: Record) -> list[str]:
     """What is wrong with the index, which there is where there are several files."""
     expected = {name: tensor.file for name, tensor in record.tensors.items()}
     needed = len(set(expected.values())) > 1
-    if not os.path.lexists(folder / INDEX):
+    if not exists(folder / INDEX):
         return [f"{INDEX}: is missing"] if needed else []
     if not needed:
         return [f"{INDEX}: is not recorded; the checkpoint is one file"]
@@ -158,7 +162,7 @@ def _index(folder: Path, record: Record) -> list[str]:
     ]
 
 
-def _side_files(folder: Path, record: Record) -> Iterator[str]:
+def _side_files(folder: Location, record: Record) -> Iterator[str]:
     for name, recorded in record.files.items():
         try:
             content = side_files.read_side_file(inside(folder, name).parent, name)
