@@ -14,6 +14,7 @@ import tiny_models
 
 from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.models import decoder
 from m3jax.models.config import Config
 from m3jax.models.decoder import forward
 from m3jax.models.likelihood import token_scores
@@ -135,6 +136,32 @@ def test_padding_and_batch_size_change_nothing(family):
         assert np.isfinite(logits).all()
         for i, row in enumerate(alone):
             np.testing.assert_allclose(logits[i][valid[i]], row, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2_window"])
+@pytest.mark.parametrize("length", [16, 19])
+def test_long_texts_are_attended_to_in_blocks(family, length, monkeypatch):
+    config, parameters = tiny_models.config(family), tiny_models.parameters(family)
+    tokens = jnp.asarray(tiny_models.prompts(2, length))
+    valid = np.ones((2, length), bool)
+    valid[1, [0, 1, 2, 9, -1]] = False
+
+    def logits_and_slope() -> tuple[np.ndarray, Any]:
+        def loss(parameters):
+            logits = forward(parameters, tokens, config=config, valid=valid)
+            return jnp.mean(logits[valid] ** 2), logits[valid]
+
+        slope, logits = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+        return np.asarray(logits), slope
+
+    whole, slope = logits_and_slope()
+    monkeypatch.setattr(decoder, "_QUERIES", 8)
+    in_blocks, slope_in_blocks = logits_and_slope()
+    np.testing.assert_allclose(in_blocks, whole, atol=1e-5)
+    for found, wanted in zip(
+        jax.tree.leaves(slope_in_blocks), jax.tree.leaves(slope), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_bfloat16_parameters_compute_in_bfloat16(expected):

@@ -27,6 +27,7 @@ from m3jax.models.rope import rotate
 Parameters = Mapping[str, Any]
 
 PADDING = -1  # the position of a token that is not there
+_QUERIES = 512  # of a sequence, whose scores against all slots are held at a time
 
 
 class Cache(NamedTuple):
@@ -131,7 +132,7 @@ def hidden_states(
             v = _write(cache.values[i], v, cache.filled)
         keys.append(k)
         values.append(v)
-        mixed = _attend(q, k, v, _visible(positions, seen, window))  # (B, T, K G D)
+        mixed = _attend(q, k, v, positions, seen, window)  # (B, T, K G D)
         x = x + _linear(layer["self_attn"]["o_proj"], mixed)
         normed = _norm(layer["post_attention_layernorm"], x, config)
         x = x + _feed_forward(layer["mlp"], normed)
@@ -179,7 +180,38 @@ def _visible(positions: jax.Array, seen: jax.Array, window: int | None) -> jax.A
     return visible if window is None else visible & (distance < window)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    seen: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Attention, of so many queries at a time: (B, T, K G, D) to (B, T, K G D)."""
+    batch, length = positions.shape
+    if length <= _QUERIES:
+        return _attend_to(q, k, v, _visible(positions, seen, window))
+    missing = -length % _QUERIES
+
+    def blocks(x: jax.Array, fill: int) -> jax.Array:
+        """(B, T, ...) to (T / _QUERIES, B, _QUERIES, ...)."""
+        ends = ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))
+        x = jnp.pad(x, ends, constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, -1, _QUERIES, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint  # a gradient would keep all scores otherwise
+    def attend(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        own, places = block
+        return _attend_to(own, k, v, _visible(places, seen, window))
+
+    mixed = jax.lax.map(attend, (blocks(q, 0), blocks(positions, PADDING)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, length + missing, -1)[:, :length]
+
+
+def _attend_to(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+) -> jax.Array:
     """Softmax attention with grouped queries: (B, T, K G, D) to (B, T, K G D)."""
     batch, length, _, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, head_dim)  # (B, T, K, G, D)
