@@ -72,12 +72,16 @@ def read_characters(folder: Path) -> CharacterTokenizer | None:
     if set(files) != set(_FILES) or any(len(raw) > _LARGEST for raw in files.values()):
         return None
     fields, settings = (load_json(files[name], str(folder / name)) for name in _FILES)
-    begin, end, unknown = (settings.get(f"{n}_token") for n in ("bos", "eos", "unk"))
-    names = {"tokenizer_class", "bos_token", "eos_token", "unk_token"}
-    if not isinstance(begin, str) or set(settings) > names:
+    begin, end, unknown = (
+        str(settings.pop(f"{name}_token", None)) for name in ("bos", "eos", "unk")
+    )
+    if settings.keys() - {"tokenizer_class"}:
         return None
-    vocabulary = (fields.get("model") or {}).get("vocab")
+    model = fields.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict):
+        return None
+    if not all(isinstance(token, int) for token in vocabulary.values()):
         return None
     special = [text for text in vocabulary if len(text) != 1]
     if not {begin, end, unknown} <= set(special):
