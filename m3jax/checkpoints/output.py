@@ -29,7 +29,9 @@ from typing import Any
 
 from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
+from m3jax.checkpoints.orbax import ITEM
 from m3jax.checkpoints.side_files import SIDE_FILES
 
 MANIFEST = "m3jax.json"
@@ -170,7 +172,7 @@ class OutputFolder:
           needed: bytes of all its files.
           largest: bytes of the largest of them.
         """
-        held = sum(path.stat().st_blocks * 512 for path in self.path.iterdir())
+        held = sum(path.stat().st_blocks * 512 for path in self.path.rglob("*"))
         stats = os.statvfs(self.path)
         free = stats.f_bavail * stats.f_frsize + held
         if free < needed:
@@ -190,7 +192,7 @@ class OutputFolder:
         """Gives the complete folder its final name."""
         if fsync:
             try:
-                for path in [*self.path.iterdir(), self.path]:
+                for path in [*self.path.rglob("*"), self.path]:
                     durable.sync(path)
             except OSError:
                 # Reading back shows what is in memory, not what the disk has lost, so
@@ -206,6 +208,8 @@ class OutputFolder:
     def _start(self, resume: bool) -> None:
         if (self._work / _OLD).exists():  # its replacement is in place
             shutil.rmtree(self._work / _OLD)
+        for path in self._work.glob("token-*"):  # of `part.described`
+            path.unlink(missing_ok=True)
         self.path.mkdir(exist_ok=True)
         if resume:
             self.journalled = [
@@ -282,7 +286,7 @@ class OutputFolder:
                 self._work.rmdir()
 
 
-def check_name(final: Path) -> None:
+def check_name(final: Location) -> None:
     """Raises OutputError unless `final` ends with the name of a folder."""
     if final.name in ("", ".."):
         raise OutputError(f"{final}: needs to end with the name of the folder to make")
@@ -297,7 +301,16 @@ def check_free(final: Path, *, overwrite: bool) -> None:
         raise OutputError(
             f"{final}: exists and is not a folder; choose another --output"
         )
-    names = sorted(path.name for path in final.iterdir())
+    check_names(final, sorted(p.name for p in final.iterdir()), overwrite=overwrite)
+    if final.is_mount():
+        raise OutputError(
+            f"{final}: is a mount point, which cannot be replaced; choose a new folder "
+            "in it"
+        )
+
+
+def check_names(final: Location, names: list[str], *, overwrite: bool) -> None:
+    """Raises OutputError unless a folder of these files may be replaced."""
     ours = MANIFEST in names
     if not overwrite:
         foreign = bool(names) and not ours
@@ -315,14 +328,9 @@ def check_free(final: Path, *, overwrite: bool) -> None:
             f"{', …' * (len(others) > 3)}, which m3jax did not write and "
             "--overwrite would remove; move it away or choose another --output"
         )
-    if final.is_mount():
-        raise OutputError(
-            f"{final}: is a mount point, which cannot be replaced; choose a new folder "
-            "in it"
-        )
 
 
 def _is_ours(name: str) -> bool:
     """Whether a file of this name is part of an output."""
-    known = (MANIFEST, MODEL_CARD, INDEX, WEIGHTS, *SIDE_FILES)
+    known = (MANIFEST, MODEL_CARD, INDEX, WEIGHTS, ITEM, *SIDE_FILES)
     return name in known or _SHARD.fullmatch(name) is not None

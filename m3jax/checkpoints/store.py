@@ -88,6 +88,9 @@ class StorePath:
     def __str__(self) -> str:
         return self._url
 
+    def __fspath__(self) -> str:
+        return self._url
+
     def __truediv__(self, name: str) -> StorePath:
         return StorePath(
             self.file_system, f"{self._url}/{name}", f"{self.inner}/{name}", self

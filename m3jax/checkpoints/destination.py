@@ -1,0 +1,57 @@
+"""Where an output goes, on this machine or to a store: decided here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m3jax.checkpoints import orbax_output, output, store_output
+from m3jax.checkpoints.files import Location
+from m3jax.checkpoints.orbax_output import OrbaxShard, OrbaxWriter
+from m3jax.checkpoints.output import OutputError, OutputFolder
+from m3jax.checkpoints.shards import Shard, ShardWriter
+from m3jax.checkpoints.store_output import StoreOutput, StoreShardWriter
+
+if TYPE_CHECKING:
+    from m3jax.checkpoints.part import OutputPart
+
+
+def check_free(final: Location, *, overwrite: bool, resume: bool) -> None:
+    """Raises OutputError unless `final` may become the output."""
+    if isinstance(final, Path):
+        output.check_free(final, overwrite=overwrite)
+    else:
+        store_output.check_free(final, overwrite=overwrite, resume=resume)
+
+
+def open_output(
+    final: Location,
+    *,
+    overwrite: bool,
+    resume: bool,
+    note: Callable[[str], None] = lambda line: None,
+) -> OutputFolder:
+    """The output under construction; see `OutputFolder`."""
+    if isinstance(final, Path):
+        return OutputFolder(final, overwrite=overwrite, resume=resume, note=note)
+    return StoreOutput(final, overwrite=overwrite, resume=resume, note=note)
+
+
+def local(final: Location) -> Path:
+    """The folder of this machine beside which the output is made."""
+    return final if isinstance(final, Path) else store_output.staged(final)
+
+
+def open_writer(
+    folder: OutputFolder | OutputPart, shards: Sequence[Shard], *, create: bool = True
+) -> ShardWriter | OrbaxWriter:
+    """Opens the files of tensors; see `ShardWriter`."""
+    if not isinstance(folder, StoreOutput):
+        return orbax_output.open_writer(folder, shards, create=create)
+    if any(isinstance(shard, OrbaxShard) for shard in shards):
+        raise OutputError(
+            f"{folder.url}: Orbax checkpoints are written to folders of this machine "
+            "only; write one and copy it, or choose --output_format=safetensors"
+        )
+    return StoreShardWriter(folder, shards)
