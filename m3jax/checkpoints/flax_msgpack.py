@@ -169,8 +169,11 @@ class _Walk:
             raise CheckpointError(f"holds more than {_MAX_LEAVES} values")
         if code == 0xC0:
             return None
-        if code in _EXTENSIONS:
-            size, kind = self._unpack(_EXTENSIONS[code], end)
+        if code in _EXTENSIONS or code in _SHORT_EXTENSIONS:
+            if code in _EXTENSIONS:
+                size, kind = self._unpack(_EXTENSIONS[code], end)
+            else:
+                size, kind = _SHORT_EXTENSIONS[code], self._byte(end)
             if self.at + size > end:
                 raise CheckpointError(
                     f"claims {size} bytes for {where}, {end - self.at} are left"
@@ -327,3 +330,4 @@ _NUMBERS = {
     0xD3: ">q",
 }
 _EXTENSIONS = {0xC7: ">Bb", 0xC8: ">Hb", 0xC9: ">Ib"}
+_SHORT_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}  # their sizes

@@ -15,6 +15,7 @@ from typing import Any
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.files import Location, exists, is_plain_name, read_small
 from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.orbax import ITEM
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.provenance import CHECKSUM, FORMAT
 
@@ -174,7 +175,7 @@ def _is_tensor(value: Any) -> bool:
         isinstance(value, dict)
         and set(value) == {"file", "dtype", "shape", "checksum"}
         and is_plain_name(value["file"])
-        and value["file"].endswith(".safetensors")
+        and (value["file"].endswith(".safetensors") or value["file"] == ITEM)
         and isinstance(value["dtype"], str)
         and isinstance(value["shape"], list)
         and all(type(size) is int and 0 <= size < 2**64 for size in value["shape"])

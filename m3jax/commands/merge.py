@@ -22,7 +22,11 @@ MORE_HELP = [
     *[f"                           {name}" for name in config.field_names()],
 ]
 
-_BASE = flags.DEFINE_string("base", None, "The base model: folder, file or org/name.")
+_BASE = flags.DEFINE_string(
+    "base",
+    None,
+    "The base model: a folder, a file or org/name; safetensors, Orbax or Flax msgpack.",
+)
 _MODELS = flags.DEFINE_list("models", None, "The fine-tuned models, comma-separated.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
 _SEED = flags.DEFINE_integer("seed", None, "Of ratios and masks. [0]")
@@ -37,6 +41,12 @@ _TOKENIZER_FROM = flags.DEFINE_string(
 )
 _THREADS = flags.DEFINE_integer("threads", None, "Reading, computing, writing threads.")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "Elements worked on at a time.")
+_OUTPUT_FORMAT = flags.DEFINE_enum(
+    "output_format",
+    None,
+    ["safetensors", "orbax"],
+    "safetensors or orbax. [orbax if the base is]",
+)
 _FSYNC = flags.DEFINE_bool("fsync", True, "Wait until the disk has the output.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
 
@@ -79,6 +89,7 @@ def main(positional: list[str]) -> int:
         allow_nonfinite=_ALLOW_NONFINITE.value,
         fsync=_FSYNC.value,
         tokenizer_from=tokenizer_from,
+        output_format=_OUTPUT_FORMAT.value,
     )
     if _DRY_RUN.value:
         try:

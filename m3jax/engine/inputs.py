@@ -90,6 +90,7 @@ def align(
         METHODS[recipe.method].needs_base
         or (recipe.dare.drop_rate is not None and recipe.dare.target == "delta")
     )
+    _check_related(checkpoints)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
     for name in _names(checkpoints, tables, recipe, problems):
@@ -141,6 +142,19 @@ def align(
             notes.append(f"exclude: {pattern!r} matches no tensor")
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _check_related(checkpoints: list[Checkpoint]) -> None:
+    """Raises CheckpointError if two checkpoints have no tensor in common."""
+    first, *others = checkpoints
+    for other in others:
+        a, b = first.tensors, other.tensors
+        if a and b and not set(a) & set(b):
+            raise CheckpointError(
+                f"{first.name} ({first.format}) and {other.name} ({other.format}) have "
+                f"no tensor name in common: {shown(min(a))} stands in one and "
+                f"{shown(min(b))} in the other; give checkpoints of one program"
+            )
 
 
 def _names(

@@ -16,6 +16,7 @@ from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
+from m3jax.checkpoints.orbax_output import OrbaxShard
 from m3jax.checkpoints.shards import Shard, make_shards
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import plan
@@ -31,6 +32,7 @@ T = TypeVar("T")
 # Bytes of one thread's input buffers: large enough that the cost of a kernel call is
 # lost in it, small enough to stay near the cores' caches. See benchmarks/.
 _LANE_BUDGET = 32 << 20
+FORMATS = ("safetensors", "orbax")  # of outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Execution:
       allow_nonfinite: merge NaN and infinity instead of refusing them.
       fsync: wait until the disk has the output before it gets its name.
       tokenizer_from: the model whose tokenizer goes along; None: the base's.
+      output_format: ``safetensors`` or ``orbax``; None: ``orbax`` if the base (the
+        first model without one) is an Orbax checkpoint.
     """
 
     threads: int | None = None
@@ -56,8 +60,13 @@ class Execution:
     allow_nonfinite: bool = False
     fsync: bool = True
     tokenizer_from: str | None = None
+    output_format: str | None = None
 
     def __post_init__(self) -> None:
+        if self.output_format not in (None, *FORMATS):
+            raise ValueError(
+                f"output_format={self.output_format!r} needs {' or '.join(FORMATS)}"
+            )
         if self.threads is not None and not 1 <= self.threads <= 256:
             raise ValueError(f"threads={self.threads} needs 1 to 256")
 
@@ -143,10 +152,11 @@ class Prepared:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all buffers: inputs, results and float32 intermediates."""
+        """Bytes of all buffers: inputs, results, float32 intermediates and caches."""
         lane = sum(lane_bytes(self.inputs.tensors, self.tiles))
         result = self.tiles * plan.TILE * 4
-        return self.execution.num_threads * (lane + result)
+        caches = sum(checkpoint.cache_bytes for checkpoint in self.checkpoints)
+        return self.execution.num_threads * (lane + result) + caches
 
     def coefficients(self) -> np.ndarray:
         """(K, N) float32: the coefficient of each model for each tensor."""
@@ -206,13 +216,13 @@ def _plan(
     inputs = align(base, models, recipe)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
-    groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
-    shards = make_shards(
-        [
-            [(t.name, t.dtype, t.shape) for t in map(tensors.__getitem__, g)]
-            for g in groups
-        ]
-    )
+    first = models[0] if base is None else base
+    described = [(t.name, t.dtype, t.shape) for t in tensors]
+    if (execution.output_format or first.format) == "orbax":
+        shards: list[Shard] = [OrbaxShard(described, first.paths)]
+    else:
+        groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
+        shards = make_shards([[described[i] for i in g] for g in groups])
     by_name = {tensor.name: tensor for tensor in tensors}
     order = [(i, name) for i, shard in enumerate(shards) for name in shard.entries]
     inputs = dataclasses.replace(

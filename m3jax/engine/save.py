@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import json
 import math
 from collections.abc import Mapping
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from m3jax.checkpoints import boxes, hub, side_files, tree
+from m3jax.checkpoints import boxes, hub, side_files, store, tree
 from m3jax.checkpoints.boxes import Box
+from m3jax.checkpoints.destination import open_output, open_writer
 from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.json_text import load_json
-from m3jax.checkpoints.output import OutputFolder
-from m3jax.checkpoints.shards import ShardWriter, make_shards, write_index
+from m3jax.checkpoints.orbax_output import OrbaxShard
+from m3jax.checkpoints.shards import Shard, make_shards, write_index
 from m3jax.engine.load import PIECE, num_threads
 from m3jax.engine.plan import natural_order, split_shards
+from m3jax.engine.prepare import FORMATS
 from m3jax.recipe import parse_size
 
 
@@ -31,7 +34,8 @@ def save(
     *,
     like: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
-) -> Path:
+    format: str = "safetensors",
+) -> Location:
     """Saves a pytree as a checkpoint folder that transformers and safetensors read.
 
     Tensors are named by their paths, joined by ".", and keep their dtypes. The folder
@@ -44,10 +48,12 @@ def save(
 
     Args:
       params: a pytree of arrays, of JAX (sharded or not) or NumPy.
-      path: the folder to make; there is none yet.
+      path: the folder to make, or its URL; there is none yet.
       like: a checkpoint (a path or a Hugging Face id) whose config.json, tokenizer and
         chat template go along; config.json then says the new dtype.
       max_shard_size: of a file, in bytes or as text such as ``5GB``.
+      format: ``safetensors``, or ``orbax``: the folder then holds a subfolder
+        ``default``, which Orbax restores, and is a step of its CheckpointManager.
 
     Returns:
       The folder.
@@ -56,24 +62,25 @@ def save(
       CheckpointError: the place is taken, or a leaf cannot be written; one line.
       OSError: the disk.
     """
-    final = Path(fspath(path))
+    final = store.parse(fspath(path))
     leaves, _ = tree.flatten(params)
     dtypes = {name: _dtype(name, leaf) for name, leaf in leaves.items()}
     files = {} if like is None else _side_files(fspath(like), dtypes)
     names = sorted(leaves, key=natural_order)
     sizes = [math.prod(leaves[n].shape) * dtypes[n].itemsize for n in names]
-    groups = split_shards(sizes, parse_size(max_shard_size))
-    shards = make_shards(
-        [
-            [(names[i], dtypes[names[i]], leaves[names[i]].shape) for i in g]
-            for g in groups
-        ]
-    )
-    with OutputFolder(final, overwrite=False, resume=False) as folder:
+    described = [(name, dtypes[name], leaves[name].shape) for name in names]
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} needs {' or '.join(FORMATS)}")
+    if format == "orbax":
+        shards: list[Shard] = [OrbaxShard(described, tree.key_paths(params))]
+    else:
+        groups = split_shards(sizes, parse_size(max_shard_size))
+        shards = make_shards([[described[i] for i in g] for g in groups])
+    with open_output(final, overwrite=False, resume=False) as folder:
         folder.check_space(
-            sum(s.size for s in shards), largest=max(s.size for s in shards)
+            sum(s.size for s in shards), largest=max(s.largest for s in shards)
         )
-        writer = ShardWriter(folder, shards)
+        writer = open_writer(folder, shards)
         try:
 
             def write(place: tuple[int, str]) -> None:
@@ -88,8 +95,11 @@ def save(
 
             places = [(i, name) for i, s in enumerate(shards) for name in s.entries]
             with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
-                for _ in pool.map(write, places):
-                    pass
+                left = collections.Counter(shard for shard, _ in places)
+                for (shard, _), _ in zip(places, pool.map(write, places), strict=True):
+                    left[shard] -= 1
+                    if not left[shard]:
+                        writer.complete(shard)
         finally:
             writer.close()
         write_index(folder, shards)

@@ -21,11 +21,13 @@ from m3jax.checkpoints.files import (
 )
 from m3jax.checkpoints.folder import INDEX
 from m3jax.checkpoints.index import read_index
+from m3jax.checkpoints.orbax import ITEM
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.record import Record, read_record
 from m3jax.checkpoints.safetensors import Header, TensorEntry, header_of
 from m3jax.engine.pipeline import Clock, available_cores, for_each
 from m3jax.engine.progress import Progress
+from m3jax.engine.verify_orbax import orbax_differences
 
 _BLOCK = 4 << 20  # bytes that a thread reads at a time
 _MAX_THREADS = 16
@@ -63,6 +65,11 @@ def verify(
             "folder of a merge; there is nothing to verify it against"
         )
     problems: list[str] = []
+    threads = threads or min(_MAX_THREADS, available_cores() + 1)
+    progress = progress or Progress()
+    if any(tensor.file == ITEM for tensor in record.tensors.values()):
+        problems += _side_files(folder, record)
+        return problems + orbax_differences(folder, record, threads, progress)
     with contextlib.ExitStack() as stack:
         files = _open(folder, record, stack, problems)
         headers = _headers(files, problems)
@@ -77,8 +84,8 @@ def verify(
                 name: headers[record.tensors[name].file].tensors[name]
                 for name in tensors
             },
-            threads or min(_MAX_THREADS, available_cores() + 1),
-            progress or Progress(),
+            threads,
+            progress,
         )
     return problems
 
