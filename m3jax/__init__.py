@@ -13,11 +13,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": "m3jax.checkpoints.errors",
     "Dare": "m3jax.recipe",
+    "Evaluator": "m3jax.evaluation.evaluator",
     "Execution": "m3jax.engine.prepare",
+    "Exploration": "m3jax.exploration.result",
     "MergeResult": "m3jax.engine.merge",
     "Mixup": "m3jax.recipe",
     "Recipe": "m3jax.recipe",
     "RecipeError": "m3jax.recipe",
+    "TaskEvaluator": "m3jax.evaluation.evaluator",
+    "explore": "m3jax.exploration.explore",
     "load": "m3jax.engine.load",
     "merge": "m3jax.engine.merge",
     "merge_params": "m3jax.engine.in_memory",
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     from m3jax.engine.prepare import Execution
     from m3jax.engine.save import save
     from m3jax.engine.verify import verify
+    from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
+    from m3jax.exploration.explore import explore
+    from m3jax.exploration.result import Exploration
     from m3jax.recipe import Dare, Mixup, Recipe, RecipeError
 
 

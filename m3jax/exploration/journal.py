@@ -100,9 +100,7 @@ def _read(path: Path) -> list[Line]:
 
 def _compare(path: Path, found: Line, wanted: Line) -> None:
     differing = [
-        name
-        for name in {**wanted, **found}
-        if found.get(name) != wanted.get(name)
+        name for name in {**wanted, **found} if found.get(name) != wanted.get(name)
     ]
     if differing:
         name = differing[0]

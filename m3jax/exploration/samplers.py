@@ -47,14 +47,14 @@ class Sampler(Protocol):
 
 
 def make_sampler(
-    name: str, recipe: Recipe, space: Space, draws: int, seed: int
+    name: str, recipe: Recipe, space: Space | None, draws: int, seed: int
 ) -> Sampler:
     """The sampler of a name.
 
     Args:
       name: one of SAMPLERS.
       recipe: to start from; all of it but what is searched stays.
-      space: for all samplers but ``recipe``.
+      space: what is searched; None for ``recipe``, which searches nothing.
       draws: the number of trials; a grid has at most so many.
       seed: of the exploration.
 
@@ -65,6 +65,7 @@ def make_sampler(
         raise RecipeError(f"sampler={name!r} needs one of {', '.join(SAMPLERS)}")
     if name == "recipe":
         return _Drawn(recipe, draws, seed)
+    assert space is not None
     if name == "grid":
         return _Listed(recipe, space, seed, space.grid(draws))
     if space.dimensions == 0:
@@ -113,9 +114,7 @@ class _Listed:
 class _Asked:
     """Values that optuna's ask and tell suggest."""
 
-    def __init__(
-        self, name: str, recipe: Recipe, space: Space, draws: int, seed: int
-    ):
+    def __init__(self, name: str, recipe: Recipe, space: Space, draws: int, seed: int):
         self._optuna = _import_optuna(name)
         samplers = self._optuna.samplers
         made = (samplers.TPESampler if name == "tpe" else samplers.CmaEsSampler)(

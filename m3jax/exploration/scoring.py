@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
-from m3jax.exploration.trials import Scores
+from m3jax.exploration.trials import Scores, all_finite, finite, number, numbers
 from m3jax.models.decoder import Parameters
 from m3jax.recipe import RecipeError
 
@@ -29,6 +29,22 @@ class Scored:
     scores: Scores
     examples: Examples | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; null for what is not finite."""
+        examples = self.examples and {
+            name: [finite(value) for value in own]
+            for name, own in self.examples.items()
+        }
+        return {"scores": all_finite(self.scores), "examples": examples}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Scored:
+        examples = entry["examples"] and {
+            name: [number(value) for value in own]
+            for name, own in entry["examples"].items()
+        }
+        return cls(numbers(entry["scores"]), examples)
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -42,15 +58,16 @@ class Objective:
     weights: Mapping[str, float]
     losses: frozenset[str] = frozenset()
 
-    def __call__(self, scores: Mapping[str, float]) -> float:
-        """NaN where a score is.
+    def __call__(self, scores: Mapping[str, Any]) -> Any:
+        """Of numbers, or of arrays of them; NaN where a score is.
 
         Raises:
           RecipeError: a weight's task is not among the scores.
         """
         self.check(list(scores))
         signed = [
-            -self.weights.get(name, 1.0) if name in self.losses
+            -self.weights.get(name, 1.0)
+            if name in self.losses
             else self.weights.get(name, 1.0)
             for name in scores
         ]

@@ -98,9 +98,7 @@ class Space:
             if name == "ratios"
             else [
                 tuple(low + (high - low) * i / (levels - 1) for i in places)
-                for places in itertools.product(
-                    range(levels), repeat=self._width(name)
-                )
+                for places in itertools.product(range(levels), repeat=self._width(name))
             ]
             for name, (low, high) in self.ranges.items()
         ]
@@ -118,10 +116,13 @@ class Space:
             dare = dataclasses.replace(dare, drop_rate=values["drop_rate"][0])
         if "drop_rates" in values:
             dare = dataclasses.replace(dare, drop_rate=values["drop_rates"])
-        numbers = {
-            name: values[name][0] for name in ("scaling", "trim_rate") if name in values
-        }
-        return dataclasses.replace(recipe, mixup=mixup, dare=dare, **numbers)
+        return dataclasses.replace(
+            recipe,
+            mixup=mixup,
+            dare=dare,
+            scaling=values.get("scaling", (recipe.scaling,))[0],
+            trim_rate=values.get("trim_rate", (recipe.trim_rate,))[0],
+        )
 
     def _width(self, name: str) -> int:
         return {"ratios": self.num_models - 1, "drop_rates": self.num_models}.get(

@@ -41,7 +41,8 @@ class Trial:
         if not self.ratios:
             return None
         groups = list(self.ratios.values())
-        return tuple(math.fsum(column) / len(groups) for column in zip(*groups))
+        columns = zip(*groups, strict=True)
+        return tuple(math.fsum(column) / len(groups) for column in columns)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; null for what is not finite."""
@@ -66,9 +67,9 @@ class Trial:
             recipe=Recipe.from_dict(line["recipe"]),
             seed=line["seed"],
             ratios=ratios and {name: tuple(own) for name, own in ratios.items()},
-            scores=_numbers(line["scores"]),
-            objective=_number(line["objective"]),
-            other={k: _numbers(v) for k, v in line.items() if k not in known},
+            scores=numbers(line["scores"]),
+            objective=number(line["objective"]),
+            other={k: numbers(v) for k, v in line.items() if k not in known},
         )
 
 
@@ -90,9 +91,9 @@ def all_finite(scores: Mapping[str, float]) -> dict[str, float | None]:
     return {name: finite(value) for name, value in scores.items()}
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _numbers(scores: Mapping[str, float | None]) -> Scores:
-    return {name: _number(value) for name, value in scores.items()}
+def numbers(scores: Mapping[str, float | None]) -> Scores:
+    return {name: number(value) for name, value in scores.items()}

@@ -1,0 +1,264 @@
+"""Merges many draws in device memory, evaluates each, and finds the best.
+
+The best draw is chosen on --validation_tasks; what it is worth is read off the test
+tasks. --output gets a line for every trial, a table with parents and plain merges, a
+picture, and the winner as a recipe: `m3jax merge --config=OUTPUT/winner.json`.
+
+The objective is the weighted mean of the validation scores, a loss counting
+negative. Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
+`tpe` and `cmaes` set what --search names, each with a range where it has one:
+
+    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9  seed
+
+(drop_rate is one for all models, drop_rates one for each, seed a new one a draw).
+With --halving=3 all draws are evaluated on few examples, the best third of them on
+three times as many, and so on; the last one is evaluated on all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from m3jax.commands import config
+from m3jax.commands.cli import UsageError
+from m3jax.commands.tables import clean, table
+
+if TYPE_CHECKING:
+    from m3jax.evaluation.evaluator import TaskEvaluator
+    from m3jax.exploration.result import Exploration
+
+USAGE = (
+    "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
+    "--validation_tasks=SPEC.json[,...] --test_tasks=SPEC.json[,...] [--config=FILE]"
+)
+MORE_HELP = [
+    "",
+    "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
+    "  --config.FIELD=VALUE   one field of the recipe, as for `m3jax merge`",
+    "",
+    *(__doc__ or "").split("\n")[2:-1],
+]
+
+# Other commands have flags of these names, too; a process runs one command.
+_BASE = flags.DEFINE_string(
+    "base", None, "The base model: folder, file or org/name.", allow_override=True
+)
+_MODELS = flags.DEFINE_list(
+    "models", None, "The fine-tuned models, comma-separated.", allow_override=True
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder for trials, table and winner.", allow_override=True
+)
+_VALIDATION = flags.DEFINE_list(
+    "validation_tasks", None, "JSON files of tasks to choose on."
+)
+_TEST = flags.DEFINE_list("test_tasks", None, "JSON files of tasks to report.")
+_OOD = flags.DEFINE_list(
+    "ood_tasks", None, "JSON files of tasks out of distribution, to report."
+)
+_DRAWS = flags.DEFINE_integer("draws", 32, "How many.")
+_SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=True)
+_SAMPLER = flags.DEFINE_enum(
+    "sampler",
+    "recipe",
+    ["recipe", "grid", "sobol", "tpe", "cmaes"],
+    "Where draws come from.",
+)
+_SEARCH = flags.DEFINE_list(
+    "search", ["ratios"], "What samplers other than `recipe` set."
+)
+_WEIGHTS = flags.DEFINE_list(
+    "weights", [], "TASK=WEIGHT,... in the objective; 1 where none is given."
+)
+_HALVING = flags.DEFINE_integer(
+    "halving", None, "Keep one of so many draws for a budget so many times larger."
+)
+_TEST_ALL = flags.DEFINE_bool(
+    "test_all_draws", False, "Report mean and deviation over draws on test, too."
+)
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "Only the first N examples of each task.", allow_override=True
+)
+_EXPORT = flags.DEFINE_string("export", None, "Folder for the winner's checkpoint.")
+_RESUME = flags.DEFINE_bool(
+    "resume", False, "Go on with an interrupted exploration.", allow_override=True
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Replace a previous output.", allow_override=True
+)
+_TOKENIZER_FROM = flags.DEFINE_string(
+    "tokenizer_from", None, "Model whose tokenizer is used. [base]", allow_override=True
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "input",
+    ["input", "float32", "bfloat16"],
+    "Of the matrix products.",
+    allow_override=True,
+)
+_TOKENS_PER_BATCH = flags.DEFINE_integer(
+    "tokens_per_batch",
+    4096,
+    "More is faster and takes more memory.",
+    allow_override=True,
+)
+_ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
+    "allow_code_execution",
+    False,
+    "Run the programs that the models write, for code tasks.",
+    allow_override=True,
+)
+
+_config: Any = None
+_record: dict[str, Any] = {}
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Defines --config, whose fields depend on the file it names."""
+    global _config, _record
+    _config, _record, rest = config.define(arguments)
+    return rest
+
+
+def main(positional: list[str]) -> int:
+    if positional:
+        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
+    recipe = config.recipe(_config)
+    models = _MODELS.value or [model["path"] for model in _record.get("models", [])]
+    base = _BASE.value or (_record.get("base") or {}).get("path")
+    seed = _record.get("seed", 0) if _SEED.value is None else _SEED.value
+    for name, value in (
+        ("models", models),
+        ("output", _OUTPUT.value),
+        ("validation_tasks", _VALIDATION.value),
+        ("test_tasks", _TEST.value),
+    ):
+        if not value:
+            raise UsageError(f"--{name} is missing; usage: {USAGE}")
+    for flag in (_LIMIT, _TOKENS_PER_BATCH):
+        if flag.value is not None and flag.value < 1:
+            raise UsageError(f"--{flag.name}={flag.value} needs 1 or more")
+    recipe.check(num_models=len(models), has_base=base is not None)
+    weights = _weights(_WEIGHTS.value or [])
+
+    # Only now JAX, which takes a second to import.
+    from m3jax.checkpoints.output import check_free
+    from m3jax.engine.merge import merge
+    from m3jax.engine.prepare import Execution
+    from m3jax.exploration.explore import explore
+
+    if _EXPORT.value is not None:
+        check_free(Path(_EXPORT.value), overwrite=_OVERWRITE.value)
+    make = _task_evaluators(base, models)
+    validation, test = make(_VALIDATION.value), make(_TEST.value)
+    ood = make(_OOD.value) if _OOD.value else None
+    found = explore(
+        base,
+        models,
+        recipe,
+        evaluator=validation,
+        test=test,
+        ood=ood,
+        draws=_DRAWS.value,
+        seed=seed,
+        sampler=_SAMPLER.value,
+        search=_SEARCH.value,
+        weights=weights,
+        budget=_LIMIT.value,
+        halving=_HALVING.value,
+        test_all_draws=_TEST_ALL.value,
+        output=_OUTPUT.value,
+        resume=_RESUME.value,
+        overwrite=_OVERWRITE.value,
+        tokenizer_from=_TOKENIZER_FROM.value,
+        say=_say,
+    )
+    print("\n".join(_report(found)))
+    if _EXPORT.value is not None:
+        execution = Execution(
+            overwrite=_OVERWRITE.value, tokenizer_from=_TOKENIZER_FROM.value
+        )
+        winner = found.winner
+        merge(
+            base,
+            models,
+            _EXPORT.value,
+            winner.recipe,
+            seed=winner.seed,
+            execution=execution,
+        )
+        print(f"\nthe winner's checkpoint is {_EXPORT.value}")
+    else:
+        path = Path(_OUTPUT.value or "") / "winner.json"
+        print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(f"m3jax: {clean(line)}", file=sys.stderr, flush=True)
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    weights = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UsageError(f"--weights={text!r} needs TASK=NUMBER")
+    return weights
+
+
+def _task_evaluators(
+    base: str | None, models: list[str]
+) -> Callable[[list[str]], TaskEvaluator]:
+    """Makes an evaluator of files of tasks; it runs every one of the models."""
+    import jax.numpy as jnp
+
+    from m3jax.evaluation.evaluator import TaskEvaluator
+    from m3jax.evaluation.tasks import load_tasks
+    from m3jax.evaluation.tokenizer import FolderTokenizer
+    from m3jax.exploration.architecture import common_config
+
+    first = models[0] if base is None else base
+    checkpoints = [*([] if base is None else [base]), *models]
+    config, folders = common_config(checkpoints)
+    owner = _TOKENIZER_FROM.value or "base"
+    owner = first if owner == "base" else owner
+    if owner not in folders:
+        raise UsageError(
+            f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
+        )
+    tokenizer = FolderTokenizer(folders[owner])
+    dtypes = {"input": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+    def make(paths: list[str]) -> TaskEvaluator:
+        return TaskEvaluator(
+            [task for path in paths for task in load_tasks(path)],
+            config,
+            tokenizer,
+            tokens_per_batch=_TOKENS_PER_BATCH.value,
+            dtype=dtypes[_DTYPE.value],
+            allow_code_execution=_ALLOW_CODE_EXECUTION.value,
+        )
+
+    return make
+
+
+def _report(found: Exploration) -> list[str]:
+    from m3jax.exploration import summary
+
+    lines = summary.notes(found)
+    for one in summary.tables(found):
+        header, rows = one.texts()
+        rows = [list(map(clean, row)) for row in rows]
+        align = "<" + ">" * (len(header) - 1)
+        lines += ["", one.title, *table(list(map(clean, header)), rows, align)]
+    return lines

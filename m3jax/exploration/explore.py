@@ -1,0 +1,232 @@
+"""Explores: draw, merge in device memory, evaluate there, keep the best."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import m3jax
+from m3jax import prng
+from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.engine.load import load
+from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
+from m3jax.exploration import folder as files
+from m3jax.exploration.apart import check_apart
+from m3jax.exploration.halving import rungs
+from m3jax.exploration.journal import Journal
+from m3jax.exploration.outputs import write_outputs
+from m3jax.exploration.result import Exploration
+from m3jax.exploration.run import Run, Say, nothing
+from m3jax.exploration.samplers import ADAPTIVE, make_sampler
+from m3jax.exploration.scoring import Objective, describe, losses
+from m3jax.exploration.space import Space
+from m3jax.recipe import Recipe, RecipeError
+
+
+def explore(
+    base: Any,
+    models: Sequence[Any],
+    recipe: Recipe | None = None,
+    *,
+    evaluator: Evaluator,
+    test: Evaluator | None = None,
+    ood: Evaluator | None = None,
+    draws: int = 32,
+    seed: int = 0,
+    sampler: str = "recipe",
+    search: Sequence[str] = ("ratios",),
+    weights: Mapping[str, float] | None = None,
+    budget: int | None = None,
+    halving: int | None = None,
+    test_all_draws: bool = False,
+    output: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    tokenizer_from: str | None = None,
+    say: Say = nothing,
+) -> Exploration:
+    """Merges many draws of a recipe, evaluates each, and finds the best.
+
+    Base and models are loaded once; beside them device memory holds one merged copy.
+    The best draw is chosen by `evaluator` alone; `test` and `ood` say what it is worth.
+
+        def evaluator(parameters, budget, key):
+            return {"accuracy": ...}
+
+        found = m3jax.explore("base", ["maths", "code"], evaluator=evaluator)
+        best = m3jax.merge_params(base, models, found.winner.recipe, found.winner.seed)
+
+    Args:
+      base, models: pytrees, or paths as `m3jax.load` takes them; base may be None.
+      recipe: to draw from; the default is M3's average.
+      evaluator: what is maximised. A `TaskEvaluator`, or a function of parameters,
+        budget and key that returns scores by name, more being better.
+      test: what is reported of parents, baselines and the winner.
+      ood: the same, on data of another distribution.
+      draws: how many; a grid takes at most so many.
+      seed: 0 <= seed < 2**32; with the same seed everything is the same.
+      sampler: ``recipe`` (its own Beta or Dirichlet, a new seed a draw), ``grid``,
+        ``sobol``, or optuna's ``tpe`` and ``cmaes``.
+      search: for the other samplers, what they may change: ``ratios``,
+        ``scaling=LOW:HIGH``, ``trim_rate=…``, ``drop_rate=…`` (of all models),
+        ``drop_rates=…`` (of each), ``seed`` (a new one a draw).
+      weights: of scores, by name, in the objective; 1 where none is given. A score of
+        which less is better has a negative weight (a loss task has it by itself).
+      budget: of every evaluation, in the evaluator's own unit (examples of each task);
+        None: all there is.
+      halving: η, 2 or more: evaluate all draws at a small budget, and 1/η of them at
+        one η times as large, up to the full one.
+      test_all_draws: evaluate every draw on `test` and `ood`, too, for mean and
+        deviation there; nothing is chosen by it.
+      output: a folder for trials, summary, picture and the winner's recipe.
+      resume: go on with what an interrupted exploration has left there.
+      overwrite: begin anew there.
+      tokenizer_from: goes into the winner's recipe; see `m3jax.Execution`.
+      say: is told what happens.
+
+    Raises:
+      RecipeError, SeedError, CheckpointError, TaskError: one line each.
+    """
+    recipe = recipe or Recipe()
+    prng.check_seed(seed)
+    recipe.check(num_models=len(models), has_base=base is not None)
+    if draws < 1:
+        raise RecipeError(f"draws={draws} needs 1 or more")
+    space = None
+    if sampler != "recipe":
+        space = Space.parse(search, recipe, len(models))
+    proposals = make_sampler(sampler, recipe, space, draws, seed)
+    schedule = rungs(proposals.count, _full(evaluator, budget, halving), halving)
+    if halving is not None and sampler in ADAPTIVE:
+        raise RecipeError(
+            f"halving={halving} needs a sampler that is not told of scores; "
+            f"{sampler} would compare those of different budgets"
+        )
+    objective = Objective(dict(weights or {}), losses(evaluator))
+    if isinstance(evaluator, TaskEvaluator):
+        objective.check([task.name for task in evaluator.tasks])
+        for other in (test, ood):
+            if isinstance(other, TaskEvaluator):
+                for note in check_apart(evaluator.tasks, other.tasks):
+                    say(f"note: {note}")
+    header = {
+        "m3jax": m3jax.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "base": _describe(base),
+        "models": [_describe(model) for model in models],
+        "recipe": recipe.to_dict(),
+        "seed": seed,
+        "sampler": sampler,
+        "search": list(search) if space else None,
+        # Otherwise it may go on to more draws than it began with.
+        "draws": draws if sampler == "grid" or halving else None,
+        "halving": halving,
+        "budget": budget,
+        "weights": objective.weights,
+        "test_all_draws": test_all_draws,
+        "validation": describe(evaluator),
+        "test": describe(test),
+        "ood": describe(ood),
+    }
+    path = None if output is None else Path(fspath(output))
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            claim = files.claimed(path, overwrite=overwrite, resume=resume)
+            stack.enter_context(claim)
+        trials, rows = (
+            Journal(path and path / name, header)
+            for name in (files.TRIALS, files.SCORES)
+        )
+        lists = {"validation": evaluator, "test": test, "ood": ood}
+        run = Run(
+            recipe=recipe,
+            evaluators={name: own for name, own in lists.items() if own is not None},
+            objective=objective,
+            seed=seed,
+            budget=budget,
+            test_all_draws=test_all_draws,
+            trials=trials,
+            rows=rows,
+            times=path and path / files.TIMES,
+            say=say,
+        )
+        # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
+        trees = [None if base is None else _loaded(base), *map(_loaded, models)]
+        found = run(trees, _names(models), proposals, schedule)
+        replay = _replay(found, base, models, tokenizer_from)
+        found = dataclasses.replace(found, replay=replay)
+        if path is not None:
+            write_outputs(found, path, say)
+        return found
+
+
+def _full(evaluator: Evaluator, budget: int | None, halving: int | None) -> int | None:
+    """The full budget, as a number where halving needs one."""
+    if budget is not None and budget < 1:
+        raise RecipeError(f"budget={budget} needs 1 or more")
+    if halving is None:
+        return budget
+    if halving < 2:
+        raise RecipeError(f"halving={halving} needs 2 or more")
+    if isinstance(evaluator, TaskEvaluator):
+        return min(evaluator.full_budget, budget or evaluator.full_budget)
+    if budget is None:
+        raise RecipeError("halving needs budget, the evaluator's full one")
+    return budget
+
+
+def _is_path(model: Any) -> bool:
+    return isinstance(model, str | PathLike)
+
+
+def _loaded(model: Any) -> Any:
+    return load(model) if _is_path(model) else model
+
+
+def _names(models: Sequence[Any]) -> list[str]:
+    """Short names of the models, all different."""
+    paths = [fspath(m) if _is_path(m) else f"model {i}" for i, m in enumerate(models)]
+    names = [Path(path).name or path for path in paths]
+    return names if len({"base", *names}) == len(names) + 1 else paths
+
+
+def _describe(model: Any) -> Any:
+    """What tells an input from another one, without reading all of it."""
+    if model is None:
+        return None
+    if not _is_path(model):
+        leaves = jax.tree.leaves_with_path(model)
+        return [
+            [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape)]
+            for path, leaf in leaves
+        ]
+    with open_checkpoint(fspath(model)) as checkpoint:
+        files = [
+            [str(file.path.resolve()), file.size, file.version]
+            for file in checkpoint.files
+        ]
+    return {"path": fspath(model), "files": files}
+
+
+def _replay(
+    found: Exploration, base: Any, models: Sequence[Any], tokenizer_from: str | None
+) -> dict[str, Any]:
+    """What `m3jax merge --config` needs to make the winner again."""
+    winner = found.winner
+    replay = {
+        "recipe": winner.recipe.to_dict(),
+        "seed": winner.seed,
+        "ratios": winner.ratios,
+        "tokenizer_from": tokenizer_from,
+    }
+    if all(map(_is_path, models)):
+        replay["base"] = base if base is None else {"path": fspath(base)}
+        replay["models"] = [{"path": fspath(model)} for model in models]
+    return replay

@@ -1,0 +1,55 @@
+"""The folder that an exploration writes into."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from m3jax.checkpoints.errors import CheckpointError
+
+TRIALS, SCORES, TIMES = "trials.jsonl", "scores.jsonl", "times.jsonl"
+SUMMARY, TABLE, PICTURE = "summary.json", "summary.md", "scores.png"
+WINNER = "winner.json"
+FILES = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    """Makes the folder, and keeps others from writing into it meanwhile.
+
+    Args:
+      folder: may hold other files; they are left alone.
+      overwrite: remove what an earlier exploration has written.
+      resume: go on from there.
+
+    Raises:
+      CheckpointError: an exploration is there, and neither was asked for; or another
+        process is writing.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another exploration is writing there; wait for it, or "
+                "choose another --output"
+            ) from None
+        there = [name for name in FILES if (folder / name).exists()]
+        if there and not (overwrite or resume):
+            raise CheckpointError(
+                f"{folder}: holds an exploration already; --resume goes on with it, "
+                "--overwrite begins anew"
+            )
+        if not resume:
+            for name in there:
+                (folder / name).unlink()
+        yield
+    finally:
+        os.close(fd)

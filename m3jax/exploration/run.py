@@ -1,0 +1,236 @@
+"""Runs an exploration from beginning to end, or from where it was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from m3jax.checkpoints.errors import CheckpointError
+from m3jax.evaluation.evaluator import Evaluator
+from m3jax.exploration.halving import Rung
+from m3jax.exploration.journal import Journal
+from m3jax.exploration.merger import Merger
+from m3jax.exploration.result import Exploration, Row
+from m3jax.exploration.samplers import Proposal, Sampler
+from m3jax.exploration.scoring import Objective, Scored, score
+from m3jax.exploration.trials import Trial, best
+from m3jax.models.decoder import Parameters
+from m3jax.recipe import Mixup, Recipe
+
+Say = Callable[[str], None]
+
+
+def nothing(line: str) -> None:
+    """Says nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What an exploration needs beside models, sampler and schedule.
+
+    Attributes:
+      recipe: of the baselines, and what the draws have in common.
+      evaluators: by list of tasks; ``validation`` is what is chosen on.
+      objective: of scores on it.
+      seed: of the baselines, and of whatever the evaluators draw.
+      budget: the full one.
+      test_all_draws: evaluate every draw on the other lists, too.
+      trials, rows: what has been found before, and where to keep what is found.
+      times: a file for how long things took; they are not the same in every run.
+      say: is told what happens.
+    """
+
+    recipe: Recipe
+    evaluators: Mapping[str, Evaluator]
+    objective: Objective
+    seed: int
+    budget: int | None
+    test_all_draws: bool
+    trials: Journal
+    rows: Journal
+    times: Path | None = None
+    say: Say = nothing
+
+    def __call__(
+        self,
+        trees: list[Any],
+        names: Sequence[str],
+        sampler: Sampler,
+        schedule: Sequence[Rung],
+    ) -> Exploration:
+        """Evaluates parents, baselines, draws and the winner.
+
+        Args:
+          trees: base (or None) and models; emptied, so that what the merges do not
+            need can go.
+          names: of the models.
+          sampler: asks for the draws.
+          schedule: how many of them are evaluated at which budget.
+        """
+        rows = [
+            self._row(name, "parent", functools.partial(_same, tree))
+            for name, tree in zip(["base", *names], trees, strict=True)
+            if tree is not None
+        ]
+        merger = Merger(trees[0], trees[1:], self.recipe)
+        trees.clear()
+        for name, recipe in self._baselines(len(names)).items():
+            make = functools.partial(merger, recipe, self.seed)
+            rows.append(self._row(name, "baseline", make))
+        trials = self._all_trials(merger, sampler, schedule)
+        winner = best(trials[-schedule[-1].draws :], 1)[0]
+        if math.isnan(winner.objective):
+            raise CheckpointError(
+                "every draw scored NaN, so none is best: the models, or what they are "
+                "merged into, overflow; try --dtype=float32, or another recipe"
+            )
+        made = self._row(
+            f"winner (draw {winner.index})",
+            "winner",
+            functools.partial(merger, winner.recipe, winner.seed),
+        )
+        return Exploration(
+            trials=tuple(trials),
+            winner=winner,
+            rows=(*rows, made),
+            objective=self.objective,
+            models=tuple(names),
+            seed=self.seed,
+        )
+
+    def _baselines(self, num_models: int) -> dict[str, Recipe]:
+        equal = Mixup(ratios=(1 / num_models,) * num_models)
+        plain = Mixup(alpha=None)
+        named = {"equal ratios": equal, f"plain {self.recipe.method}": plain}
+        return {
+            name: dataclasses.replace(self.recipe, mixup=mixup)
+            for name, mixup in named.items()
+        }
+
+    def _row(self, name: str, kind: str, make: Callable[[], Parameters]) -> Row:
+        """The row that was found before, or a new one."""
+        for line in self.rows.lines:
+            if line["row"] == name:
+                return Row.from_dict(line)
+        parameters = make()
+        scored = {
+            own: self._score(own, parameters, self.budget) for own in self.evaluators
+        }
+        row = Row(name, kind, scored)
+        self.rows.append(row.to_dict())
+        scores = scored["validation"].scores
+        self.say(f"{name}: {described(self.objective(scores), scores)}")
+        return row
+
+    def _all_trials(
+        self, merger: Merger, sampler: Sampler, schedule: Sequence[Rung]
+    ) -> list[Trial]:
+        trials: list[Trial] = []
+        total = sum(rung.draws for rung in schedule)
+        first, *others = schedule
+
+        def run(proposal: Proposal, index: int, budget: int | None) -> Trial:
+            trial = self._recorded(len(trials), proposal, index, budget)
+            if trial is None:
+                trial = self._trial(proposal, index, budget, merger)
+                what = described(trial.objective, trial.scores, trial.mean_ratios)
+                self.say(f"{len(trials) + 1} of {total}: draw {index}, {what}")
+            trials.append(trial)
+            return trial
+
+        kept = []
+        for index in range(first.draws):
+            trial = run(sampler.ask(index), index, first.budget)
+            sampler.tell(index, trial.objective)
+            kept.append(trial)
+        for rung in others:
+            kept = [
+                run(Proposal(trial.recipe, trial.seed), trial.index, rung.budget)
+                for trial in best(kept, rung.draws)
+            ]
+        return trials
+
+    def _recorded(
+        self, place: int, proposal: Proposal, index: int, budget: int | None
+    ) -> Trial | None:
+        """The trial at this place of the journal, if it goes so far."""
+        if place >= len(self.trials.lines):
+            return None
+        trial = Trial.from_dict(self.trials.lines[place])
+        found = (Proposal(trial.recipe, trial.seed), trial.index, trial.budget)
+        if found != (proposal, index, budget):
+            raise CheckpointError(
+                f"trial {place} of the exploration to resume is another one than would "
+                "be drawn now: a package that draws is of another version; begin anew "
+                "with --overwrite"
+            )
+        return trial
+
+    def _trial(
+        self, proposal: Proposal, index: int, budget: int | None, merger: Merger
+    ) -> Trial:
+        """Merges a draw, evaluates it and writes it down."""
+        recipe, seed = proposal.recipe, proposal.seed
+        start = time.perf_counter()
+        parameters = jax.block_until_ready(merger(recipe, seed))
+        merged = time.perf_counter()
+        lists = [(name, self.budget) for name in self.evaluators if self.test_all_draws]
+        scores = {
+            name: self._score(name, parameters, own).scores
+            for name, own in {**dict(lists), "validation": budget}.items()
+        }
+        own = scores.pop("validation")
+        trial = Trial(
+            index=index,
+            budget=budget,
+            recipe=recipe,
+            seed=seed,
+            ratios=merger.ratios(recipe, seed),
+            scores=own,
+            objective=self.objective(own),
+            other=scores,
+        )
+        self.trials.append(trial.to_dict())
+        self._note_times(trial, merged - start, time.perf_counter() - merged)
+        return trial
+
+    def _score(self, name: str, parameters: Parameters, budget: int | None) -> Scored:
+        key = jax.random.key(self.seed)  # of every draw: the same luck for all
+        return score(self.evaluators[name], parameters, budget, key)
+
+    def _note_times(self, trial: Trial, merging: float, evaluating: float) -> None:
+        if self.times is None:
+            return
+        entry = {
+            "index": trial.index,
+            "budget": trial.budget,
+            "merge_seconds": round(merging, 6),
+            "evaluate_seconds": round(evaluating, 6),
+        }
+        with self.times.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _same(parameters: Parameters) -> Parameters:
+    return parameters
+
+
+def described(
+    objective: float,
+    scores: Mapping[str, float],
+    ratios: Sequence[float] | None = None,
+) -> str:
+    """Ratios and scores on a line."""
+    parts = [] if ratios is None else ["λ " + " ".join(f"{r:.3f}" for r in ratios)]
+    parts += [f"{name} {value:.4f}" for name, value in scores.items()]
+    if len(scores) > 1:
+        parts.append(f"objective {objective:.4f}")
+    return ", ".join(parts)
