@@ -1,0 +1,155 @@
+"""docs/SMOLLM2.md: what the explorations found, in two tables."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+
+import harness
+
+from m3jax.exploration import bootstrap
+from m3jax.exploration.result import Exploration, Row
+from m3jax.exploration.scoring import Scored
+
+Scores = Mapping[str, float]
+LISTS = ("validation", "test")
+LABELS = {"average": "average", "task_arithmetic": "task arithmetic", "ties": "TIES"}
+MEAN = "mean"
+
+
+def main_table(found: Mapping[str, Exploration], skills: Sequence[str]) -> str:
+    """Parents, methods without M3, draws and winners; losses of both lists of tasks.
+
+    Args:
+      found: of recipes ``METHOD_m3``, ``METHOD_dare`` and ``METHOD_m3_dare``.
+      skills: the tasks whose mean loss is the objective.
+    """
+    first = next(iter(found.values()))
+    columns = {
+        name: [*skills, MEAN, *(t for t in own.scores if t not in skills)]
+        for name, own in first.rows[0].scored.items()
+    }
+
+    def cells(sets: Sequence[Mapping[str, Scores]]) -> list[str]:
+        """Of one set of parameters, or mean and deviation over several."""
+        texts = []
+        for name, column in _places(columns):
+            values = [_value(scores[name], column, skills) for scores in sets]
+            texts.append(f"{statistics.fmean(values):.4f}")
+            if len(values) > 1:
+                texts[-1] += f" ± {statistics.stdev(values):.4f}"
+        return texts
+
+    rows = [
+        [row.name, *cells([_scores(row)])] for row in first.rows if row.kind == "parent"
+    ]
+    for method, label in LABELS.items():
+        drawn = {kind: found[f"{method}_{kind}"] for kind in ("m3", "dare", "m3_dare")}
+        plain, equal = (
+            _row(drawn["m3"], name) for name in (f"plain {method}", "equal ratios")
+        )
+        rows.append([label, *cells([_scores(plain)])])
+        if _scores(equal) != _scores(plain):
+            rows.append([f"{label}, equal ratios", *cells([_scores(equal)])])
+        for kind, suffix in (("m3", " + M3"), ("dare", " + DARE"), ("m3_dare", None)):
+            own = drawn[kind]
+            name = f"{label}{suffix or ' + DARE + M3'}"
+            rows.append(
+                [f"{name}, {len(own.draws)} draws", *cells(_scores_of_draws(own))]
+            )
+            ratios = own.winner.mean_ratios
+            if ratios is not None:
+                winner = f"{name}, winner (λ = {ratios[0]:.2f})"
+                rows.append([winner, *cells([_scores(own.rows[-1])])])
+    header = [f"{name}: {column}" for name, column in _places(columns)]
+    return harness.table(["", *header], rows)
+
+
+def comparison(
+    found: Mapping[str, Exploration], skills: Sequence[str]
+) -> tuple[str, str]:
+    """A table of M3 against none on test, and a sentence that counts its rows."""
+    rows = []
+    better_draws = better = worse = 0
+    for method, dare in itertools.product(LABELS, (False, True)):
+        own = found[f"{method}_m3_dare" if dare else f"{method}_m3"]
+        if dare:
+            without = _scores_of_draws(found[f"{method}_dare"])
+        else:
+            without = [_scores(_row(own, f"plain {method}"))]
+        plain, drawn = (
+            [_value(scores["test"], MEAN, skills) for scores in sets]
+            for sets in (without, _scores_of_draws(own))
+        )
+        winner, base = own.rows[-1], _row(own, f"plain {method}")
+        change, low, high = difference(
+            winner.scored["test"], base.scored["test"], skills, own.seed
+        )
+        better_draws += statistics.fmean(drawn) < statistics.fmean(plain)
+        better += high < 0
+        worse += low > 0
+        rows.append(
+            [
+                LABELS[method] + (" + DARE" if dare else ""),
+                f"{statistics.fmean(plain):.4f}",
+                f"{statistics.fmean(drawn):.4f}",
+                f"{min(drawn):.4f}–{max(drawn):.4f}",
+                f"{_value(winner.scored['test'].scores, MEAN, skills):.4f}",
+                f"{change:+.4f} [{low:+.4f}, {high:+.4f}]",
+            ]
+        )
+    header = [
+        "",
+        "without M3",
+        "M3, mean",
+        "M3, range",
+        "M3, winner",
+        "winner − without",
+    ]
+    sentence = (
+        f"Of {len(rows)} recipes, M3's mean over draws is below the loss without M3 in "
+        f"{better_draws}; the winner is better than the recipe without M3 in {better} "
+        f"and worse in {worse}, as far as an interval that excludes 0 can tell."
+    )
+    return harness.table(header, rows), sentence
+
+
+def difference(
+    ours: Scored, theirs: Scored, skills: Sequence[str], seed: int
+) -> tuple[float, float, float]:
+    """Mean loss less that of others, and the ends of its 95 % interval.
+
+    Both are resampled alike, so that what is hard for both cancels.
+    """
+    means = []
+    for scored in (ours, theirs):
+        assert scored.examples is not None
+        samples = bootstrap.resampled({s: scored.examples[s] for s in skills}, seed)
+        means.append(sum(samples.values()) / len(skills))
+    ends = bootstrap.interval(means[0] - means[1])
+    assert ends is not None
+    values = [_value(scored.scores, MEAN, skills) for scored in (ours, theirs)]
+    return values[0] - values[1], *ends
+
+
+def _value(scores: Scores, column: str, skills: Sequence[str]) -> float:
+    if column == MEAN:
+        return statistics.fmean(scores[skill] for skill in skills)
+    return scores[column]
+
+
+def _places(columns: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    return [(name, column) for name in LISTS for column in columns[name]]
+
+
+def _row(found: Exploration, name: str) -> Row:
+    return next(row for row in found.rows if row.name == name)
+
+
+def _scores(row: Row) -> dict[str, Scores]:
+    return {name: own.scores for name, own in row.scored.items()}
+
+
+def _scores_of_draws(found: Exploration) -> list[Mapping[str, Scores]]:
+    return [{"validation": trial.scores, **trial.other} for trial in found.draws]

@@ -1,0 +1,233 @@
+"""The parts of benchmarks/smollm2.py that need neither its model nor its data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import m3jax
+from m3jax.evaluation.examples import load_examples
+from m3jax.evaluation.tasks import load_tasks
+from m3jax.exploration.apart import check_apart
+from m3jax.exploration.result import Exploration, Row
+from m3jax.exploration.scoring import Objective, Scored
+from m3jax.exploration.trials import Trial
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import smollm2_data as data
+import smollm2_gguf as gguf
+import smollm2_table as table
+
+EXAMPLES = [{"prompt": f"Add {i} and 1.", "completion": f"{i + 1}"} for i in range(300)]
+
+
+def test_parts_are_disjoint_and_complete() -> None:
+    parts = data.split([*EXAMPLES, *EXAMPLES])
+    prompts = [example["prompt"] for own in parts.values() for example in own]
+    assert sorted(prompts) == sorted(example["prompt"] for example in EXAMPLES)
+    assert 150 < len(parts["train"]) < 210
+    assert 40 < len(parts["validation"]) < 80
+    assert 40 < len(parts["test"]) < 80
+
+
+def test_parts_follow_from_the_prompt_alone() -> None:
+    backwards = data.split(reversed(EXAMPLES))
+    for part, own in data.split(EXAMPLES).items():
+        assert backwards[part] == own[::-1]
+        for example in own:
+            digits = hashlib.sha256(example["prompt"].encode()).hexdigest()
+            expected = {0: "validation", 1: "test"}.get((int(digits, 16) % 10 - 6) // 2)
+            assert part == (expected or "train")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [
+        ("Add 0 and 1.", "train"),
+        ("Add 1 and 1.", "validation"),
+        ("Add 12 and 1.", "test"),
+    ],
+)
+def test_parts_never_change(prompt: str, part: str) -> None:
+    assert data.part_of(prompt) == part
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    maths = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+    code = [
+        {
+            "text": f"Write a function that adds {i}.",
+            "code": f"def add(x):\r\n    return x + {i}\r\n",
+            "test_list": [f"assert add(1) == {1 + i}", f"assert add(2) == {2 + i}"],
+            "test_setup_code": "",
+        }
+        for i in range(40)
+    ]
+    for skill, own in zip(data.SKILLS, (maths, code), strict=True):
+        text = "".join(json.dumps(line) + "\n" for line in own)
+        (tmp_path / skill.file).write_text(text)
+    return tmp_path
+
+
+def test_task_files_hold_the_parts(lines: Path, tmp_path: Path) -> None:
+    parts = {skill.name: data.split(data.read(skill, lines)) for skill in data.SKILLS}
+    specs = data.write_tasks(tmp_path / "tasks", parts)
+    tasks = {part: load_tasks(spec) for part, spec in specs.items()}
+    assert check_apart(tasks["validation"], tasks["test"]) == []
+    for part, own in tasks.items():
+        assert [(task.name, task.kind) for task in own] == [
+            ("maths", "loss"),
+            ("code", "loss"),
+        ]
+        for task in own:
+            found = [(e.prompt, e.completion) for e in load_examples(task)]
+            examples = parts[task.name][part]
+            assert found == [(e["prompt"], e["completion"]) for e in examples]
+            assert not any("\r" in completion for _, completion in found)
+
+
+def test_answers_are_asked_for_in_test_alone(lines: Path, tmp_path: Path) -> None:
+    parts = {skill.name: data.split(data.read(skill, lines)) for skill in data.SKILLS}
+    specs = data.write_tasks(tmp_path / "tasks", parts, generate=True)
+    kinds = {part: [t.kind for t in load_tasks(own)] for part, own in specs.items()}
+    assert kinds == {
+        "validation": ["loss", "loss"],
+        "test": ["loss", "numeric", "loss"],
+    }
+    specs = data.write_tasks(tmp_path / "tasks", parts, generate=True, execute=True)
+    code = load_tasks(specs["test"])[-1]
+    example = load_examples(code)[0]
+    assert code.kind == "code"
+    assert example.tests.count("assert add(") == 2
+    assert example.prompt.count("assert add(") == 1
+
+
+def test_rows_are_ordered_for_rotation_by_halves() -> None:
+    heads, head_dim, columns = 3, 8, 5
+    halves = np.arange(heads * head_dim * columns).reshape(-1, columns)
+    # As the file holds them: channel i beside channel i + head_dim / 2.
+    pairs = np.concatenate(
+        [
+            halves[[head * head_dim + i, head * head_dim + i + head_dim // 2]]
+            for head in range(heads)
+            for i in range(head_dim // 2)
+        ]
+    )
+    assert np.array_equal(gguf.halves_together(pairs, heads), halves)
+
+
+def test_names_of_tensors() -> None:
+    found = [
+        gguf.checkpoint_name(f"{name}.weight")
+        for name in ("token_embd", "blk.11.attn_output", "output_norm")
+    ]
+    assert found == [
+        "model.embed_tokens.weight",
+        "model.layers.11.self_attn.o_proj.weight",
+        "model.norm.weight",
+    ]
+    with pytest.raises(ValueError, match=r"'blk\.0\.ssm\.weight'"):
+        gguf.checkpoint_name("blk.0.ssm.weight")
+
+
+def test_batches_hold_every_sequence_once_an_epoch() -> None:
+    pytest.importorskip("optax")
+    import smollm2_training as training
+
+    sequences = [
+        training.Tokens(list(range(i, 2 * i + 5)), learned=i % 4 + 1)
+        for i in range(1, 65)
+    ]
+    source = training.batches(sequences, 8, seed=0)
+    for _ in range(2):
+        firsts = []
+        for _ in range(8):
+            tokens, valid, learned = next(source)
+            assert tokens.shape[1] % 64 == 0
+            firsts += tokens[:, 0].tolist()
+            for row, (first, count) in enumerate(
+                zip(tokens[:, 0], valid.sum(1), strict=True)
+            ):
+                assert tokens[row][valid[row]].tolist() == sequences[first - 1].tokens
+                assert count == first + 5
+                ends = np.flatnonzero(learned[row])
+                assert len(ends) == first % 4 + 1
+                assert ends[-1] == count - 1
+        assert sorted(firsts) == list(range(1, 65))
+
+
+def scored(maths: float, code: float) -> Scored:
+    """Means over two examples, of which one is harder by 1."""
+    examples = {"maths": [maths - 0.5, maths + 0.5], "code": [code - 0.5, code + 0.5]}
+    return Scored({"maths": maths, "code": code}, examples)
+
+
+def exploration(plain: float, draws: list[float], alpha: float | None) -> Exploration:
+    """Losses on test as given, on validation greater by 1, of maths less by 0.2."""
+    recipe = m3jax.Recipe(mixup=m3jax.Mixup(alpha=alpha))
+
+    def lists(loss: float) -> dict[str, Scored]:
+        return {
+            "validation": scored(loss + 0.8, loss + 1.2),
+            "test": scored(loss - 0.2, loss + 0.2),
+        }
+
+    trials = tuple(
+        Trial(
+            index=i,
+            budget=None,
+            recipe=recipe,
+            seed=i,
+            ratios=None if alpha is None else {"model": (0.25, 0.75)},
+            scores=lists(loss)["validation"].scores,
+            objective=-loss - 1,
+            other={"test": lists(loss)["test"].scores},
+        )
+        for i, loss in enumerate(draws)
+    )
+    rows = [Row(name, "parent", lists(3.0)) for name in ("base", "maths", "code")]
+    for method in table.LABELS:
+        rows.append(Row(f"plain {method}", "baseline", lists(plain)))
+    rows.append(Row("equal ratios", "baseline", lists(plain)))
+    rows.append(Row("winner", "winner", lists(min(draws))))
+    losses = Objective({}, frozenset({"maths", "code"}))
+    return Exploration(trials, trials[0], tuple(rows), losses, ("maths", "code"), 0)
+
+
+def test_tables_say_what_was_found() -> None:
+    found = {}
+    for method in table.LABELS:
+        found[f"{method}_m3"] = exploration(2.0, [1.5, 1.7, 2.2], 0.5)
+        found[f"{method}_dare"] = exploration(1.4, [1.4, 1.6], None)
+        found[f"{method}_m3_dare"] = exploration(1.4, [1.7, 1.9], 0.5)
+    main = table.main_table(found, ["maths", "code"]).splitlines()
+    assert main[0] == (
+        "|  | validation: maths | validation: code | validation: mean | "
+        "test: maths | test: code | test: mean |"
+    )
+    rows = dict(line[2:-2].split(" | ", maxsplit=1) for line in main[2:])
+    assert len(rows) == 3 + 3 * 6
+    assert rows["base"] == "3.8000 | 4.2000 | 4.0000 | 2.8000 | 3.2000 | 3.0000"
+    assert rows["TIES + DARE, 2 draws"].endswith("| 1.5000 ± 0.1414")
+    assert rows["average + M3, 3 draws"].endswith("| 1.8000 ± 0.3606")
+    assert rows["average + M3, winner (λ = 0.25)"].endswith("| 1.5000")
+
+    against, sentence = table.comparison(found, ["maths", "code"])
+    assert (
+        "| average | 2.0000 | 1.8000 | 1.5000–2.2000 | 1.5000 | "
+        "-0.5000 [-0.5000, -0.5000] |" in against
+    )
+    assert (
+        "| TIES + DARE | 1.5000 | 1.8000 | 1.7000–1.9000 | 1.7000 | "
+        "+0.3000 [+0.3000, +0.3000] |" in against
+    )
+    assert "Of 6 recipes" in sentence
+    assert "without M3 in 3; " in sentence
+    assert "in 3 and worse in 3" in sentence
