@@ -269,7 +269,7 @@ class TestSave:
         """Every byte has one place, and what zarr says of the chunks is true."""
         dtype = DTYPES["I16"]
         chunks = Chunks.of(shape, dtype, limit)
-        assert chunks.size <= limit
+        assert chunks.size <= limit or not chunks.names()
         size = math.prod(shape) * 2
         numbers = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
         files = {name: np.zeros(chunks.size // 2, np.int16) for name in chunks.names()}

@@ -96,7 +96,7 @@ class Chunks:
             outer, place = divmod(start, slab)
             chunk, offset = divmod(place, self.size)
             size = min(self.size - offset, slab - place, stop - start)
-            places = []  # along the axes before the one that is cut
+            places: list[int] = []  # along the axes before the one that is cut
             for axis in reversed(range(self.axis)):
                 outer, index = divmod(outer, self.shape[axis])
                 places.insert(0, index)

@@ -47,6 +47,17 @@ _OUTPUT_FORMAT = flags.DEFINE_enum(
     ["safetensors", "orbax"],
     "safetensors or orbax. [orbax if the base is]",
 )
+_EXECUTOR = flags.DEFINE_enum(
+    "executor",
+    "streamed",
+    ["streamed", "sharded"],
+    "streamed: in chunks, from file to file; sharded: whole models in device memory.",
+)
+_MESH = flags.DEFINE_list(
+    "mesh",
+    None,
+    "Sharded: how devices split tensors, such as rows=2,columns=4. [rows=ALL]",
+)
 _FSYNC = flags.DEFINE_bool("fsync", True, "Wait until the disk has the output.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
 
@@ -90,6 +101,8 @@ def main(positional: list[str]) -> int:
         fsync=_FSYNC.value,
         tokenizer_from=tokenizer_from,
         output_format=_OUTPUT_FORMAT.value,
+        executor=_EXECUTOR.value,
+        mesh=_mesh(_MESH.value),
     )
     if _DRY_RUN.value:
         try:
@@ -118,6 +131,18 @@ def main(positional: list[str]) -> int:
         )
     print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
+
+
+def _mesh(entries: list[str] | None) -> dict[str, int] | None:
+    """The sizes of the axes that --mesh names."""
+    if entries is None:
+        return None
+    pairs = [entry.partition("=") for entry in entries]
+    if not all(size.isdecimal() for _, _, size in pairs):
+        raise UsageError(f"--mesh={','.join(entries)} needs AXIS=SIZE[,AXIS=SIZE]")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise UsageError(f"--mesh={','.join(entries)} names an axis twice")
+    return {name: int(size) for name, _, size in pairs}
 
 
 @contextlib.contextmanager

@@ -43,13 +43,28 @@ def plan(prepared: Prepared) -> str:
         f"{size(prepared.read_bytes(merged))} in each pass before it",
         f"written    {size(prepared.written_bytes)} in {len(prepared.shards)} file"
         + ("s" if len(prepared.shards) > 1 else ""),
-        f"memory     {size(prepared.buffer_bytes)} of buffers: "
-        f"{prepared.execution.num_threads} threads, chunks of "
-        f"{prepared.tiles * 1024:,} elements, {len(prepared.devices)} device(s)",
+        "memory     " + _memory(prepared),
         "ratios     " + ratios(prepared.ratios),
     ]
     lines += [f"note       {note}" for note in prepared.inputs.notes]
     return "\n".join(lines)
+
+
+def _memory(prepared: Prepared) -> str:
+    if prepared.execution.executor == "streamed":
+        return (
+            f"{size(prepared.buffer_bytes)} of buffers: "
+            f"{prepared.execution.num_threads} threads, chunks of "
+            f"{prepared.tiles * 1024:,} elements, {len(prepared.devices)} device(s)"
+        )
+    from m3jax.engine.sharded import device_memory, mesh_of
+
+    mesh, needed = mesh_of(prepared), device_memory(prepared)
+    return (
+        f"{size(needed.inputs + needed.working)} on each of {mesh.size} device(s) "
+        f"({', '.join(f'{name}={count}' for name, count in mesh.shape.items())}): "
+        f"{size(needed.inputs)} of the models' shards, {size(needed.working)} to work"
+    )
 
 
 def _dare(prepared: Prepared) -> bool:

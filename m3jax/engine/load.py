@@ -18,7 +18,6 @@ from m3jax.checkpoints import boxes, tree
 from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.errors import shown
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.orbax import OrbaxTensor
 from m3jax.checkpoints.sources import Source, read_whole
 from m3jax.engine.pipeline import available_cores
 from m3jax.engine.sharding_rules import by_rules
@@ -179,8 +178,9 @@ def _read(source: Source, box: Box) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
     values = memory[first : first + size].view(dtype)
-    if isinstance(source, OrbaxTensor):  # is stored in boxes, too
-        source.read_box(values.reshape(shape), box)
+    read_box = getattr(source, "read_box", None)
+    if read_box is not None:  # it is stored in boxes, too
+        read_box(values.reshape(shape), box)
         return values.reshape(shape)
     place = 0
     for start, count in boxes.runs(box, source.shape):

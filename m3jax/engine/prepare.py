@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ T = TypeVar("T")
 # lost in it, small enough to stay near the cores' caches. See benchmarks/.
 _LANE_BUDGET = 32 << 20
 FORMATS = ("safetensors", "orbax")  # of outputs
+EXECUTORS = ("streamed", "sharded")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,9 @@ class Execution:
       tokenizer_from: the model whose tokenizer goes along; None: the base's.
       output_format: ``safetensors`` or ``orbax``; None: ``orbax`` if the base (the
         first model without one) is an Orbax checkpoint.
+      executor: ``streamed``, or ``sharded``: in the memory of all devices.
+      mesh: sizes of ``rows`` and ``columns`` of the devices of the sharded executor,
+        by which it splits tensors; None: all are rows.
     """
 
     threads: int | None = None
@@ -61,8 +65,18 @@ class Execution:
     fsync: bool = True
     tokenizer_from: str | None = None
     output_format: str | None = None
+    executor: str = "streamed"
+    mesh: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise ValueError(
+                f"executor={self.executor!r} needs {' or '.join(EXECUTORS)}"
+            )
+        if self.executor == "sharded" and self.chunk_size is not None:
+            raise ValueError("chunk_size is of the streamed executor alone")
+        if self.executor == "streamed" and self.mesh is not None:
+            raise ValueError("mesh is of the sharded executor alone")
         if self.output_format not in (None, *FORMATS):
             raise ValueError(
                 f"output_format={self.output_format!r} needs {' or '.join(FORMATS)}"

@@ -86,7 +86,7 @@ def save(
             def write(place: tuple[int, str]) -> None:
                 shard, name = place
                 entry = shards[shard].entries[name]
-                for box, values in _pieces(leaves[name]):
+                for box, values in pieces(leaves[name]):
                     done = 0
                     for start, count in boxes.runs(box, entry.shape):
                         offset = entry.start + start * entry.dtype.itemsize
@@ -109,7 +109,7 @@ def save(
     return final
 
 
-def _pieces(array: Any) -> Any:
+def pieces(array: Any) -> Any:
     """The parts of a tensor that are this process's to write, in bounded memory.
 
     Yields:

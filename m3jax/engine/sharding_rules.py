@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from m3jax.checkpoints.errors import shown
@@ -12,6 +15,7 @@ from m3jax.checkpoints.errors import shown
 Rule = tuple[str, int | PartitionSpec | None]
 
 # The leading axis: a shard is then one stretch of the file. Merging does not care.
+AXES = ("rows", "columns")  # of the meshes that `--mesh` names
 DEFAULT_RULES: tuple[Rule, ...] = ((".*", 0),)
 
 
@@ -65,3 +69,44 @@ def by_rules(
         return PartitionSpec()
 
     return choose
+
+
+def make_mesh(axes: Mapping[str, int] | None, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of all devices.
+
+    Args:
+      axes: the size of each axis: ``{"rows": 2, "columns": 4}``; None: all in rows.
+      devices: at least one.
+
+    Raises:
+      ValueError: an axis has another name, or the sizes do not fit the devices.
+    """
+    axes = {"rows": len(devices)} if axes is None else dict(axes)
+    text = ",".join(f"{name}={size}" for name, size in axes.items())
+    if not axes or not set(axes) <= set(AXES) or min(axes.values()) < 1:
+        raise ValueError(f"mesh={text} needs sizes of {' and '.join(AXES)}")
+    if math.prod(axes.values()) != len(devices):
+        raise ValueError(
+            f"mesh={text} has {math.prod(axes.values())} devices, there are "
+            f"{len(devices)}; for example rows={len(devices)}"
+        )
+    return Mesh(np.array(devices).reshape(tuple(axes.values())), tuple(axes))
+
+
+def by_axes(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Splits a tensor's rows over the mesh's rows, its columns over its columns.
+
+    Rows are the first axis, columns the last one. Where the size of that axis does not
+    divide, the first axis that does is split instead, and where none does, the tensor
+    is repeated along this axis of the mesh.
+    """
+    left = list(shape)
+    names: list[tuple[str, ...]] = [() for _ in shape]
+    for name, parts in mesh.shape.items():
+        wanted = [0] if name == "rows" else [len(shape) - 1]
+        for axis in [*wanted, *range(len(shape))] if shape else []:
+            if left[axis] and left[axis] % parts == 0:
+                left[axis] //= parts
+                names[axis] += (name,)
+                break
+    return NamedSharding(mesh, PartitionSpec(*(own or None for own in names)))

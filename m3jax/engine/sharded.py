@@ -1,0 +1,274 @@
+"""The sharded executor: all models in the memory of all devices, merged where they are.
+
+Every process reads the shards of its own devices, the kernels of `merge_params` merge
+them, and every process writes its shards to their places in the output's files. The
+bytes are those of the streamed executor, and so are the checksums.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from m3jax.checkpoints import boxes
+from m3jax.checkpoints.boxes import Box
+from m3jax.checkpoints.dtypes import Dtype
+from m3jax.checkpoints.orbax_output import OrbaxWriter
+from m3jax.checkpoints.shards import ShardWriter
+from m3jax.checkpoints.sources import Source
+from m3jax.engine import checks, in_memory
+from m3jax.engine.inputs import TensorInputs
+from m3jax.engine.load import num_threads, read_tensor
+from m3jax.engine.prepare import Prepared
+from m3jax.engine.processes import Processes
+from m3jax.engine.progress import Progress
+from m3jax.engine.recorder import Recorder
+from m3jax.engine.save import pieces
+from m3jax.engine.sharding_rules import by_axes, make_mesh
+from m3jax.engine.share import Share
+from m3jax.engine.trees import Leaf
+
+_BLOCK = 1 << 20  # elements that are read at a time to make a checksum
+
+
+class Sharded:
+    """The tensors that are merged, in device memory."""
+
+    def __init__(self, prepared: Prepared, processes: Processes, progress: Progress):
+        """Loads them.
+
+        Raises:
+          CheckpointError: naming the tensor and the model that hold NaN or infinity.
+          ValueError: the mesh does not fit the devices.
+        """
+        self._prepared = prepared
+        self._processes = processes
+        self._progress = progress
+        self._items = loaded_items(prepared)
+        mesh = mesh_of(prepared)
+        progress.stage("loading", prepared.read_bytes(self._items))
+        self._watched: list[list[Watched]] = []
+        finite = not prepared.execution.allow_nonfinite
+        leaves = []
+        with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+            for i in self._items:
+                tensor = prepared.inputs.tensors[i]
+                watched = [
+                    Watched(
+                        source, tensor, name, not prepared.execution.allow_nonfinite
+                    )
+                    for source, name in zip(
+                        tensor.sources, read_names(prepared, tensor), strict=True
+                    )
+                ]
+                sharding = by_axes(mesh, tensor.shape)
+                arrays = list(
+                    pool.map(lambda w, s=sharding: read_tensor(w, s), watched)
+                )
+                processes.check()
+                progress.advance(prepared.read_bytes([i]))
+                self._watched.append(watched)
+                base = None if tensor.base is None else arrays.pop(0)
+                leaves.append(
+                    Leaf(tensor.name, base, tuple(arrays), True, _kernel_dtype(tensor))
+                )
+        self._leaves = leaves
+
+    def merge(
+        self, share: Share, recorder: Recorder, writer: ShardWriter | OrbaxWriter
+    ) -> None:
+        """Merges the tensors that are not written yet, and writes them.
+
+        Args:
+          share: the tensors whose checksums this process finds out.
+          recorder: receives the results.
+          writer: of the output's files.
+
+        Raises:
+          CheckpointError: a merged value overflows.
+        """
+        recipe, seed = self._prepared.recipe, self._prepared.seed
+        done = set().union(*self._processes.gather(list(recorder.checksums)))
+        left = [n for n, i in enumerate(self._items) if i not in done]
+        if not left:
+            return
+        draw = in_memory.draw(self._leaves, recipe, len(self._prepared.models), seed)
+        info = in_memory.measure(self._leaves, recipe, draw)
+        self._progress.stage(
+            "merging", sum(self._output_bytes(self._items[n]) for n in left)
+        )
+        merged = in_memory.combine(self._leaves, recipe, draw, info, donate=True)
+        with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+            for _ in pool.map(lambda n: self._write(n, merged[n], recorder), left):
+                self._processes.check()
+        if self._processes.count == 1:
+            return
+        writer.sync()
+        self._processes.barrier()
+        ours = set(share.items)
+        for n in left:
+            if self._items[n] in ours:
+                self._processes.check()
+                inputs = [watched.checksum() for watched in self._watched[n]]
+                checksum = recorder.checksum_on_disk(self._items[n])
+                recorder.keep(self._items[n], checksum, inputs)
+
+    def _write(self, n: int, array: jax.Array, recorder: Recorder) -> None:
+        """Writes this process's part of a tensor; all of it, if there is only one."""
+        item = self._items[n]
+        tensor = self._prepared.inputs.tensors[item]
+        checksum = xxhash.xxh3_128()
+        for box, values in pieces(array):
+            values = values.astype(tensor.dtype.numpy, copy=False)
+            done = 0
+            for start, count in boxes.runs(box, tensor.shape):
+                part = values[done : done + count]
+                if not self._prepared.execution.allow_nonfinite:
+                    checks.check_overflow(part, start, tensor)
+                recorder.write(item, start, part)
+                done += count
+            checksum.update(values.view(np.uint8))
+            self._progress.advance(values.nbytes)
+        if self._processes.count == 1:  # then the pieces are all there is, in order
+            inputs = [watched.checksum() for watched in self._watched[n]]
+            recorder.keep(item, checksum.hexdigest(), inputs)
+
+    def _output_bytes(self, item: int) -> int:
+        tensor = self._prepared.inputs.tensors[item]
+        return self._prepared.items[item].size * tensor.dtype.itemsize
+
+
+class Watched:
+    """A source whose elements are looked at as they are read: finite? which checksum?
+
+    Attributes:
+      dtype, shape, output_dtype: of the source.
+    """
+
+    def __init__(self, source: Source, tensor: TensorInputs, name: str, finite: bool):
+        """
+        Args:
+          source: what is read.
+          tensor: to which it belongs, and `name`, the checkpoint: for errors.
+          finite: refuse NaN and infinity.
+        """
+        self._source = source
+        self._tensor = tensor
+        self._name = name
+        self._finite = finite
+        self._running = xxhash.xxh3_128()
+        self._next = 0  # the element that is next for the checksum
+
+    @property
+    def dtype(self) -> Dtype:
+        return self._source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._source.shape
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return self._source.output_dtype
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        self._source.read_into(out, start)
+        self._look_at(out, start)
+
+    def read_box(self, out: np.ndarray, box: Box) -> None:
+        """Fills `out` with that part, in one go if the source can do that."""
+        read_box = getattr(self._source, "read_box", None)
+        values = out.reshape(-1)
+        if read_box is not None:
+            read_box(out, box)
+        done = 0
+        for start, count in boxes.runs(box, self.shape) if out.size else ():
+            part = values[done : done + count]
+            if read_box is None:
+                self._source.read_into(part, start)
+            self._look_at(part, start)
+            done += count
+
+    def checksum(self) -> str:
+        """Over all elements; they are read once more unless they all came in order."""
+        size = math.prod(self.shape)
+        if self._next != size:
+            self._running, self._next = xxhash.xxh3_128(), 0
+            for start in range(0, size, _BLOCK):
+                out = np.empty(min(_BLOCK, size - start), self.dtype.numpy)
+                self._source.read_into(out, start)
+                self._add(out, start)
+        return self._running.hexdigest()
+
+    def _look_at(self, values: np.ndarray, start: int) -> None:
+        if self._finite:
+            checks.check_finite(values, start, self._tensor, self._name)
+        self._add(values, start)
+
+    def _add(self, values: np.ndarray, start: int) -> None:
+        if start == self._next:
+            self._running.update(values.view(np.uint8))
+            self._next += len(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes that each device needs.
+
+    Attributes:
+      inputs: of the shards of all models, the first of which becomes the result.
+      working: beside them, of the largest tensor's masks, counts and result.
+    """
+
+    inputs: int
+    working: int
+
+
+def device_memory(prepared: Prepared) -> DeviceMemory:
+    """What the sharded executor needs on each device."""
+    mesh = mesh_of(prepared)
+    random = prepared.transform.strategy == "random"
+    passes = len(prepared.passes) > 1
+    inputs = working = 0
+    for i in loaded_items(prepared):
+        tensor = prepared.inputs.tensors[i]
+        shard = math.prod(by_axes(mesh, tensor.shape).shard_shape(tensor.shape))
+        models = len(tensor.models)
+        inputs += shard * sum(source.dtype.itemsize for source in tensor.sources)
+        if tensor.models[0].dtype.numpy != _kernel_dtype(tensor):
+            inputs += (
+                shard * _kernel_dtype(tensor).itemsize
+            )  # has no place to take over
+        # Masks as words and as bools; codes to count, and a result, of 32 bits.
+        masks, codes = 2 * models * random, 4 * models * passes
+        working = max(working, shard * (masks + codes + 4))
+    return DeviceMemory(inputs, working)
+
+
+def mesh_of(prepared: Prepared) -> Any:
+    execution = prepared.execution
+    return make_mesh(execution.mesh, execution.devices or jax.devices())
+
+
+def loaded_items(prepared: Prepared) -> list[int]:
+    """Positions of the tensors that go to the devices; the others are copied."""
+    return [i for i in prepared.merged if prepared.items[i].size]
+
+
+def read_names(prepared: Prepared, tensor: TensorInputs) -> Sequence[str]:
+    """Names of the checkpoints that the tensor's sources belong to."""
+    names = [checkpoint.name for checkpoint in prepared.checkpoints]
+    return names[-len(tensor.sources) :]
+
+
+def _kernel_dtype(tensor: TensorInputs) -> np.dtype:
+    """Of what the kernel returns; float64 is made of float32 on the host."""
+    wide = tensor.dtype.code == "F64"
+    return np.dtype(np.float32) if wide else tensor.dtype.numpy
