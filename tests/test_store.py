@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import checkpoints
 import fsspec
 import numpy as np
 import pytest
@@ -268,7 +267,7 @@ def test_overwriting(remote, expected, staging, monkeypatch):
 
 def test_what_is_not_ours_stays(remote):
     put("bucket/merged/model.safetensors", b"mine")
-    with pytest.raises(OutputError, match="holds no m3jax.json"):
+    with pytest.raises(OutputError, match=r"holds no m3jax\.json"):
         remote(URL, AVERAGE, overwrite=True)
     put("bucket/merged/m3jax.json", b"{}")
     put("bucket/merged/thesis/chapter.txt", b"mine")
