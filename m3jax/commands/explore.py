@@ -155,7 +155,7 @@ def main(positional: list[str]) -> int:
     if _EXPORT.value is not None:
         check_free(Path(_EXPORT.value), overwrite=_OVERWRITE.value)
     make = _task_evaluators(base, models)
-    validation, test = make(_VALIDATION.value), make(_TEST.value)
+    validation, test = make(_VALIDATION.value or []), make(_TEST.value or [])
     ood = make(_OOD.value) if _OOD.value else None
     found = explore(
         base,

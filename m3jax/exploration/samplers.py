@@ -85,6 +85,13 @@ class _Drawn:
     """The recipe's own Beta or Dirichlet: the recipe as it is, a seed a trial."""
 
     def __init__(self, recipe: Recipe, draws: int, seed: int):
+        fixed = recipe.mixup.ratios is not None or not recipe.mixup.alpha
+        masked = recipe.dare.drop_rate and recipe.dare.strategy == "random"
+        if fixed and not masked and draws > 1:
+            raise RecipeError(
+                "nothing is drawn: the recipe has fixed ratios, or mixup.alpha is 0 or "
+                "None, and no random DARE; set mixup.alpha, or choose another sampler"
+            )
         self._recipe, self._seed, self.count = recipe, seed, draws
 
     def ask(self, index: int) -> Proposal:

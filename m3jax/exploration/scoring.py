@@ -31,10 +31,9 @@ class Scored:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; null for what is not finite."""
-        examples = self.examples and {
-            name: [finite(value) for value in own]
-            for name, own in self.examples.items()
-        }
+        examples: dict[str, list[float | None]] | None = None
+        if self.examples is not None:
+            examples = {k: list(map(finite, own)) for k, own in self.examples.items()}
         return {"scores": all_finite(self.scores), "examples": examples}
 
     @classmethod
