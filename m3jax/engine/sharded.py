@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,33 +52,22 @@ class Sharded:
         self._progress = progress
         self._items = loaded_items(prepared)
         mesh = mesh_of(prepared)
+        self._watched = [_watched(prepared, i) for i in self._items]
+        self._leaves: list[Leaf] = []
         progress.stage("loading", prepared.read_bytes(self._items))
-        self._watched: list[list[Watched]] = []
-        finite = not prepared.execution.allow_nonfinite
-        leaves = []
+
+        def load(n: int) -> Leaf:
+            tensor = prepared.inputs.tensors[self._items[n]]
+            sharding = by_axes(mesh, tensor.shape)
+            arrays = [read_tensor(source, sharding) for source in self._watched[n]]
+            base = None if tensor.base is None else arrays.pop(0)
+            return Leaf(tensor.name, base, tuple(arrays), True, _kernel_dtype(tensor))
+
         with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
-            for i in self._items:
-                tensor = prepared.inputs.tensors[i]
-                watched = [
-                    Watched(
-                        source, tensor, name, not prepared.execution.allow_nonfinite
-                    )
-                    for source, name in zip(
-                        tensor.sources, read_names(prepared, tensor), strict=True
-                    )
-                ]
-                sharding = by_axes(mesh, tensor.shape)
-                arrays = list(
-                    pool.map(lambda w, s=sharding: read_tensor(w, s), watched)
-                )
+            for n, leaf in enumerate(pool.map(load, range(len(self._items)))):
                 processes.check()
-                progress.advance(prepared.read_bytes([i]))
-                self._watched.append(watched)
-                base = None if tensor.base is None else arrays.pop(0)
-                leaves.append(
-                    Leaf(tensor.name, base, tuple(arrays), True, _kernel_dtype(tensor))
-                )
-        self._leaves = leaves
+                progress.advance(prepared.read_bytes([self._items[n]]))
+                self._leaves.append(leaf)
 
     def merge(
         self, share: Share, recorder: Recorder, writer: ShardWriter | OrbaxWriter
@@ -242,10 +230,11 @@ def device_memory(prepared: Prepared) -> DeviceMemory:
         shard = math.prod(by_axes(mesh, tensor.shape).shard_shape(tensor.shape))
         models = len(tensor.models)
         inputs += shard * sum(source.dtype.itemsize for source in tensor.sources)
-        if tensor.models[0].dtype.numpy != _kernel_dtype(tensor):
-            inputs += (
-                shard * _kernel_dtype(tensor).itemsize
-            )  # has no place to take over
+        result = _kernel_dtype(tensor)
+        if (
+            tensor.models[0].dtype.numpy != result
+        ):  # it cannot take over a model's place
+            inputs += shard * result.itemsize
         # Masks as words and as bools; codes to count, and a result, of 32 bits.
         masks, codes = 2 * models * random, 4 * models * passes
         working = max(working, shard * (masks + codes + 4))
@@ -262,10 +251,17 @@ def loaded_items(prepared: Prepared) -> list[int]:
     return [i for i in prepared.merged if prepared.items[i].size]
 
 
-def read_names(prepared: Prepared, tensor: TensorInputs) -> Sequence[str]:
-    """Names of the checkpoints that the tensor's sources belong to."""
+def _watched(prepared: Prepared, item: int) -> list[Watched]:
+    """The sources of a tensor, watched."""
+    tensor = prepared.inputs.tensors[item]
     names = [checkpoint.name for checkpoint in prepared.checkpoints]
-    return names[-len(tensor.sources) :]
+    finite = not prepared.execution.allow_nonfinite
+    return [
+        Watched(source, tensor, name, finite)
+        for source, name in zip(
+            tensor.sources, names[-len(tensor.sources) :], strict=True
+        )
+    ]
 
 
 def _kernel_dtype(tensor: TensorInputs) -> np.dtype:
