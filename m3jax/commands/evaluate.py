@@ -73,7 +73,7 @@ _ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
     "Run the programs that the model writes, for code tasks.",
 )
 # Other commands have flags of these names, too; a process runs one command.
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", allow_override=True)
+_SEED = flags.DEFINE_integer("seed", None, "Of sampling. [0]", allow_override=True)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.", allow_override=True)
 _OUTPUT = flags.DEFINE_string(
     "output", None, "JSONL file to write, a line for each example.", allow_override=True
@@ -115,7 +115,7 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     from m3jax.models.parameters import load_model
     from m3jax.prng import check_seed
 
-    seed = check_seed(_SEED.value)
+    seed = check_seed(_SEED.value or 0)
     for attack in _ATTACKS.value:
         if attack not in ATTACKS:
             raise UsageError(f"--attacks={attack}: known: {', '.join(ATTACKS)}")
