@@ -31,7 +31,7 @@ _CHUNKED = "__msgpack_chunked_array__"
 # What real trees stay below by far; they bound what a file becomes in memory.
 _MAX_DEPTH = 64
 _MAX_TEXT = 4096  # bytes of a key, or of an array's shape and dtype
-_MAX_LEAVES = 1_000_000
+_MAX_VALUES = 1_000_000  # maps and what is in them
 _MAX_DIMENSIONS = 64
 _WINDOW = 1 << 16  # bytes that are read at a time
 _DTYPES = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
@@ -148,7 +148,7 @@ class _Walk:
         self._file = file
         self._window = b""
         self._begin = 0  # of the window
-        self._leaves = 0
+        self._values = 0
 
     def value(self, path: KeyPath, depth: int, end: int) -> Any:
         """The value that begins here: a dict, a leaf, or None.
@@ -161,12 +161,12 @@ class _Walk:
         where = shown(name_of(path))
         if depth > _MAX_DEPTH:
             raise CheckpointError(f"is nested too deeply at {where}")
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise CheckpointError(f"holds more than {_MAX_VALUES} values")
         start, code = self.at, self._byte(end)
         if code >> 4 == 0x8 or code in (0xDE, 0xDF):
             return self._map(path, depth, self._count(code, 0x8, 0xDE, end), end)
-        self._leaves += 1
-        if self._leaves > _MAX_LEAVES:
-            raise CheckpointError(f"holds more than {_MAX_LEAVES} values")
         if code == 0xC0:
             return None
         if code in _EXTENSIONS or code in _SHORT_EXTENSIONS:

@@ -1,0 +1,239 @@
+"""Flax's msgpack files: read as flax.serialization restores them, with suspicion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import pytest
+from command_line import Run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import m3jax
+from m3jax.checkpoints.flax_msgpack import read_tensors
+from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.checkpoints.sources import read_whole
+from m3jax.checkpoints.tree import flatten, nest
+
+serialization = pytest.importorskip("flax.serialization")
+
+TREE = {
+    "params": {
+        "dense": {
+            "kernel": np.arange(24, dtype=np.float32).reshape(4, 6),
+            "bias": jnp.arange(3, dtype=jnp.bfloat16),
+        },
+        "scale": np.float32(1.5),
+        "empty": np.zeros((0, 3), np.float16),
+        "wide": np.arange(300, dtype=np.uint8).reshape(2, 150),
+    },
+    "step": 70000,
+    "minus": -3,
+    "rate": 0.5,
+    "big": 2**63 + 1,
+    "on": True,
+    "nothing": None,
+    "state": {},
+    "list": [np.ones(2, np.int32), np.zeros(1, bool)],
+}
+
+
+def write(path: Path, tree: Any) -> Path:
+    path.write_bytes(serialization.to_bytes(tree))
+    return path
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    with open_checkpoint(str(path), mergeable=False) as opened:
+        assert opened.format == "msgpack"
+        return {name: read_whole(source) for name, source in opened.stored.items()}
+
+
+def check(path: Path) -> None:
+    """Against what Flax itself restores."""
+    expected, _ = flatten(serialization.msgpack_restore(path.read_bytes()))
+    found = tensors_of(path)
+    assert set(found) == set(expected)
+    for name, wanted in expected.items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+        if hasattr(wanted, "dtype"):
+            assert found[name].dtype == wanted.dtype
+            assert found[name].shape == wanted.shape
+
+
+def test_as_flax_restores_it(tmp_path: Path):
+    check(write(tmp_path / "x.msgpack", TREE))
+
+
+@pytest.mark.parametrize("limit", [40, 7, 95])
+def test_arrays_in_parts(limit: int, tmp_path: Path, monkeypatch):
+    """As those of more than 1 GiB are."""
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", limit)
+    path = write(tmp_path / "x.msgpack", TREE)
+    assert b"__msgpack_chunked_array__" in path.read_bytes()
+    check(path)
+    with open_checkpoint(str(path)) as opened:
+        source = opened.tensors["params.dense.kernel"]
+        for start in range(24):
+            for count in range(25 - start):
+                out = np.empty(count, np.float32)
+                source.read_into(out, start)
+                assert out.tolist() == list(range(start, start + count))
+
+
+def test_nothing_but_headers_is_read(tmp_path: Path, monkeypatch):
+    path = write(tmp_path / "x.msgpack", {"a": np.zeros(10**6), "b": np.zeros(10**6)})
+    from m3jax.checkpoints.files import InputFile
+
+    read: list[int] = []
+    read_into = InputFile.read_into
+
+    def counted(self: Any, out: memoryview, offset: int) -> None:
+        read.append(len(out))
+        read_into(self, out, offset)
+
+    monkeypatch.setattr(InputFile, "read_into", counted)
+    with open_checkpoint(str(path)):
+        assert sum(read) < 300_000
+
+
+def test_merges_as_safetensors_do(tmp_path: Path, run: Run):
+    base = checkpoints.random_model(0, dtype=checkpoints.BFLOAT16)
+    models = [
+        base,
+        *(
+            checkpoints.random_model(i, dtype=checkpoints.BFLOAT16, base=base)
+            for i in (1, 2)
+        ),
+    ]
+    for name, tensors in zip(("base", "a", "b"), models, strict=True):
+        checkpoints.write(tmp_path / name, tensors, {"model_type": "llama"})
+        (tmp_path / f"{name}_flax").mkdir()
+        write(tmp_path / f"{name}_flax" / "flax_model.msgpack", nest(tensors))
+    outputs = []
+    for kind in ("", "_flax"):
+        out = tmp_path / f"out{kind}"
+        ran = run(
+            "merge",
+            f"--base={tmp_path}/base{kind}",
+            f"--models={tmp_path}/a{kind},{tmp_path}/b{kind}",
+            f"--output={out}",
+            "--config=ties_m3_dare",
+        )
+        assert ran.code == 0, ran.err
+        outputs.append((out / "model.safetensors").read_bytes())
+    assert outputs[0] == outputs[1]
+    ran = run("inspect", tmp_path / "a_flax")
+    assert "folder with Flax's msgpack" in ran.out and "4,0" not in ran.err
+    ran = run("diff", tmp_path / "a", tmp_path / "a_flax", "--exit_code")
+    assert ran.code == 0
+    loaded = m3jax.load(tmp_path / "b_flax" / "flax_model.msgpack")
+    assert loaded["model"]["norm"]["weight"].dtype == jnp.bfloat16
+
+
+def array(shape: Any, dtype: Any, content: Any) -> msgpack.ExtType:
+    return msgpack.ExtType(1, msgpack.packb((shape, dtype, content)))
+
+
+FOUR = bytes(4)
+ONE = array([1], "float32", FOUR)
+PARTS = "__msgpack_chunked_array__"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"x": array([2], "float32", FOUR)}, "has 4 bytes at 'x', float32 of shape"),
+        ({"x": array([2**62, 2**62], "float32", FOUR)}, "has 4 bytes at 'x'"),
+        ({"x": array([-1], "float32", FOUR)}, "has 4 bytes at 'x'"),
+        ({"x": array([1], "object", FOUR)}, "has dtype 'object' at 'x'"),
+        ({"x": array([1], "float32" * 2000, FOUR)}, "has a text of 14000 bytes"),
+        ({"x": array([1] * 65, "float32", FOUR)}, "an array of 65 axes"),
+        ({"x": array("no", "float32", FOUR)}, "without a shape"),
+        ({"x": array([1], "float32", 7)}, "has no text or bytes"),
+        ({"x": msgpack.ExtType(1, b"\x92\x90\x90")}, "without three fields"),
+        ({"x": msgpack.ExtType(2, b"\x90")}, "no array"),
+        ({"x": "text"}, "holds something at 'x' that is no array"),
+        ({"x": [1]}, "holds something at 'x' that is no array"),
+        ({"x": {PARTS: True}}, "without shape or chunks"),
+        ({"x": {PARTS: True, "shape": {"0": 1}, "chunks": {}}}, "that make no array"),
+        (
+            {
+                "x": {
+                    PARTS: True,
+                    "shape": {"0": 2},
+                    "chunks": {"0": array([1], "float32", FOUR)},
+                }
+            },
+            "has 1 elements for 'x' of shape [2]",
+        ),
+        ({"a": {"b": 1}, "a.b": 2}, "two tensors named 'a.b'"),
+        ({"a\n": 1}, "rename it"),
+    ],
+)
+def test_hostile_trees(tree: Any, message: str, tmp_path: Path):
+    path = tmp_path / "x.msgpack"
+    path.write_bytes(msgpack.packb(tree))
+    with pytest.raises(m3jax.CheckpointError) as caught:
+        tensors_of(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "ends at byte 0 in the middle"),
+        (b"\x81\xa1x\xc9\xff\xff\xff\xff\x01", "claims 4294967295 bytes for 'x'"),
+        (b"\xdf\xff\xff\xff\xff", "ends at byte 5 in the middle"),
+        (b"\x81\xa1x\xc6\xff\xff\xff\xff", "no array"),
+        (b"\x80\x80", "has 1 bytes behind its end"),
+        (b"\x82\xa1x\x01\xa1x\x02", "has 'x' twice"),
+        (b"\x81\xa1x" * 100 + b"\x80", "nested too deeply"),
+        (b"\x81\xa2\xff\xfe\x01", "a key that is no text"),
+        (b"\x81\x01\x01", "has no text or bytes"),
+        (b"\x07", "has a tensor named ''"),
+        (b"\xc1", "no array"),
+    ],
+)
+def test_hostile_bytes(content: bytes, message: str, tmp_path: Path):
+    path = tmp_path / "x.msgpack"
+    path.write_bytes(content)
+    with pytest.raises(m3jax.CheckpointError) as caught:
+        tensors_of(path)
+    assert message in str(caught.value)
+
+
+@given(data=st.data())
+def test_any_bytes_give_one_line_or_tensors(data: st.DataObject, tmp_path_factory):
+    """A file that was changed or cut off anywhere raises nothing else."""
+    path = tmp_path_factory.mktemp("fuzz") / "x.msgpack"
+    content = bytearray(serialization.to_bytes(TREE))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    try:
+        tensors_of(path)
+    except m3jax.CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+def test_two_files_are_not_one(tmp_path: Path, run: Run):
+    for name in ("a.msgpack", "b.msgpack"):
+        write(tmp_path / name, TREE)
+    assert run("inspect", tmp_path).code == 3
+    assert run("inspect", tmp_path / "a.msgpack").code == 0
+
+
+def test_read_tensors_leaves_the_file_open(tmp_path: Path):
+    from m3jax.checkpoints.files import InputFile
+
+    with InputFile(write(tmp_path / "x.msgpack", {"a": np.arange(3)})) as file:
+        assert read_whole(read_tensors(file)["a"]).tolist() == [0, 1, 2]
