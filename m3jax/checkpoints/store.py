@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -59,6 +60,8 @@ def parse(path: str) -> Location:
     # Imported here: it takes a tenth of a second, and most merges are local.
     import fsspec
 
+    for name in ("gcsfs", "s3fs"):  # they log, at length, what they raise as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     url = path.rstrip("/")
     try:
         file_system, inner = fsspec.core.url_to_fs(url)
