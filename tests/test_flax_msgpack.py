@@ -167,7 +167,7 @@ PARTS = "__msgpack_chunked_array__"
                 "x": {
                     PARTS: True,
                     "shape": {"0": 2},
-                    "chunks": {"0": array([1], "float32", FOUR)},
+                    "chunks": {"0": ONE},
                 }
             },
             "has 1 elements for 'x' of shape [2]",

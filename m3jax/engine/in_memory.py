@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError, shown
@@ -231,7 +232,8 @@ def _counts(
     """Adds up a reduction over some leaves; int64 arrays."""
     if reduction.sample and sum(leaves[i].size for i in places) < _SAMPLE_PAYS:
         return None
-    on_host = reduction.histogram and jax.default_backend() == "cpu"
+    on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+    on_host = reduction.histogram and on_cpu
 
     def dispatched(i: int) -> Any:
         leaf = leaves[i]
@@ -251,13 +253,18 @@ def _counts(
     def fetched(counts: Any) -> Any:
         if on_host:
             return sum(map(selection.count_codes_on_host, np.asarray(counts)))
-        return jax.tree.map(
-            lambda c: np.asarray(c).astype(np.int64).sum(axis=0), counts
-        )
+        return jax.tree.map(lambda c: _fetched(c).astype(np.int64).sum(axis=0), counts)
 
     if on_host:  # codes are as many as elements: one leaf's at a time
         return _added(fetched(dispatched(i)) for i in places)
     return _added(map(fetched, list(map(dispatched, places))))
+
+
+def _fetched(array: jax.Array) -> np.ndarray:
+    """A small array on the host, other processes' shards of it included."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _added(counts: Iterable[Any]) -> Any:
@@ -294,7 +301,7 @@ def _check_overflow(leaves: Sequence[Leaf], merged: Sequence[Any]) -> None:
 
 def _are_finite(arrays: Sequence[Any]) -> list[bool]:
     checks = [kernels.all_finite(a, placement=Placement.of(a)) for a in arrays]
-    return [bool(np.all(check)) for check in jax.device_get(checks)]
+    return [bool(np.all(_fetched(check))) for check in checks]
 
 
 def _check_distinct(leaves: Sequence[Leaf]) -> None:
