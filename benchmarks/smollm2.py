@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(60, 8, 192, 32, 6, "float32", False),
+    "cpu": Preset(32, 8, 192, 24, 4, "float32", False),
     "gpu": Preset(300, 16, 512, 1000, 32, "bfloat16", True),
 }
 METHODS = ("average", "task_arithmetic", "ties")
@@ -78,7 +79,7 @@ _BATCH = flags.DEFINE_integer("batch", None, "Sequences; None: the preset's.")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens; None: the preset's.")
 _EXAMPLES = flags.DEFINE_integer("examples", None, "Of a task; None: the preset's.")
 _DRAWS = flags.DEFINE_integer("draws", None, "Of a recipe; None: the preset's.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-4, "At its peak.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-4, "At its peak.")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 20, "Steps between saved states.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of training and of draws.")
 _ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
@@ -117,9 +118,12 @@ on {machine}; {versions}. DATA holds the two JSONL files named in
   DARE is on, drop rate {drop_rate:g}. λ is the ratio of the maths expert. ± is the
   standard deviation over {draws} draws of λ, of masks, or of both. Without M3, task
   arithmetic adds both task vectors whole; with M3 their weights sum to 1, as they do
-  with equal ratios.
+  with equal ratios, and at scaling 1 it is then the same as average, up to rounding.
+  A draw has the same λ in every recipe.
 
 ## Loss of parents, methods, draws and winners
+
+The best of each column is bold.
 
 {main_table}
 ## What M3 changes on test
@@ -297,7 +301,7 @@ def document(
         for skill, splits in parts.items()
     )
     answers = " Models also wrote answers to the test problems, marked right or wrong."
-    return TEXT.format(
+    text = TEXT.format(
         command=" ".join([*command, *options]),
         machine=f"{machine['cores']} cores ({machine['processor']}), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {jax.devices()[0].device_kind}",
@@ -314,6 +318,26 @@ def document(
         comparison=table,
         sentence=sentence,
     )
+    return "\n".join(map(wrapped, text.split("\n\n")))
+
+
+def wrapped(block: str) -> str:
+    """Prose, or a list, in lines of 88 characters; all else as it is."""
+    if block.startswith(("#", "|", "    ")):
+        return block + "\n"
+    items = block.strip().split("\n- ")
+    indent = "  " if block.startswith("- ") else ""
+    filled = [
+        textwrap.fill(
+            " ".join(item.removeprefix("- ").split()),
+            88,
+            initial_indent=indent and "- ",
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+        )
+        for item in items
+    ]
+    return "\n".join(filled) + "\n"
 
 
 if __name__ == "__main__":

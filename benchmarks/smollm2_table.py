@@ -15,11 +15,14 @@ from m3jax.exploration.scoring import Scored
 Scores = Mapping[str, float]
 LISTS = ("validation", "test")
 LABELS = {"average": "average", "task_arithmetic": "task arithmetic", "ties": "TIES"}
+KINDS = {"m3": " + M3", "dare": " + DARE", "m3_dare": " + DARE + M3"}
 MEAN = "mean"
 
 
 def main_table(found: Mapping[str, Exploration], skills: Sequence[str]) -> str:
-    """Parents, methods without M3, draws and winners; losses of both lists of tasks.
+    """Parents, methods without M3, draws and winners, on both lists of tasks.
+
+    The best of each column is bold; a score that is no loss is better if greater.
 
     Args:
       found: of recipes ``METHOD_m3``, ``METHOD_dare`` and ``METHOD_m3_dare``.
@@ -31,39 +34,38 @@ def main_table(found: Mapping[str, Exploration], skills: Sequence[str]) -> str:
         for name, own in first.rows[0].scored.items()
     }
 
-    def cells(sets: Sequence[Mapping[str, Scores]]) -> list[str]:
-        """Of one set of parameters, or mean and deviation over several."""
-        texts = []
-        for name, column in _places(columns):
-            values = [_value(scores[name], column, skills) for scores in sets]
-            texts.append(f"{statistics.fmean(values):.4f}")
-            if len(values) > 1:
-                texts[-1] += f" ± {statistics.stdev(values):.4f}"
-        return texts
-
-    rows = [
-        [row.name, *cells([_scores(row)])] for row in first.rows if row.kind == "parent"
+    rows: list[tuple[str, list[dict[str, Scores]]]] = [
+        (row.name, [_scores(row)]) for row in first.rows if row.kind == "parent"
     ]
     for method, label in LABELS.items():
-        drawn = {kind: found[f"{method}_{kind}"] for kind in ("m3", "dare", "m3_dare")}
+        own = found[f"{method}_m3"]
         plain, equal = (
-            _row(drawn["m3"], name) for name in (f"plain {method}", "equal ratios")
+            _scores(_row(own, name)) for name in (f"plain {method}", "equal ratios")
         )
-        rows.append([label, *cells([_scores(plain)])])
-        if _scores(equal) != _scores(plain):
-            rows.append([f"{label}, equal ratios", *cells([_scores(equal)])])
-        for kind, suffix in (("m3", " + M3"), ("dare", " + DARE"), ("m3_dare", None)):
-            own = drawn[kind]
-            name = f"{label}{suffix or ' + DARE + M3'}"
-            rows.append(
-                [f"{name}, {len(own.draws)} draws", *cells(_scores_of_draws(own))]
-            )
-            ratios = own.winner.mean_ratios
-            if ratios is not None:
-                winner = f"{name}, winner (λ = {ratios[0]:.2f})"
-                rows.append([winner, *cells([_scores(own.rows[-1])])])
-    header = [f"{name}: {column}" for name, column in _places(columns)]
-    return harness.table(["", *header], rows)
+        rows.append((label, [plain]))
+        if equal != plain:
+            rows.append((f"{label}, equal ratios", [equal]))
+        for kind, suffix in KINDS.items():
+            own, name = found[f"{method}_{kind}"], label + suffix
+            rows.append((f"{name}, {len(own.draws)} draws", _scores_of_draws(own)))
+            if own.winner.mean_ratios is not None:
+                winner = f"{name}, winner (λ = {own.winner.mean_ratios[0]:.2f})"
+                rows.append((winner, [_scores(own.rows[-1])]))
+    places = [(name, column) for name in LISTS for column in columns[name]]
+    texts = [[name] for name, _ in rows]
+    for name, column in places:
+        values = [
+            [_value(scores[name], column, skills) for scores in sets]
+            for _, sets in rows
+        ]
+        means = [statistics.fmean(own) for own in values]
+        best = min(means) if column in (*skills, MEAN) else max(means)
+        for text, own, mean in zip(texts, values, means, strict=True):
+            cell = f"{mean:.4f}"
+            if len(own) > 1:
+                cell += f" ± {statistics.stdev(own):.4f}"
+            text.append(f"**{cell}**" if mean == best else cell)
+    return harness.table(["", *(f"{n}: {c}" for n, c in places)], texts)
 
 
 def comparison(
@@ -139,10 +141,6 @@ def _value(scores: Scores, column: str, skills: Sequence[str]) -> float:
     return scores[column]
 
 
-def _places(columns: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    return [(name, column) for name in LISTS for column in columns[name]]
-
-
 def _row(found: Exploration, name: str) -> Row:
     return next(row for row in found.rows if row.name == name)
 
@@ -151,5 +149,5 @@ def _scores(row: Row) -> dict[str, Scores]:
     return {name: own.scores for name, own in row.scored.items()}
 
 
-def _scores_of_draws(found: Exploration) -> list[Mapping[str, Scores]]:
+def _scores_of_draws(found: Exploration) -> list[dict[str, Scores]]:
     return [{"validation": trial.scores, **trial.other} for trial in found.draws]

@@ -217,7 +217,7 @@ def test_tables_say_what_was_found() -> None:
     assert rows["base"] == "3.8000 | 4.2000 | 4.0000 | 2.8000 | 3.2000 | 3.0000"
     assert rows["TIES + DARE, 2 draws"].endswith("| 1.6000 ± 0.1414")
     assert rows["average + M3, 3 draws"].endswith("| 1.8000 ± 0.3606")
-    assert rows["average + M3, winner (λ = 0.25)"].endswith("| 1.5000")
+    assert rows["average + M3, winner (λ = 0.25)"].endswith("| **1.5000**")
 
     against, sentence = table.comparison(found, ["maths", "code"])
     assert (
