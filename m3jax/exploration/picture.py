@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,61 @@ from m3jax.exploration.trials import Trial
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-_INK, _FAINT = "#222222", "#8A8A8A"
+_INK, _FAINT, _GOLD = "#222222", "#8A8A8A", "#F0C400"
 _COLUMNS = 3
+_LEGEND_COLUMNS = (4, 7, 9)  # for one, two and three panels in a row
 _LONGEST = 28  # characters of a name
 
 
-def draw(found: Exploration, path: Path) -> None:
-    """Draws the scores on validation.
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """What the x of a panel is.
 
-    With two models x is the ratio of the first. With more, every draw has a mark for
-    each model, in its colour, at its ratio; so a parent stands where its own is 1. If
-    no ratio differs, x is the number of the draw.
+    Attributes:
+      label: of the axis.
+      value: x of a draw.
+      model: whose ratio x is; None where it is something else.
+    """
+
+    label: str
+    value: Callable[[Trial], float]
+    model: int | None = None
+
+
+def draw(found: Exploration, path: Path) -> None:
+    """Draws the scores on validation, of all draws at one budget.
+
+    x is λ, the ratio of the first of two models; of more than two it is, in each panel,
+    the model that is best at that task. Where all draws have the same ratios, x is the
+    first field of the recipe in which they differ.
     """
     tasks = list(found.winner.scores)
     columns = min(_COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(
-        figsize=(0.8 + 4.6 * columns, 1.0 + 3.7 * rows),
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
+        figsize=(0.8 + 4.6 * columns, 1.1 + 3.6 * rows),
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08),
     )
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks, strict=False):
         _panel(axis, found, task)
-    handles: dict[str, Any] = {}
-    for axis in axes.flat[: len(tasks)]:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(
-        handles.values(),
-        handles.keys(),
+        handles,
+        labels,
         loc="outside lower center",
-        ncols=min(len(handles), 2 * columns),
+        ncols=_LEGEND_COLUMNS[columns - 1],
         frameon=False,
         fontsize=9,
         labelcolor=_INK,
+        handletextpad=0.4,
+        columnspacing=1.4,
     )
+    method = found.winner.recipe.method.replace("_", " ")
     figure.suptitle(
-        f"{len(found.draws)} draws of {found.winner.recipe.method}, scores on "
-        "validation",
+        f"{len(found.draws)} draws of {method}, scores on validation",
         x=0.012,
         ha="left",
         fontsize=12,
@@ -64,40 +80,34 @@ def draw(found: Exploration, path: Path) -> None:
 
 
 def _panel(axis: Any, found: Exploration, task: str) -> None:
-    models = _shown_models(found)
-    by_ratio = bool(models)
-    several = len(models) > 1
-    for model in models or (0,):
-        place = _x if by_ratio else _index
-        axis.scatter(
-            [place(trial, model) for trial in found.draws],
-            [trial.scores[task] for trial in found.draws],
-            s=22,
-            color=_COLORS[model % len(_COLORS)] if several else _FAINT,
-            alpha=0.75,
-            linewidths=0,
-            label=f"draws, {_text(found.models[model])}" if several else "draws",
-            zorder=3,
-        )
-        axis.scatter(
-            [place(found.winner, model)],
-            [_score(found.rows[-1], task)],
-            s=150,
-            marker="*",
-            color="#F0C400",
-            edgecolors=_INK,
-            linewidths=0.8,
-            label="winner",
-            zorder=5,
-        )
-    _references(axis, found, task, by_ratio)
-    if not by_ratio:
-        axis.set_xlabel("draw", color=_INK)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:
-        first = f"λ, the ratio of {_text(found.models[0])}"
-        axis.set_xlabel("ratio of a model" if several else first, color=_INK)
+    x = _x_axis(found, task)
+    axis.scatter(
+        [x.value(trial) for trial in found.draws],
+        [trial.scores[task] for trial in found.draws],
+        s=24,
+        color=_FAINT,
+        alpha=0.8,
+        linewidths=0,
+        label="draws",
+        zorder=3,
+    )
+    _references(axis, found, task, x.model)
+    axis.scatter(
+        [x.value(found.winner)],
+        [_score(found.rows[-1], task)],
+        s=150,
+        marker="*",
+        color=_GOLD,
+        edgecolors=_INK,
+        linewidths=0.8,
+        label="winner",
+        zorder=5,
+    )
+    axis.set_xlabel(x.label, color=_INK)
+    if x.model is not None:
         axis.set_xlim(-0.04, 1.04)
+    elif x.label == "draw":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(_text(task), loc="left", weight="bold", color=_INK, fontsize=10.5)
     lower = task in found.objective.losses
     axis.set_ylabel("loss (less is better)" if lower else "score", color=_INK)
@@ -108,65 +118,79 @@ def _panel(axis: Any, found: Exploration, task: str) -> None:
     axis.tick_params(colors=_INK, labelsize=9)
 
 
-def _references(axis: Any, found: Exploration, task: str, by_ratio: bool) -> None:
-    """Parents at their end of the axis, baselines at equal ratios or as lines."""
+def _references(axis: Any, found: Exploration, task: str, model: int | None) -> None:
+    """The base as a line; parents and baselines where their ratios are, or as lines."""
     count = len(found.models)
     parents = [row for row in found.rows if row.kind == "parent"]
+    baselines = [row for row in found.rows if row.kind == "baseline"]
     if len(parents) > count:
         base = parents.pop(0)
         axis.axhline(
-            _score(base, task), color=_INK, ls=(0, (1, 2)), lw=1.2, label="base"
+            _score(base, task), color=_INK, ls=(0, (1, 2)), lw=1.3, label="base"
         )
     for i, row in enumerate(parents):
-        style = {"color": _COLORS[i % len(_COLORS)], "label": _text(row.name)}
-        if by_ratio:
-            x = 0.0 if count == 2 and i == 1 else 1.0
+        y, name = _score(row, task), _text(row.name)
+        color = _COLORS[i % len(_COLORS)]
+        if model is None:
+            axis.axhline(y, color=color, lw=1.3, label=name)
+        else:
             axis.scatter(
-                [x],
-                [_score(row, task)],
+                [float(i == model)],
+                [y],
                 s=60,
                 marker="D",
+                color=color,
+                edgecolors="white",
+                linewidths=0.6,
+                label=name,
                 zorder=4,
                 clip_on=False,
-                **style,
             )
+    for row, marker, dashes in zip(baselines, "s^", ("--", "-."), strict=True):
+        y, name = _score(row, task), row.name.replace("_", " ")
+        if model is None:
+            axis.axhline(y, color=_INK, ls=dashes, lw=1, label=name)
         else:
-            axis.axhline(_score(row, task), lw=1.2, **style)
-    for row, mark in zip(
-        [row for row in found.rows if row.kind == "baseline"], ("s", "^"), strict=True
-    ):
-        if by_ratio:
             axis.scatter(
                 [1 / count],
-                [_score(row, task)],
+                [y],
                 s=55,
-                marker=mark,
+                marker=marker,
                 facecolors="none",
                 edgecolors=_INK,
                 linewidths=1.3,
+                label=name,
                 zorder=4,
-                label=row.name,
             )
-        else:
-            dashes = "--" if mark == "s" else "-."
-            axis.axhline(_score(row, task), color=_INK, ls=dashes, lw=1, label=row.name)
 
 
-def _shown_models(found: Exploration) -> Sequence[int]:
-    """The models whose ratio is an x; none if no ratio differs between draws."""
-    ratios = {trial.mean_ratios for trial in found.draws}
-    if None in ratios or (len(ratios) == 1 and len(found.draws) > 1):
-        return ()
-    return range(1 if len(found.models) == 2 else len(found.models))
+def _x_axis(found: Exploration, task: str) -> _Axis:
+    draws = found.draws
+    if draws[0].mean_ratios and len({trial.mean_ratios for trial in draws}) > 1:
+        model = 0 if len(found.models) == 2 else _expert(found, task)
+        return _Axis(
+            f"λ, the ratio of {_text(found.models[model])}",
+            lambda trial: (trial.mean_ratios or ())[model],
+            model,
+        )
+    fields: dict[str, Callable[[Trial], Any]] = {
+        "scaling": lambda trial: trial.recipe.scaling,
+        "trim_rate": lambda trial: trial.recipe.trim_rate,
+        "drop_rate": lambda trial: trial.recipe.dare.drop_rate,
+    }
+    for name, value in fields.items():
+        found_values = {value(trial) for trial in draws}
+        if len(found_values) > 1 and all(isinstance(v, float) for v in found_values):
+            return _Axis(name.replace("_", " "), value)
+    return _Axis("draw", lambda trial: trial.index)
 
 
-def _x(trial: Trial, model: int) -> float:
-    assert trial.mean_ratios is not None
-    return trial.mean_ratios[model]
-
-
-def _index(trial: Trial, model: int) -> float:
-    return trial.index
+def _expert(found: Exploration, task: str) -> int:
+    """The model that is best at a task."""
+    parents = [row for row in found.rows if row.kind == "parent"]
+    scores = [_score(row, task) for row in parents[-len(found.models) :]]
+    better = min if task in found.objective.losses else max
+    return scores.index(better(scores))
 
 
 def _score(row: Row, task: str) -> float:
