@@ -30,6 +30,7 @@ SIZES = {  # hidden, intermediate, layers, heads, key-value heads
     "160m": (768, 2048, 16, 12, 12),
     "1.1b": (2048, 5632, 22, 32, 4),
     "7b": (4096, 11008, 32, 32, 32),
+    "70b": (8192, 28672, 80, 64, 8),
 }
 VOCABULARY = 32000
 MODELS = ("base", "maths", "code")
@@ -38,6 +39,9 @@ _BLOCK = 1 << 20  # elements drawn at a time
 
 _SIZE = flags.DEFINE_enum("size", "1.1b", list(SIZES), "Shape of the models.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
+_SPARSE = flags.DEFINE_bool(
+    "sparse", False, "Headers and holes alone: takes no disk, and all weights are 0."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the weights.")
 
 
@@ -90,8 +94,11 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make(folder: Path, size: str, seed: int = 0) -> None:
-    """Writes base, maths and code under `folder`; what is there already is kept."""
+def make(folder: Path, size: str, seed: int = 0, *, sparse: bool = False) -> None:
+    """Writes base, maths and code under `folder`; what is there already is kept.
+
+    Sparse files are for plans (`m3jax merge --dry_run`), which read headers alone.
+    """
     if all((folder / model / "config.json").exists() for model in MODELS):
         return
     tensors = [(name, BFLOAT16, shape) for name, shape in shapes(size).items()]
@@ -112,7 +119,7 @@ def make(folder: Path, size: str, seed: int = 0) -> None:
             os.ftruncate(fd, shard.size)
             os.pwrite(fd, shard.header, 0)
             files.append(fd)
-        for name, entry in shard.entries.items():
+        for name, entry in () if sparse else shard.entries.items():
             jobs.append((files, name, entry))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for filled in [pool.submit(_fill, *job, seed) for job in jobs]:
@@ -142,7 +149,7 @@ def _fill(
 
 def main(argv: list[str]) -> None:
     del argv
-    make(Path(_OUTPUT.value), _SIZE.value, _SEED.value)
+    make(Path(_OUTPUT.value), _SIZE.value, _SEED.value, sparse=_SPARSE.value)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,12 @@ def plan(prepared: Prepared) -> str:
         f"tensors    {len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
         f"passes     {len(passes)}: {'; '.join(passes)}",
-        f"read       {size(read)} in the last pass, "
-        f"{size(prepared.read_bytes(merged))} in each pass before it",
+        f"read       {size(read)} "
+        + (
+            f"in the last pass, {size(prepared.read_bytes(merged))} in each pass before"
+            if prepared.execution.executor == "streamed"
+            else "once; all passes are over device memory"
+        ),
         f"written    {size(prepared.written_bytes)} in {len(prepared.shards)} file"
         + ("s" if len(prepared.shards) > 1 else ""),
         "memory     " + _memory(prepared),
