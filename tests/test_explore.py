@@ -171,6 +171,28 @@ def test_a_sampler_without_its_package_says_how_to_get_it(monkeypatch):
         explore(sampler="tpe")
 
 
+@pytest.mark.parametrize("strategy", ["random", "magnitude"])
+@pytest.mark.parametrize("searched", ["ratios", "trim_rate", "drop_rate", "seed"])
+def test_draws_are_what_merge_params_gives(searched, strategy):
+    """What draws have in common is measured once, and nothing more than that."""
+    seen = []
+
+    def evaluator(parameters, budget, key):
+        seen.append(np.asarray(parameters["layer"]["weight"]))
+        return {"score": 0.0}
+
+    dare = m3jax.Dare(drop_rate=0.3, strategy=strategy)
+    recipe = m3jax.Recipe(method="ties", dare=dare)
+    search = [searched, *(["ratios"] if searched == "seed" else [])]
+    found = explore(
+        recipe=recipe, evaluator=evaluator, draws=4, sampler="sobol", search=search
+    )
+    base, *models = trees()
+    for trial, weights in zip(found.trials, seen[5:], strict=False):
+        merged = m3jax.merge_params(base, models, trial.recipe, trial.seed)
+        np.testing.assert_array_equal(merged["layer"]["weight"], weights)
+
+
 # What is compared and chosen.
 
 

@@ -1,4 +1,4 @@
-"""Pictures, drawn by matplotlib, which is imported here alone."""
+"""The picture of a comparison; importing this imports matplotlib."""
 
 from __future__ import annotations
 

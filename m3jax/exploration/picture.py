@@ -18,7 +18,7 @@ from m3jax.exploration.trials import Trial
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 _INK, _FAINT, _GOLD = "#222222", "#8A8A8A", "#F0C400"
 _COLUMNS = 3
-_LEGEND_COLUMNS = (4, 7, 9)  # for one, two and three panels in a row
+_LEGEND_COLUMNS = (4, 7, 10)  # at most, for one, two and three panels in a row
 _LONGEST = 28  # characters of a name
 
 
@@ -57,11 +57,12 @@ def draw(found: Exploration, path: Path) -> None:
     for axis, task in zip(axes.flat, tasks, strict=False):
         _panel(axis, found, task)
     handles, labels = axes.flat[0].get_legend_handles_labels()
+    legend_rows = -(-len(labels) // _LEGEND_COLUMNS[columns - 1])
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=_LEGEND_COLUMNS[columns - 1],
+        ncols=-(-len(labels) // legend_rows),
         frameon=False,
         fontsize=9,
         labelcolor=_INK,
