@@ -22,11 +22,17 @@ def sync(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        sync_file(fd, path)
+    finally:
+        os.close(fd)
+
+
+def sync_file(fd: int, path: Path) -> None:
+    """Waits until the disk has an open file's bytes; an OSError names the file."""
+    try:
         os.fsync(fd)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        os.close(fd)
 
 
 def put_in_place(new: Path, final: Path, spare: Path) -> None:

@@ -13,6 +13,9 @@ import numpy as np
 from m3jax.checkpoints import durable, safetensors
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.output import OutputFolder
+from m3jax.checkpoints.part import OutputPart
+
+_PAGE = 1 << 16  # bytes; no page of memory is larger
 
 
 class Shard:
@@ -27,23 +30,45 @@ class Shard:
             [len(self.header), *(entry.stop for entry in self.entries.values())]
         )
 
+    @property
+    def largest(self) -> int:
+        """Bytes of its largest file, of which it may have several in other formats."""
+        return self.size
+
 
 class ShardWriter:
-    """The safetensors files of an output, written at offsets from many threads."""
+    """The safetensors files of an output, written at offsets from many threads.
 
-    def __init__(self, folder: OutputFolder, shards: Sequence[Shard]):
-        """Creates the files with their headers and full sizes.
+    Several processes may write disjoint parts of one file. On NFS that is safe as long
+    as no client holds a page of the file that it could write back whole: so files are
+    opened for writing only, and what was read back is not kept in memory.
+    """
 
-        Tensors that a file holds already stay as they are.
+    def __init__(
+        self,
+        folder: OutputFolder | OutputPart,
+        shards: Sequence[Shard],
+        *,
+        create: bool = True,
+    ):
+        """Opens the files.
+
+        Args:
+          folder: in which they are.
+          shards: the files.
+          create: make them with their headers and full sizes; tensors that a file
+            holds already stay as they are. False: another process has made them.
         """
         self._files: list[int] = []
         self._paths = [folder.path / shard.name for shard in shards]
+        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             for shard, path in zip(shards, self._paths, strict=True):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = os.open(path, flags, 0o666)
                 self._files.append(fd)
-                durable.resize(fd, shard.size, path)
-                durable.write_at(fd, memoryview(shard.header), 0, path)
+                if create:
+                    durable.resize(fd, shard.size, path)
+                    durable.write_at(fd, memoryview(shard.header), 0, path)
         except BaseException:
             self.close()
             raise
@@ -55,8 +80,24 @@ class ShardWriter:
 
     def read(self, shard: int, offset: int, out: np.ndarray) -> None:
         """Reads back bytes that were written."""
-        view = memoryview(out)
-        durable.read_at(self._files[shard], view, offset, self._paths[shard])
+        path = self._paths[shard]
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            durable.read_at(fd, memoryview(out), offset, path)
+            if hasattr(os, "posix_fadvise"):
+                start = max(0, offset - _PAGE)
+                end = offset + len(out) + _PAGE
+                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+    def sync(self) -> None:
+        """Waits until the disk has what this process has written."""
+        for fd, path in zip(self._files, self._paths, strict=True):
+            durable.sync_file(fd, path)
+
+    def complete(self, shard: int) -> None:
+        """Is told when all of a file is written; a store's writer then sends it."""
 
     def close(self) -> None:
         """Closes the files; a second call does nothing."""

@@ -12,6 +12,7 @@ import numpy as np
 
 import m3jax
 from m3jax.checkpoints.output import OutputFolder
+from m3jax.checkpoints.part import OutputPart
 from m3jax.engine.prepare import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.methods.method import Info
@@ -23,15 +24,19 @@ class Journal:
     Nothing is written before there is something worth keeping.
     """
 
-    def __init__(self, prepared: Prepared, folder: OutputFolder, progress: Progress):
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: OutputFolder | OutputPart,
+        progress: Progress,
+    ):
         self._folder = folder
         self._checked = not prepared.execution.allow_nonfinite
         self._start = {"fingerprint": fingerprint(prepared)}
         entries = folder.journalled
-        self.resumed = entries[:1] == [self._start]
-        self._entries = entries[1:] if self.resumed else []
-        self._begun = self.resumed
-        if self.resumed:
+        self._entries = self._of_this_merge(entries)
+        self._begun = False
+        if self._start in entries:
             folder.clear(keep={shard.name for shard in prepared.shards})
         elif entries:
             progress.note(
@@ -81,6 +86,16 @@ class Journal:
             }
         )
 
+    def _of_this_merge(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries that stand behind this merge's fingerprint, of any process."""
+        found, ours = [], False
+        for entry in entries:
+            if "fingerprint" in entry:
+                ours = entry == self._start
+            elif ours:
+                found.append(entry)
+        return found
+
     def _append(self, entry: dict[str, Any]) -> None:
         self._folder.journal(*([] if self._begun else [self._start]), entry)
         self._begun = True
@@ -89,9 +104,9 @@ class Journal:
 def fingerprint(prepared: Prepared) -> str:
     """A digest of all that decides the output's tensors; `--resume` compares it.
 
-    Inputs count by their path, size and time of change: reading them to the end would
-    take as long as merging them. How the merge is run does not count, but for the
-    kind of device, which may round differently.
+    Inputs count by their path, size and time of change (or their tag in a store):
+    reading them to the end would take as long as merging them. How the merge is run
+    does not count, but for the kind of device, which may round differently.
     """
     facts: list[Any] = [
         m3jax.__version__,
@@ -102,7 +117,7 @@ def fingerprint(prepared: Prepared) -> str:
         prepared.base is None,
     ]
     facts += [
-        [str(file.path.resolve()), file.size, file.modified_ns]
+        [str(file.path.resolve()), file.size, file.version]
         for checkpoint in prepared.checkpoints
         for file in checkpoint.files
     ]

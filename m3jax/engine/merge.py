@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from m3jax.checkpoints import provenance
+from m3jax.checkpoints import provenance, store
+from m3jax.checkpoints.destination import check_free, local, open_output, open_writer
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.output import OutputFolder, check_free
+from m3jax.checkpoints.files import Location
+from m3jax.checkpoints.orbax_output import OrbaxWriter
+from m3jax.checkpoints.output import OutputError, OutputFolder
+from m3jax.checkpoints.part import OutputPart, described
 from m3jax.checkpoints.shards import ShardWriter, write_index
-from m3jax.engine import plan, statistics
+from m3jax.engine import agreement, plan, statistics
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
+from m3jax.engine.processes import ProcessError, Processes, joined
 from m3jax.engine.progress import Progress
 from m3jax.engine.recorder import Recorder
+from m3jax.engine.sharded import Sharded
+from m3jax.engine.share import Share
 from m3jax.engine.streamed import Stream
 from m3jax.engine.tables import TileTables
+from m3jax.methods.method import Info
 from m3jax.recipe import Recipe
 
 
@@ -30,13 +39,13 @@ class MergeResult:
       output: the folder.
       ratios: the ratios of each group of tensors, None where M3 is off.
       checksums: xxh3_128 of each tensor written, as in m3jax.json.
-      seconds: per stage, summed over threads.
+      seconds: per stage, summed over the threads of this process.
       wall: seconds of wall time: ``setup``, ``passes`` (reading, computing and
-        writing, compilation included) and ``commit``.
+        writing, compilation included) and ``commit``, other processes' included.
       resumed: number of tensors that an interrupted merge had written already.
     """
 
-    output: Path
+    output: Location
     ratios: dict[str, tuple[float, ...]] | None
     checksums: dict[str, str]
     seconds: dict[str, float]
@@ -57,12 +66,14 @@ def merge(
     """Merges checkpoints into a new checkpoint folder that transformers loads.
 
     Streams: memory does not grow with the model. The same inputs, recipe and seed
-    give the same bytes, whatever `execution` says.
+    give the same bytes, whatever `execution` says and however many processes there
+    are: after `jax.distributed.initialize`, all of them call this with the same
+    arguments, share the work, and get the same result.
 
     Args:
       base: the base model, a path or Hugging Face id; None if the recipe needs none.
       models: the fine-tuned models; their order is that of the ratios.
-      output: the folder to make.
+      output: the folder to make, or its URL; `store_output` says what differs there.
       recipe: what to do; the default is M3's average.
       seed: of ratios and masks, 0 <= seed < 2**32.
       execution: how to run it.
@@ -73,39 +84,80 @@ def merge(
       CheckpointError: the inputs do not fit each other, or the output's place is
         taken; one line that names the file and the tensor.
       OSError: the disk.
+      ProcessError: another process failed or died; it is an OSError.
+      UnequalProcessesError: the processes were given different merges.
     """
     recipe, execution = recipe or Recipe(), execution or Execution()
     progress = progress or Progress()
-    final = Path(fspath(output))
+    final = store.parse(fspath(output))
     names = [fspath(model) for model in models]
     started = time.perf_counter()
-    check_free(final, overwrite=execution.overwrite)
-    with prepare(
-        None if base is None else fspath(base), names, recipe, seed, execution
-    ) as prepared:
-        check_apart(final, prepared.checkpoints)
-        for note in prepared.inputs.notes:
-            progress.note(note)
-        with OutputFolder(
-            final,
-            overwrite=execution.overwrite,
-            resume=execution.resume,
-            note=progress.note,
-        ) as folder:
-            try:
-                return _execute(prepared, folder, progress, started)
-            except CheckpointError:
-                _check_unchanged(prepared, folder)  # which would be the reason
-                raise
+    with joined() as processes:
+        check_free(final, overwrite=execution.overwrite, resume=execution.resume)
+        with prepare(
+            None if base is None else fspath(base), names, recipe, seed, execution
+        ) as prepared:
+            if processes.count > 1:
+                processes.same(agreement.facts(prepared))
+            check_apart(final, prepared.checkpoints)
+            for note in prepared.inputs.notes:
+                progress.note(note)
+            with _output(final, execution, processes, progress) as folder:
+                try:
+                    result = _execute(prepared, processes, folder, progress, started)
+                    return dataclasses.replace(result, output=final)
+                except (CheckpointError, ProcessError):
+                    _check_unchanged(prepared, folder)  # which would be the reason
+                    raise
+
+
+@contextlib.contextmanager
+def _output(
+    final: Location, execution: Execution, processes: Processes, progress: Progress
+) -> Iterator[OutputFolder | OutputPart]:
+    """The folder to write to: the first process makes it, the others find it."""
+    if processes.count > 1 and not isinstance(final, Path):
+        raise OutputError(
+            f"{final}: several processes write to a file system that all of them "
+            "share, not to a store; merge there and copy the output, or pass "
+            "--distributed=off to one process"
+        )
+    if not processes.first:
+        part = OutputPart(processes.from_first(None), local(final), processes.index)
+        processes.barrier()
+        yield part
+        return
+    with open_output(
+        final,
+        overwrite=execution.overwrite,
+        resume=execution.resume,
+        note=progress.note,
+    ) as folder:
+        if processes.count > 1:
+            with described(folder) as description:
+                processes.from_first(description)
+                processes.barrier()  # all have found it
+        yield folder
 
 
 def _execute(
-    prepared: Prepared, folder: OutputFolder, progress: Progress, started: float
+    prepared: Prepared,
+    processes: Processes,
+    folder: OutputFolder | OutputPart,
+    progress: Progress,
+    started: float,
 ) -> MergeResult:
     journal = Journal(prepared, folder, progress)
-    folder.check_space(
-        prepared.written_bytes, largest=max(shard.size for shard in prepared.shards)
-    )
+    if isinstance(folder, OutputFolder):
+        folder.check_space(
+            prepared.written_bytes,
+            largest=max(shard.largest for shard in prepared.shards),
+        )
+
+    def advance(count: int) -> None:
+        processes.check()
+        progress.advance(count)
+
     stream = Stream(
         prepared.inputs.tensors,
         TileTables(),
@@ -113,38 +165,93 @@ def _execute(
         threads=prepared.execution.num_threads,
         devices=prepared.devices,
         names=[checkpoint.name for checkpoint in prepared.checkpoints],
-        progress=progress.advance,
+        progress=advance,
     )
+    share = Share.of(prepared, processes)
     passes = time.perf_counter()
-    stream.tables = statistics.dare_tables(prepared, stream, journal, progress)
-    info = statistics.method_info(prepared, stream, journal, progress)
-    writer = ShardWriter(folder, prepared.shards)
+    in_memory: Sharded | None = None
+    info: Info = {}
+    if prepared.execution.executor == "sharded":
+        in_memory = Sharded(prepared, processes, progress)
+    else:
+        stream.tables = statistics.dare_tables(
+            prepared, share, stream, journal, progress
+        )
+        info = statistics.method_info(prepared, share, stream, journal, progress)
+    writer = processes.first_then_others(
+        lambda: open_writer(folder, prepared.shards, create=processes.first)
+    )
     try:
         recorder = Recorder(prepared, writer, journal)
-        done = recorder.recover(progress)
-        left = [i for i in range(len(prepared.items)) if i not in recorder.checksums]
-        written = sum(
-            prepared.items[i].size * prepared.inputs.tensors[i].dtype.itemsize
-            for i in left
-        )
-        progress.stage("merging", prepared.read_bytes(left) + written)
-        stream.merge(
-            plan.cut(prepared.items, left, prepared.tiles),
-            prepared.recipe.method,
-            prepared.transform,
-            info,
-            prepared.recipe.scaling,
-            prepared.coefficients,
-            recorder,
-            check_finite=not prepared.execution.allow_nonfinite,
-        )
+        resumed = recorder.recover(share.items, progress)
+        if in_memory is not None:  # what is left then are tensors that are copied
+            in_memory.merge(share, recorder, writer)
+        _merge_share(prepared, share, stream, info, recorder, progress)
+        if isinstance(folder, OutputPart) and prepared.execution.fsync:
+            _sync(writer, folder)
     finally:
         writer.close()
     ended = time.perf_counter()
     _check_unchanged(prepared, folder)
+    gathered = processes.gather([recorder.records(), resumed])
+    for records, _ in gathered:
+        recorder.add(records)
+    if isinstance(folder, OutputFolder):
+        with stream.clock.stage("committing"):
+            _complete(prepared, recorder, folder)
+    processes.from_first("the output has its name")
+    return MergeResult(
+        output=folder.final,
+        ratios=prepared.ratios,
+        checksums=recorder.named_checksums(),
+        seconds=dict(stream.clock.seconds),
+        wall={
+            "setup": passes - started,
+            "passes": ended - passes,
+            "commit": time.perf_counter() - ended,
+        },
+        resumed=sum(count for _, count in gathered),
+    )
+
+
+def _merge_share(
+    prepared: Prepared,
+    share: Share,
+    stream: Stream,
+    info: Info,
+    recorder: Recorder,
+    progress: Progress,
+) -> None:
+    """The last pass: merges and writes this process's tensors."""
+    left = [i for i in share.items if i not in recorder.checksums]
+    written = sum(
+        prepared.items[i].size * prepared.inputs.tensors[i].dtype.itemsize for i in left
+    )
+    progress.stage("merging", prepared.read_bytes(left) + written)
+    stream.merge(
+        plan.cut(prepared.items, left, prepared.tiles),
+        prepared.recipe.method,
+        prepared.transform,
+        info,
+        prepared.recipe.scaling,
+        prepared.coefficients,
+        recorder,
+        check_finite=not prepared.execution.allow_nonfinite,
+    )
+
+
+def _sync(writer: ShardWriter | OrbaxWriter, folder: OutputPart) -> None:
+    """Waits until the disk has this process's part; the first one syncs its own."""
+    try:
+        writer.sync()
+    except OSError:
+        folder.clear()  # reading back would not show what the disk has lost
+        raise
+
+
+def _complete(prepared: Prepared, recorder: Recorder, folder: OutputFolder) -> None:
+    """Writes what goes with the tensors, and gives the folder its name."""
     write_index(folder, prepared.shards)
-    tensors = prepared.inputs.tensors
-    checksums = {tensors[i].name: c for i, c in sorted(recorder.checksums.items())}
     provenance.write(
         folder,
         provenance.Facts(
@@ -155,28 +262,15 @@ def _execute(
             models=prepared.models,
             input_checksums=recorder.input_checksums(),
             shards=prepared.shards,
-            checksums=checksums,
+            checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
         ),
     )
-    with stream.clock.stage("committing"):
-        folder.commit(fsync=prepared.execution.fsync)
-    return MergeResult(
-        output=folder.final,
-        ratios=prepared.ratios,
-        checksums=checksums,
-        seconds=dict(stream.clock.seconds),
-        wall={
-            "setup": passes - started,
-            "passes": ended - passes,
-            "commit": time.perf_counter() - ended,
-        },
-        resumed=done,
-    )
+    folder.commit(fsync=prepared.execution.fsync)
 
 
-def _check_unchanged(prepared: Prepared, folder: OutputFolder) -> None:
+def _check_unchanged(prepared: Prepared, folder: OutputFolder | OutputPart) -> None:
     """Raises CheckpointError if an input was written to since it was opened."""
     try:
         for checkpoint in prepared.checkpoints:

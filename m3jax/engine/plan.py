@@ -153,6 +153,34 @@ def split_shards(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return shards
 
 
+def share_out(sizes: Sequence[int], parts: int) -> list[range]:
+    """Cuts a sequence into runs, the largest of which is as small as it can be.
+
+    Args:
+      sizes: of the elements.
+      parts: number of runs; some are empty if there are more than elements.
+    """
+
+    def runs(limit: int) -> list[range]:
+        found, start, used = [], 0, 0
+        for i, size in enumerate(sizes):
+            if used + size > limit:
+                found.append(range(start, i))
+                start, used = i, 0
+            used += size
+        return [*found, range(start, len(sizes))]
+
+    low, high = max(sizes, default=0), sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if len(runs(middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    found = runs(high)
+    return found + [range(len(sizes), len(sizes))] * (parts - len(found))
+
+
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
     """A sort key that puts layer 10 behind layer 9."""
     parts: Iterator[str] = iter(name.replace("_", ".").split("."))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Prepared
@@ -19,13 +22,19 @@ _BLOCK = 8 << 20  # bytes that are read back at a time
 class Recorder(Emit):
     """Writes what is merged and keeps the checksums of what was read and written."""
 
-    def __init__(self, prepared: Prepared, writer: ShardWriter, journal: Journal):
+    def __init__(
+        self,
+        prepared: Prepared,
+        writer: ShardWriter | OrbaxWriter,
+        journal: Journal,
+    ):
         self._prepared = prepared
         self._writer = writer
         self._journal = journal
         self._running: dict[int, list[Any]] = {}
         self._input_checksums: dict[int, list[str]] = {}
         self.checksums: dict[int, str] = {}
+        self._left = collections.Counter(prepared.places)  # tensors of each file
         for i, item in enumerate(prepared.items):
             if item.size == 0:
                 sources = prepared.inputs.tensors[i].sources
@@ -46,17 +55,32 @@ class Recorder(Emit):
             checksum.update(part.view(np.uint8))
         if start + len(values) == self._prepared.items[item].size:
             digests = [c.hexdigest() for c in self._running.pop(item)]
-            name = self._prepared.inputs.tensors[item].name
-            self._finish(item, digests[0], digests[1:])
-            self._journal.keep_tensor(name, digests[0], digests[1:])
+            self.keep(item, digests[0], digests[1:])
 
-    def recover(self, progress: Progress) -> int:
-        """Takes over the journalled tensors whose bytes are still what was written."""
+    def keep(self, item: int, checksum: str, inputs: list[str]) -> None:
+        """Notes that a tensor is completely written, with what it was made of."""
+        name = self._prepared.inputs.tensors[item].name
+        self._journal.keep_tensor(name, checksum, inputs)
+        self._finish(item, checksum, inputs)
+
+    def checksum_on_disk(self, item: int) -> str:
+        """Of what is written of a tensor."""
+        return self._checksum_on_disk(item, np.empty(_BLOCK, np.uint8))
+
+    def recover(self, items: Sequence[int], progress: Progress) -> int:
+        """Takes over the journalled tensors whose bytes are still what was written.
+
+        Args:
+          items: those of this process.
+          progress: is told.
+
+        Returns:
+          How many there are.
+        """
         known = self._journal.tensors()
+        tensors = self._prepared.inputs.tensors
         written = [
-            (i, known[tensor.name])
-            for i, tensor in enumerate(self._prepared.inputs.tensors)
-            if tensor.name in known
+            (i, known[tensors[i].name]) for i in items if tensors[i].name in known
         ]
         if not written:
             return 0
@@ -70,6 +94,20 @@ class Recorder(Emit):
                 count += 1
             progress.advance(size)
         return count
+
+    def records(self) -> list[Any]:
+        """All that is known here, for another process's `add`."""
+        return [[i, c, self._input_checksums[i]] for i, c in self.checksums.items()]
+
+    def add(self, records: list[Any]) -> None:
+        """Takes over what another process has found."""
+        for item, checksum, inputs in records:
+            self._finish(item, checksum, inputs)
+
+    def named_checksums(self) -> dict[str, str]:
+        """The checksum of each tensor, by its name, in the output's order."""
+        tensors = self._prepared.inputs.tensors
+        return {tensors[i].name: c for i, c in sorted(self.checksums.items())}
 
     def input_checksums(self) -> list[str | None]:
         """Per checkpoint, one checksum over those of the tensors read from it."""
@@ -87,8 +125,13 @@ class Recorder(Emit):
         ]
 
     def _finish(self, item: int, checksum: str, inputs: list[str]) -> None:
+        known = item in self.checksums
         self.checksums[item] = checksum
         self._input_checksums[item] = inputs
+        place = self._prepared.places[item]
+        self._left[place] -= not known
+        if not (known or self._left[place]):
+            self._writer.complete(place)
 
     def _entry(self, item: int) -> Any:
         shard = self._prepared.shards[self._prepared.places[item]]

@@ -11,6 +11,7 @@ from m3jax.engine import plan
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Prepared
 from m3jax.engine.progress import Progress
+from m3jax.engine.share import Share
 from m3jax.engine.streamed import Stream
 from m3jax.engine.tables import TileTables
 from m3jax.methods import METHODS, dare
@@ -24,7 +25,11 @@ _SAMPLE_PAYS = 16  # times the sample
 
 
 def dare_tables(
-    prepared: Prepared, stream: Stream, journal: Journal, progress: Progress
+    prepared: Prepared,
+    share: Share,
+    stream: Stream,
+    journal: Journal,
+    progress: Progress,
 ) -> TileTables:
     """The per-tensor numbers, DARE's included; by magnitude they take passes."""
     rates = prepared.recipe.dare.rates(len(prepared.models))
@@ -42,7 +47,7 @@ def dare_tables(
     saved = journal.statistics("magnitudes")
     if saved is None:
         thresholds = np.zeros((len(rates), len(prepared.items)), np.float32)
-        positions = prepared.merged
+        positions = share.merged(prepared)
         progress.stage("measuring magnitudes", 2 * prepared.read_bytes(positions))
         plain = dataclasses.replace(prepared.transform, strategy=None)
         for i in positions:
@@ -57,7 +62,9 @@ def dare_tables(
                 rates, prepared.items[i].size, target=target
             )
             thresholds[:, i] = run_statistics(found, answer)
-        saved = journal.keep_statistics("magnitudes", {"thresholds": thresholds})
+        # Each column is one process's, and 0 everywhere else.
+        total = share.processes.sum(thresholds)
+        saved = journal.keep_statistics("magnitudes", {"thresholds": total})
     kept = 1 - np.array(rates)
     return TileTables(
         drop=saved["thresholds"],
@@ -66,7 +73,11 @@ def dare_tables(
 
 
 def method_info(
-    prepared: Prepared, stream: Stream, journal: Journal, progress: Progress
+    prepared: Prepared,
+    share: Share,
+    stream: Stream,
+    journal: Journal,
+    progress: Progress,
 ) -> Info:
     """What the method needs to know of the whole model."""
     method = METHODS[prepared.recipe.method]
@@ -75,8 +86,8 @@ def method_info(
     saved = journal.statistics("method")
     if saved is not None:
         return saved
-    positions = prepared.merged
-    size = sum(prepared.items[i].size for i in positions)
+    size = sum(prepared.items[i].size for i in prepared.merged)
+    positions = share.merged(prepared)
     generator = method.statistics(len(prepared.models), size, prepared.recipe.trim_rate)
     passes = 0
 
@@ -85,13 +96,13 @@ def method_info(
         if reduction.sample:
             if size < _SAMPLE_PAYS * _SAMPLE_TILES * plan.TILE:
                 return None
-            chunks = plan.sample(
-                prepared.items, positions, prepared.tiles, _SAMPLE_TILES
-            )
+            wanted = -(-_SAMPLE_TILES // share.processes.count)
+            chunks = plan.sample(prepared.items, positions, prepared.tiles, wanted)
         else:
             passes += 1
             progress.stage(f"measuring, pass {passes}", prepared.read_bytes(positions))
             chunks = plan.cut(prepared.items, positions, prepared.tiles)
-        return stream.reduce(chunks, reduction, prepared.transform)
+        counts = stream.reduce(chunks, reduction, prepared.transform)
+        return share.processes.sum(counts)
 
     return journal.keep_statistics("method", run_statistics(generator, answer))
