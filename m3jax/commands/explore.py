@@ -70,10 +70,10 @@ _SAMPLER = flags.DEFINE_enum(
     "Where draws come from.",
 )
 _SEARCH = flags.DEFINE_list(
-    "search", ["ratios"], "What samplers other than `recipe` set."
+    "search", None, "What samplers other than `recipe` set. [ratios]"
 )
 _WEIGHTS = flags.DEFINE_list(
-    "weights", [], "TASK=WEIGHT,... in the objective; 1 where none is given."
+    "weights", None, "TASK=WEIGHT,... in the objective; 1 where none is given."
 )
 _HALVING = flags.DEFINE_integer(
     "halving", None, "Keep one of so many draws for a budget so many times larger."
@@ -167,7 +167,7 @@ def main(positional: list[str]) -> int:
         draws=_DRAWS.value,
         seed=seed,
         sampler=_SAMPLER.value,
-        search=_SEARCH.value,
+        search=_SEARCH.value or ["ratios"],
         weights=weights,
         budget=_LIMIT.value,
         halving=_HALVING.value,
@@ -181,7 +181,9 @@ def main(positional: list[str]) -> int:
     print("\n".join(_report(found)))
     if _EXPORT.value is not None:
         execution = Execution(
-            overwrite=_OVERWRITE.value, tokenizer_from=_TOKENIZER_FROM.value
+            overwrite=_OVERWRITE.value,
+            resume=_RESUME.value,
+            tokenizer_from=_TOKENIZER_FROM.value,
         )
         winner = found.winner
         merge(
