@@ -18,9 +18,12 @@ from typing import Any, TypeVar
 import safetensors
 
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.files import InputFile
+from m3jax.checkpoints.flax_msgpack import read_tensors
 from m3jax.checkpoints.index import parse_index
 from m3jax.checkpoints.json_text import load_json
 from m3jax.checkpoints.safetensors import Header, read_header
+from m3jax.checkpoints.sources import read_whole
 
 LONGEST_MESSAGE = 1000  # characters; a screenful
 T = TypeVar("T")
@@ -79,6 +82,23 @@ def check_config(text: bytes) -> dict[str, Any] | None:
         assert json.dumps(ours) == json.dumps(json.loads(text.decode()))
         assert isinstance(ours, dict)
     return ours
+
+
+def check_msgpack(content: bytes) -> dict[str, Any] | None:
+    """A whole file of Flax's msgpack; returns its tensors, or None if it is refused."""
+    fd = os.memfd_create("msgpack")
+    try:
+        os.pwrite(fd, content, 0)
+        with InputFile(Path(f"/proc/self/fd/{fd}")) as file:
+            leaves = _outcome(lambda: read_tensors(file))
+            if leaves is None:
+                return None
+            tensors = {name: read_whole(leaf) for name, leaf in leaves.items()}
+    finally:
+        os.close(fd)
+    # Numbers of one byte take the most: eight bytes as a tensor.
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= 8 * len(content)
+    return tensors
 
 
 def framed(text: bytes, data: bytes = b"", length: int | None = None) -> bytes:
