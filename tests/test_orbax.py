@@ -201,6 +201,12 @@ class TestDamaged:
         with pytest.raises(m3jax.CheckpointError, match=message):
             m3jax.load(folder)
 
+    def test_a_store_that_tensorstore_does_not_know(self, folder: Path):
+        fsspec = pytest.importorskip("fsspec")
+        fsspec.filesystem("memory").put(str(folder), "/orbax/c", recursive=True)
+        with pytest.raises(m3jax.CheckpointError, match="from here, gs:// and s3"):
+            m3jax.load("memory://orbax/c")
+
     def test_unfinished(self, folder: Path):
         partial = folder.rename(folder.parent / "c.orbax-checkpoint-tmp-7")
         with pytest.raises(m3jax.CheckpointError, match="was not finished"):

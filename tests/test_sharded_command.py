@@ -11,6 +11,7 @@ import pytest
 from command_line import Run
 
 import m3jax
+from m3jax.engine import sharded
 from m3jax.engine.sharding_rules import by_axes, make_mesh
 
 SEED = 5
@@ -197,6 +198,18 @@ def test_nonfinite(trio: Path, tmp_path: Path, run: Run):
     assert "up_proj.weight' holds inf at [7, 50]" in errors[0]
     folders = [checkpoints.digest(tmp_path / str(i)) for i in range(3)]
     assert folders[0] == folders[1] == folders[2]
+
+
+def test_out_of_memory(trio: Path, tmp_path: Path, run: Run, monkeypatch):
+    def read_tensor(source: object, sharding: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(sharded, "read_tensor", read_tensor)
+    inputs = f"--models={trio / 'a'},{trio / 'b'}", f"--output={tmp_path / 'out'}"
+    ran = run("merge", *inputs, "--executor=sharded")
+    assert ran.code == 4
+    assert ran.error.endswith("--executor=streamed needs no more than a few buffers")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resumed_by_the_other_executor(trio: Path, tmp_path: Path, monkeypatch):

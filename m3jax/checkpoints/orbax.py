@@ -30,7 +30,14 @@ from m3jax.checkpoints import boxes
 from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile, Location, exists, inside, read_small
+from m3jax.checkpoints.files import (
+    InputFile,
+    Location,
+    exists,
+    inside,
+    open_file,
+    read_small,
+)
 from m3jax.checkpoints.json_text import load_json
 from m3jax.checkpoints.tree import KeyPath, name_of
 
@@ -175,7 +182,12 @@ def read_item(
     """
     metadata = _metadata(item)
     leaves = dict(_leaves(item, metadata))
-    files = (OrbaxFiles(item),) if isinstance(item, Path) else ()
+    files: tuple[InputFile, ...]
+    if isinstance(item, Path):
+        files = (OrbaxFiles(item),)
+    else:
+        names = [name for name in (METADATA, MANIFEST) if exists(item / name)]
+        files = tuple(open_file(item / name) for name in names)
     stores = _open(item, leaves, metadata, cache=0)
     tensors = {n: _tensor(item, n, s) for n, s in stores.items()}
     # Two stretches of rows may be in use at a time: the end of a tensor, or of its

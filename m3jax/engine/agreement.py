@@ -27,7 +27,10 @@ def facts(prepared: Prepared) -> dict[str, str]:
         "kind of device": ", ".join(sorted(devices)),
         "recipe": json.dumps(prepared.recipe.to_dict(), sort_keys=True),
         "seed": str(prepared.seed),
-        "setting allow_nonfinite": str(prepared.execution.allow_nonfinite),
+        **{
+            f"setting {name}": str(getattr(prepared.execution, name))
+            for name in ("allow_nonfinite", "executor", "mesh", "output_format")
+        },
         "base": "none" if prepared.base is None else _digest(prepared.base),
         **{
             f"model {i}": _digest(model)

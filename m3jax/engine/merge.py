@@ -172,7 +172,7 @@ def _execute(
     in_memory: Sharded | None = None
     info: Info = {}
     if prepared.execution.executor == "sharded":
-        in_memory = Sharded(prepared, processes, progress)
+        in_memory = Sharded(prepared, processes, progress, stream.clock)
     else:
         stream.tables = statistics.dare_tables(
             prepared, share, stream, journal, progress

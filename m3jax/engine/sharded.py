@@ -8,8 +8,10 @@ bytes are those of the streamed executor, and so are the checksums.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from m3jax.checkpoints.sources import Source
 from m3jax.engine import checks, in_memory
 from m3jax.engine.inputs import TensorInputs
 from m3jax.engine.load import num_threads, read_tensor
+from m3jax.engine.pipeline import Clock
 from m3jax.engine.prepare import Prepared
 from m3jax.engine.processes import Processes
 from m3jax.engine.progress import Progress
@@ -40,8 +43,20 @@ _BLOCK = 1 << 20  # elements that are read at a time to make a checksum
 class Sharded:
     """The tensors that are merged, in device memory."""
 
-    def __init__(self, prepared: Prepared, processes: Processes, progress: Progress):
+    def __init__(
+        self,
+        prepared: Prepared,
+        processes: Processes,
+        progress: Progress,
+        clock: Clock,
+    ):
         """Loads them.
+
+        Args:
+          prepared: the merge.
+          processes: all that do it.
+          progress: is told what happens.
+          clock: counts the seconds of each stage.
 
         Raises:
           CheckpointError: naming the tensor and the model that hold NaN or infinity.
@@ -50,6 +65,7 @@ class Sharded:
         self._prepared = prepared
         self._processes = processes
         self._progress = progress
+        self._clock = clock
         self._items = loaded_items(prepared)
         mesh = mesh_of(prepared)
         self._watched = [_watched(prepared, i) for i in self._items]
@@ -63,7 +79,8 @@ class Sharded:
             base = None if tensor.base is None else arrays.pop(0)
             return Leaf(tensor.name, base, tuple(arrays), True, _kernel_dtype(tensor))
 
-        with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(num_threads())
+        with _explained(), clock.stage("loading"), pool:
             for n, leaf in enumerate(pool.map(load, range(len(self._items)))):
                 processes.check()
                 progress.advance(prepared.read_bytes([self._items[n]]))
@@ -87,26 +104,34 @@ class Sharded:
         left = [n for n, i in enumerate(self._items) if i not in done]
         if not left:
             return
-        draw = in_memory.draw(self._leaves, recipe, len(self._prepared.models), seed)
-        info = in_memory.measure(self._leaves, recipe, draw)
+        num_models = len(self._prepared.models)
+        with _explained(), self._clock.stage("computing"):
+            draw = in_memory.draw(self._leaves, recipe, num_models, seed)
+            info = in_memory.measure(self._leaves, recipe, draw)
         self._progress.stage(
             "merging", sum(self._output_bytes(self._items[n]) for n in left)
         )
-        merged = in_memory.combine(self._leaves, recipe, draw, info, donate=True)
-        with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+        with _explained(), self._clock.stage("computing"):
+            merged = in_memory.combine(self._leaves, recipe, draw, info, donate=True)
+            jax.block_until_ready(merged)
+        pool = concurrent.futures.ThreadPoolExecutor(num_threads())
+        with self._clock.stage("writing"), pool:
             for _ in pool.map(lambda n: self._write(n, merged[n], recorder), left):
                 self._processes.check()
         if self._processes.count == 1:
             return
         writer.sync()
         self._processes.barrier()
-        ours = set(share.items)
-        for n in left:
-            if self._items[n] in ours:
+        with self._clock.stage("hashing"):
+            self._hash(set(share.items) & {self._items[n] for n in left}, recorder)
+
+    def _hash(self, items: set[int], recorder: Recorder) -> None:
+        """Finds out checksums of tensors whose parts several processes have written."""
+        for item, sources in zip(self._items, self._watched, strict=True):
+            if item in items:
                 self._processes.check()
-                inputs = [watched.checksum() for watched in self._watched[n]]
-                checksum = recorder.checksum_on_disk(self._items[n])
-                recorder.keep(self._items[n], checksum, inputs)
+                inputs = [source.checksum() for source in sources]
+                recorder.keep(item, recorder.checksum_on_disk(item), inputs)
 
     def _write(self, n: int, array: jax.Array, recorder: Recorder) -> None:
         """Writes this process's part of a tensor; all of it, if there is only one."""
@@ -204,6 +229,17 @@ class Watched:
         if start == self._next:
             self._running.update(values.view(np.uint8))
             self._next += len(values)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says what helps where the devices' memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            error.add_note("--executor=streamed needs no more than a few buffers")
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
