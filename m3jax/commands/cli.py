@@ -41,7 +41,9 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
     Args:
       name: of the command.
       module: has `main`, a docstring whose first line says what it does, `USAGE`, and
-        its flags; optionally `prepare(arguments)`, which sees them before parsing.
+        its flags; optionally `prepare(arguments)`, which sees them before parsing,
+        `failed(exit code)`, called when an error was explained, and `SHARED`, modules
+        with more flags.
       arguments: of the command line, behind the command's name.
 
     Returns:
@@ -70,6 +72,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
             traceback.print_exc()
         code, message = _explain(error)
         print(f"m3jax {name}: {message}", file=sys.stderr)
+        getattr(module, "failed", lambda code: None)(code)
         return code
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -120,7 +123,7 @@ def _classify(error: BaseException) -> tuple[int, str]:
 def _help(name: str, module: ModuleType) -> str:
     described, _, _ = (module.__doc__ or "").strip().partition("\n\n")
     lines = [f"m3jax {name}: {described}", "", f"usage: {module.USAGE}", ""]
-    for own in (module, sys.modules[__name__]):
+    for own in (module, *getattr(module, "SHARED", []), sys.modules[__name__]):
         for flag in flags.FLAGS.get_flags_for_module(own.__name__):
             default = "" if flag.default in (None, False) else f" [{flag.default}]"
             names = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}="

@@ -11,10 +11,11 @@ from typing import Any
 from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.commands import allocator, config, reporting
+from m3jax.commands import allocator, config, distributed, reporting
 from m3jax.commands.cli import UsageError
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
+SHARED = [distributed]
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
@@ -45,18 +46,20 @@ _OUTPUT_FORMAT = flags.DEFINE_enum(
     "output_format",
     None,
     ["safetensors", "orbax"],
-    "safetensors or orbax. [orbax if the base is]",
+    "Of the output; without it, that of the base (or of the first model). Flax's "
+    "msgpack becomes safetensors.",
 )
 _EXECUTOR = flags.DEFINE_enum(
     "executor",
     "streamed",
     ["streamed", "sharded"],
-    "streamed: in chunks, from file to file; sharded: whole models in device memory.",
+    "In chunks from file to file, or all models in the memory of all devices.",
 )
 _MESH = flags.DEFINE_list(
     "mesh",
     None,
-    "Sharded: how devices split tensors, such as rows=2,columns=4. [rows=ALL]",
+    "Sharded: how the devices split tensors, such as rows=2,columns=4. "
+    "[rows=ALL DEVICES]",
 )
 _FSYNC = flags.DEFINE_bool("fsync", True, "Wait until the disk has the output.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
@@ -89,6 +92,7 @@ def main(positional: list[str]) -> int:
 
     allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
+    prints = _DRY_RUN.value or distributed.start()
     from m3jax.engine.inputs import MismatchError
     from m3jax.engine.prepare import Execution, prepare
 
@@ -119,7 +123,8 @@ def main(positional: list[str]) -> int:
     from m3jax.engine.merge import merge
 
     assert output is not None
-    with _profiled(_PROFILE.value), reporting.progress() as progress:
+    shown = reporting.progress() if prints else contextlib.nullcontext()
+    with _profiled(_PROFILE.value), shown as progress:
         result = merge(
             base,
             models,
@@ -129,8 +134,14 @@ def main(positional: list[str]) -> int:
             execution=execution,
             progress=progress,
         )
-    print(reporting.summary(result, profile=_PROFILE.value is not None))
+    if prints:
+        print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
+
+
+def failed(code: int) -> None:
+    """See `cli.run`."""
+    distributed.leave_after_failure(code)
 
 
 def _mesh(entries: list[str] | None) -> dict[str, int] | None:
