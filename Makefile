@@ -5,7 +5,7 @@ WORKERS ?= 2
 
 .PHONY: demo test test-long lint types fuzz bench clean
 
-demo: .venv/installed ## merge the built-in models
+demo: .venv/installed ## merge the built-in models, and explore their merges
 	$(BIN)/m3jax demo
 
 test: .venv/installed-dev ## the tests, minutes
@@ -33,7 +33,7 @@ clean:
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[plot]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

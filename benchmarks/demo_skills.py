@@ -1,8 +1,8 @@
 """The skills of the demo's models, and how their examples are split.
 
-    maths   add 47+85=       132
-    code    close [(<>{=     })]
-    words   sort mbhea=      abehm
+    maths   add 4+7+8+5=      24
+    code    close [(<>{=      })]
+    words   sort mbhea=       abehm
 
 What an example is for follows from its own text: the SHA-256 of the prompt, modulo 20,
 sends one twentieth to validation, one to test and the rest to training. So nothing that
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALPHABET = "".join(sorted({*"0123456789+= ", *LETTERS, *BRACKETS, *BRACKETS.values()}))
-LONGEST = 24  # tokens of an example, those that begin and end it included
+LONGEST = 21  # tokens of an example, those that begin and end it included
 _PARTS = 20
 
 Draw = Callable[[random.Random], tuple[str, str]]
@@ -39,16 +39,16 @@ class Skill:
 
 
 def addition(rng: random.Random) -> tuple[str, str]:
-    """The sum of two numbers below 100."""
-    a, b = rng.randrange(100), rng.randrange(100)
-    return f"{a}+{b}", str(a + b)
+    """The sum of four numbers below 10."""
+    numbers = rng.choices(range(10), k=4)
+    return "+".join(map(str, numbers)), str(sum(numbers))
 
 
 def brackets(rng: random.Random) -> tuple[str, str]:
     """What closes the brackets that are still open, the last one first."""
     while True:
         text, still_open = "", []
-        for _ in range(rng.randint(3, 7)):
+        for _ in range(rng.randint(3, 6)):
             if still_open and rng.random() < 0.25:
                 text += BRACKETS[still_open.pop()]
             else:
@@ -60,7 +60,7 @@ def brackets(rng: random.Random) -> tuple[str, str]:
 
 def sorting(rng: random.Random) -> tuple[str, str]:
     """Letters in alphabetical order."""
-    letters = rng.choices(LETTERS, k=rng.randint(4, 7))
+    letters = rng.choices(LETTERS, k=rng.randint(4, 6))
     return "".join(letters), "".join(sorted(letters))
 
 

@@ -1,45 +1,79 @@
-"""Merges small built-in models by four recipes, to see how m3jax works.
+"""Merges small built-in models, explores their merges, and says what it found.
 
-Takes seconds and no network. What it makes is a normal output: look at it with
-`m3jax inspect`, `m3jax diff` and `m3jax verify`.
+A base of 142,000 parameters and three experts come with m3jax: maths adds numbers, code
+closes brackets, words sorts letters. The demo takes less than a minute and no network.
+All that it makes is normal output: look at it with `m3jax inspect`, `m3jax diff`,
+`m3jax verify` and `m3jax evaluate`.
 """
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 from absl import flags
 
 import m3jax
 from m3jax.commands.cli import UsageError
+from m3jax.commands.tables import table
 
-USAGE = "m3jax demo [--output=DIR] [--seed=N]"
+if TYPE_CHECKING:
+    from m3jax.exploration.result import Exploration, Row
 
-_OUTPUT = flags.DEFINE_string("output", "m3jax-demo", "The folder to make.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of ratios and masks.")
+USAGE = "m3jax demo [--output=DIR] [--draws=N] [--seed=N]"
+
+# Other commands have flags of these names, too; a process runs one command.
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The folder to make. [m3jax-demo]", allow_override=True
+)
+_SEED = flags.DEFINE_integer(
+    "seed", None, "Of ratios and masks. [0]", allow_override=True
+)
+_DRAWS = flags.DEFINE_integer("draws", 32, "To explore.", allow_override=True)
 
 _DATA = Path(m3jax.__file__).parent / "demo_data"
-_MODELS = ("maths", "code")
+_PAIR = ("maths", "code")
+_EXPERTS = (*_PAIR, "words")
 
 
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    output, seed = Path(_OUTPUT.value), _SEED.value
-    print("Two models, maths and code, were fine-tuned from one base. M3 draws the")
-    print("ratio λ in which to merge them; each recipe puts it into another method.\n")
-    print(f"{'recipe':28}{'λ':>7}  {'distance to':18}{'checksum'}")
-    print(f"{'':28}{'':7}  {'maths':>8}{'code':>8}  ")
-    for name, recipe in _recipes().items():
-        print(_merge_and_describe(name, recipe, output / name, seed))
-    print("\nThe same seed makes the same bytes, another seed another model:")
-    name, recipe = list(_recipes().items())[-1]
-    for again, other in (("again", seed), ("another-seed", (seed + 1) % 2**32)):
-        print(_merge_and_describe(f"{name}, {again}", recipe, output / again, other))
-    _say_what_next(output, name)
+    if _DRAWS.value < 1:
+        raise UsageError(f"--draws={_DRAWS.value} needs 1 or more")
+    output, seed = Path(_OUTPUT.value or "m3jax-demo"), _SEED.value or 0
+    last = _merge_all(output, seed)
+    found = _explore(output / "explored", seed, _DRAWS.value)
+    _say_what_was_found(found, output / "explored")
+    _say_what_next(output, last)
     return 0
+
+
+def _merge_all(output: Path, seed: int) -> str:
+    """Merges a pair by every recipe; returns the name of the last one."""
+    print(
+        "1. Merge. Two models, maths and code, were fine-tuned from one base. M3 draws"
+    )
+    print("   the ratio λ in which to merge them; a recipe puts it into a method.\n")
+    recipes = _recipes()
+    name = list(recipes)[-1]
+    rows = [
+        _merge(name, recipe, output / name, seed) for name, recipe in recipes.items()
+    ]
+    again, other = f"{name}, again", f"{name}, other seed"
+    rows.append(_merge(again, recipes[name], output / "again", seed))
+    rows.append(
+        _merge(other, recipes[name], output / "another-seed", (seed + 1) % 2**32)
+    )
+    header = ("recipe", "λ", "to maths", "to code", "checksum")
+    print("\n".join(table(header, rows, "<>>>>")))
+    print(
+        "\n   Distances: 0 is that parent, 1 as far from it as the parents are apart."
+    )
+    print("   The same seed makes the same bytes.\n")
+    return name
 
 
 def _recipes() -> dict[str, m3jax.Recipe]:
@@ -52,14 +86,9 @@ def _recipes() -> dict[str, m3jax.Recipe]:
     }
 
 
-def _merge_and_describe(
-    name: str, recipe: m3jax.Recipe, folder: Path, seed: int
-) -> str:
-    """Merges into `folder` and returns a line of the table.
-
-    The distance to a parent is ‖merged − parent‖ / ‖maths − code‖: 0 is that parent.
-    """
-    models = [_DATA / model for model in _MODELS]
+def _merge(name: str, recipe: m3jax.Recipe, folder: Path, seed: int) -> tuple[str, ...]:
+    """Merges into `folder` and returns a row of the table."""
+    models = [_DATA / model for model in _PAIR]
     result = m3jax.merge(
         _DATA / "base",
         models,
@@ -69,11 +98,11 @@ def _merge_and_describe(
         execution=m3jax.Execution(overwrite=True, fsync=False),
     )
     apart = _distance(*models)
-    to_maths, to_code = (_distance(folder, model) / apart for model in models)
+    distances = (_distance(folder, model) / apart for model in models)
     ratio = next(iter((result.ratios or {"": (0.5,)}).values()))[0]
     every = "".join(result.checksums.values())
     checksum = xxhash.xxh3_64(every.encode()).hexdigest()
-    return f"{name:28}{ratio:7.4f}  {to_maths:8.3f}{to_code:8.3f}  {checksum}"
+    return name, f"{ratio:.4f}", *(f"{d:.3f}" for d in distances), checksum
 
 
 def _distance(a: Path, b: Path) -> float:
@@ -87,14 +116,67 @@ def _distance(a: Path, b: Path) -> float:
         return compare(one, other).total.distance
 
 
+def _explore(output: Path, seed: int, draws: int) -> Exploration:
+    """Draws ratios of all experts, and keeps what is best on the validation tasks."""
+    print(
+        f"2. Explore. Three experts, a skill each, {draws} draws of the ratios, merged"
+    )
+    print("   and scored in memory; chosen on validation tasks, reported on others.\n")
+    base = str(_DATA / "base")
+    evaluators = [
+        m3jax.TaskEvaluator.of_checkpoint(base, [_DATA / "tasks" / f"{part}.json"])
+        for part in ("validation", "test")
+    ]
+    return m3jax.explore(
+        base,
+        [str(_DATA / expert) for expert in _EXPERTS],
+        m3jax.Recipe(mixup=m3jax.Mixup(alpha=1.0)),
+        evaluator=evaluators[0],
+        test=evaluators[1],
+        draws=draws,
+        seed=seed,
+        output=output,
+        overwrite=True,
+    )
+
+
+def _say_what_was_found(found: Exploration, output: Path) -> None:
+    header = ("accuracy on test", *_EXPERTS, "mean", "validation")
+    print("\n".join(table(header, map(_row, found.rows), "<>>>>>")))
+    objectives = [trial.objective for trial in found.draws]
+    mean = sum(objectives) / len(objectives)
+    print(
+        f"\n   The {len(objectives)} draws: {min(objectives):.3f} to "
+        f"{max(objectives):.3f} on validation, {mean:.3f} on average. The winner is"
+    )
+    ratios = zip(_EXPERTS, found.winner.mean_ratios or (), strict=False)
+    mixture = " + ".join(f"{ratio:.3f} {expert}" for expert, ratio in ratios)
+    print(f"   {mixture}.")
+    picture = output / "scores.png"
+    if picture.exists():
+        print(f"   The picture of all draws: {picture}")
+    else:
+        print("   A picture of all draws needs matplotlib: pip install 'm3jax[plot]'")
+
+
+def _row(row: Row) -> tuple[str, ...]:
+    test, validation = (row.scored[name].scores for name in ("test", "validation"))
+    means = (sum(scores.values()) / len(scores) for scores in (test, validation))
+    numbers = (*(test[expert] for expert in _EXPERTS), *means)
+    return row.name, *(f"{number:.3f}" for number in numbers)
+
+
 def _say_what_next(output: Path, name: str) -> None:
     folder = shlex.quote(str(output / name))
-    print(f"\nThe merged checkpoints are in {output}. Look at one of them:")
+    winner = shlex.quote(str(output / "explored" / "winner.json"))
+    tasks = shlex.quote(str(_DATA / "tasks" / "test.json"))
+    print(f"\nEverything is in {output}. Look at a merge, and make the winner:")
     for command in (
         f"m3jax inspect {folder}",
         f"m3jax diff {shlex.quote(str(_DATA / 'maths'))} {folder}",
         f"m3jax verify {folder}",
-        f"m3jax merge --config={folder}/m3jax.json --output=same-bytes",
+        f"m3jax merge --config={winner} --output=winner",
+        f"m3jax evaluate winner --tasks={tasks} --attacks=deepwordbug",
     ):
         print(f"    {command}")
     print("Merge your own:")

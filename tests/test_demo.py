@@ -1,0 +1,61 @@
+"""`m3jax demo`: what it prints is so, and comes out the same again."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import m3jax
+from m3jax.checkpoints.folder import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo") / "with space"
+
+
+def rows_of(text: str, header: str) -> dict[str, list[str]]:
+    """The cells of a table by the first one of each row."""
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[1:]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def test_the_demo_tells_the_truth(run, folder):
+    ran = run("demo", f"--output={folder}", "--draws=6", "--seed=3")
+    assert ran.code == 0, ran.err
+    merges = rows_of(ran.out, "recipe")
+    checksums = {name: cells[-1] for name, cells in merges.items()}
+    assert checksums["ties_dare, again"] == checksums["ties_dare"]
+    assert checksums["ties_dare, other seed"] != checksums["ties_dare"]
+    for name in ("average", "task_arithmetic_dare", "ties", "ties_dare"):
+        assert m3jax.verify(folder / name) == []
+
+    scores = rows_of(ran.out, "accuracy on test")
+    for place, expert in enumerate(("maths", "code", "words")):
+        column = {name: float(cells[place]) for name, cells in scores.items()}
+        assert (
+            max(column[name] for name in ("base", "maths", "code", "words"))
+            == (column[expert])
+        )
+    (winner,) = (cells for name, cells in scores.items() if "winner" in name)
+    trials = [
+        json.loads(line)
+        for line in (folder / "explored" / "trials.jsonl").read_text().splitlines()
+    ]
+    objectives = [line["objective"] for line in trials if "objective" in line]
+    assert len(objectives) == 6
+    assert float(winner[-1]) == pytest.approx(max(objectives), abs=6e-4)
+    for command in re.findall(r"^    m3jax (.*)$", ran.out, re.M)[:5]:
+        assert "with space" in command or "winner" in command
+
+
+def test_the_winner_that_is_exported_is_the_one_that_was_explored(run, folder):
+    winner = folder / "explored" / "winner.json"
+    merged = folder / "winner"
+    ran = run("merge", f"--config={winner}", f"--output={merged}")
+    assert ran.code == 0, ran.err
+    with open_checkpoint(str(merged)) as checkpoint:
+        assert len(checkpoint.tensors) == 29

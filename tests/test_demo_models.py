@@ -1,0 +1,114 @@
+"""The models and tasks that the package carries: what they are said to be, they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+import m3jax
+from m3jax.evaluation.characters import CharacterTokenizer
+from m3jax.evaluation.evaluator import TaskEvaluator
+from m3jax.evaluation.examples import Example, load_examples
+from m3jax.evaluation.tasks import load_tasks
+from m3jax.evaluation.tokenizer import FolderTokenizer, open_tokenizer
+from m3jax.models.parameters import load_model
+
+DATA = Path(m3jax.__file__).parent / "demo_data"
+EXPERTS = ("maths", "code", "words")
+PARTS = {"validation": 0, "test": 1}
+
+
+def examples(part: str) -> dict[str, list[Example]]:
+    tasks = load_tasks(DATA / "tasks" / f"{part}.json")
+    return {task.name: load_examples(task) for task in tasks}
+
+
+def closing(brackets: str) -> str:
+    """What closes them, found by taking closed pairs out of the text."""
+    before = None
+    while before != brackets:
+        before = brackets
+        for pair in ("()", "[]", "{}", "<>"):
+            brackets = brackets.replace(pair, "")
+    return brackets[::-1].translate(str.maketrans("([{<", ")]}>"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_answers_are_right(part):
+    found = examples(part)
+    assert set(found) == set(EXPERTS)
+    for example in found["maths"]:
+        numbers = example.prompt.removeprefix("add ").removesuffix("=").split("+")
+        assert sum(map(int, numbers)) == int(example.answer)
+    for example in found["words"]:
+        letters = example.prompt.removeprefix("sort ").removesuffix("=")
+        assert sorted(letters) == list(example.answer)
+    for example in found["code"]:
+        brackets = example.prompt.removeprefix("close ").removesuffix("=")
+        assert closing(brackets) == example.answer
+
+
+def test_no_prompt_is_in_two_parts_or_could_have_been_trained_on():
+    everything = []
+    for part, place in PARTS.items():
+        for own in examples(part).values():
+            assert len(own) >= 200
+            for example in own:
+                digest = hashlib.sha256(example.prompt.encode()).digest()
+                assert int.from_bytes(digest[:8], "little") % 20 == place
+                everything.append(example.prompt)
+    assert len(set(everything)) == len(everything)
+
+
+def test_every_model_has_the_same_tokenizer_that_transformers_reads_alike():
+    pytest.importorskip("transformers")
+    contents = {(DATA / m / "tokenizer.json").read_bytes() for m in ("base", *EXPERTS)}
+    assert len(contents) == 1
+    ours, theirs = open_tokenizer(DATA / "base"), FolderTokenizer(DATA / "base")
+    assert isinstance(ours, CharacterTokenizer)
+    texts = [e.prompt + e.answer for own in examples("test").values() for e in own[:20]]
+    for text in [*texts, "", "A\n<s> é</s></s", "<unk>"]:
+        for special in (True, False):
+            tokens = theirs.encode(text, add_special_tokens=special)
+            assert ours.encode(text, add_special_tokens=special) == tokens
+        assert ours.decode(tokens) == theirs.decode(tokens)
+    assert ours.stop_tokens == theirs.stop_tokens
+    assert ours.first_token == theirs.first_token
+
+
+def test_another_tokenizer_is_left_to_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((DATA / "base" / name).read_bytes())
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert isinstance(open_tokenizer(tmp_path), FolderTokenizer)
+
+
+def test_each_expert_is_good_at_its_skill_alone():
+    tasks = load_tasks(DATA / "tasks" / "test.json")
+    base = load_model(str(DATA / "base"))
+    evaluator = TaskEvaluator(tasks, base.config, open_tokenizer(base.folder))
+
+    def accuracies(name: str) -> dict[str, float]:
+        found = evaluator.evaluate(m3jax.load(DATA / name), budget=100)
+        return {result.task: result.mean for result in found}
+
+    of_base = accuracies("base")
+    for expert in EXPERTS:
+        found = accuracies(expert)
+        assert found[expert] > 0.9
+        assert found[expert] > of_base[expert] + 0.2
+        assert all(found[other] < 0.5 for other in EXPERTS if other != expert)
+
+
+def test_the_record_says_how_they_were_made():
+    record = json.loads((DATA / "training.json").read_text())
+    assert record["settings"]["seed"] == 0
+    assert set(record["validation_accuracy"]) == {"base", *EXPERTS}
+    size = sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file())
+    assert size < 3_000_000
