@@ -50,6 +50,7 @@ class Preset:
       examples: of each skill in validation and in test, at most.
       draws: of each recipe that draws.
       dtype: of the matrix products.
+      tokens_per_batch: of evaluation; the fewer, the less padding on few examples.
       generate: models also write answers to the test problems.
     """
 
@@ -59,12 +60,13 @@ class Preset:
     examples: int
     draws: int
     dtype: str
+    tokens_per_batch: int
     generate: bool
 
 
 PRESETS = {
-    "cpu": Preset(32, 8, 192, 24, 4, "float32", False),
-    "gpu": Preset(300, 16, 512, 1000, 32, "bfloat16", True),
+    "cpu": Preset(32, 8, 192, 16, 4, "float32", 768, False),
+    "gpu": Preset(300, 16, 512, 1000, 32, "bfloat16", 32768, True),
 }
 METHODS = ("average", "task_arithmetic", "ties")
 DROP_RATE = 0.2
@@ -254,6 +256,7 @@ def main(argv: list[str]) -> None:
             load_tasks(spec),
             config,
             tokenizer,
+            tokens_per_batch=preset.tokens_per_batch,
             dtype=jax.numpy.dtype(preset.dtype),
             allow_code_execution=_ALLOW_CODE_EXECUTION.value,
         )
