@@ -56,10 +56,11 @@ def free_port() -> int:
 
 def run(*commands: Sequence[object]) -> list[Ended]:
     """Runs Python with these arguments, all at once."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     started = time.monotonic()
     running = [

@@ -75,10 +75,11 @@ def start() -> bool:
 
     store = coordination.connect("m3jax")
     if store is not None and _started:
+        lost = "process 0" if store.index else "another process"
         _speak_before_abort(
             f"process {store.index} of {store.count} was ended by JAX for the reason "
-            "above, most likely because process 0 died or cannot be reached; nothing "
-            "has the output's name, and what was done is kept for --resume"
+            f"above, most likely because {lost} died or cannot be reached; nothing has "
+            "the output's name, and what was done is kept for --resume"
         )
     return store is None or store.index == 0
 

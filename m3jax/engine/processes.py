@@ -4,7 +4,9 @@ They exchange a few small values through the store of JAX's coordination service
 nothing here computes on devices. A process that fails posts why, and one that is
 killed stops giving signs of life: either way `check`, and whatever waits for others,
 raises `ProcessError` in all of them, at the latest `SILENCE` + 2 · `BEAT` seconds
-later.
+later (the first one then stays for up to `FAREWELL` seconds, for the others to hear).
+If the process that runs the coordination service dies, JAX itself ends the others, at
+once and by SIGABRT.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ BEAT = 2.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as dead
 ARRIVAL = 300.0  # seconds within which all have to have begun, after the first
 _POLL = 1.0  # seconds; how long one question to the store waits for its answer
-_FAREWELL = 3 * BEAT  # seconds in which the others hear why the first one leaves
+FAREWELL = 3 * BEAT  # seconds in which the others hear why the first one leaves
 
 _numbers = itertools.count()  # of the merges of this process, so that keys differ
 
@@ -268,7 +270,7 @@ class JoinedProcesses(Processes):
 
     def _await_others(self) -> None:
         """The store may end with this process: gives the others time to look."""
-        end = time.monotonic() + _FAREWELL
+        end = time.monotonic() + FAREWELL
         while time.monotonic() < end:
             posts = map(json.loads, self._store.board().values())
             if sum("beat" not in post for post in posts) == self.count:
