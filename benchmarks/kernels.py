@@ -172,7 +172,8 @@ def reducing(reduction: Reduction) -> Call:
     def call(chunk: Chunk) -> Any:
         counts = kernel(chunk.base, chunk.stack, chunk.reducing, arguments)
         if reduction.histogram and not on_device:
-            return selection.count_codes_on_host(np.asarray(counts)[0])
+            codes, others = counts
+            return selection.count_codes_on_host(np.asarray(codes)[0])[None], others
         return counts
 
     return call
@@ -185,8 +186,6 @@ def statistics_of(chunk: Chunk) -> tuple[Any, list[Reduction]]:
     def answer(reduction: Reduction) -> Any:
         passes.append(reduction)
         counts = reducing(reduction)(chunk)
-        if isinstance(counts, np.ndarray):
-            return counts
         return jax.tree.map(lambda part: np.asarray(part).sum(0, np.int64), counts)
 
     generator = METHODS["ties"].statistics

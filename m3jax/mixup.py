@@ -8,6 +8,7 @@ tensor instead.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -100,7 +101,9 @@ def coefficients(
     return np.array(rows, np.float32).reshape(-1, len(default)).T.copy()
 
 
-@jax.jit
+# Not optimised: it compiles faster, and what an optimisation would change is removed
+# by the rounding.
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def _dirichlet(key: jax.Array, alpha: jax.Array) -> jax.Array:
     key = jax.random.wrap_key_data(key, impl="threefry2x32")
     return jax.random.dirichlet(key, alpha, dtype=jnp.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import functions
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -179,7 +180,8 @@ def find(
             return None if sample is None else functions.count(reduction, None, sample)
         passes += 1
         parts = np.array_split(values, pieces, axis=1)
-        return sum(functions.count(reduction, None, part) for part in parts)
+        counts = [functions.count(reduction, None, part) for part in parts]
+        return jax.tree.map(lambda *own: sum(own), *counts)
 
     generator = selection.kth_smallest(selection.weight_codes, ranks, values.shape[1])
     return run_statistics(generator, answer), passes

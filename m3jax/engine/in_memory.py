@@ -251,9 +251,11 @@ def _counts(
         )
 
     def fetched(counts: Any) -> Any:
-        if on_host:
-            return sum(map(selection.count_codes_on_host, np.asarray(counts)))
-        return jax.tree.map(lambda c: _fetched(c).astype(np.int64).sum(axis=0), counts)
+        if not on_host:
+            return jax.tree.map(_int64_sum, counts)
+        codes, others = counts
+        histogram = sum(map(selection.count_codes_on_host, np.asarray(codes)))
+        return histogram, jax.tree.map(_int64_sum, others)
 
     if on_host:  # codes are as many as elements: one leaf's at a time
         return _added(fetched(dispatched(i)) for i in places)
@@ -315,3 +317,8 @@ def _check_distinct(leaves: Sequence[Leaf]) -> None:
                     "than once among the inputs; copy it, or do not donate"
                 )
             seen.add(id(array))
+
+
+def _int64_sum(counts: jax.Array) -> np.ndarray:
+    """Adds up the parts' counts (leading axis)."""
+    return _fetched(counts).astype(np.int64).sum(axis=0)

@@ -140,7 +140,7 @@ def reduce_kernel(
       function: of a `Reduction`.
       transform: DARE's static choices.
       mesh: of several devices; None for one.
-      count: count the codes that `function` returns.
+      count: make a histogram of the codes that `function` returns.
     """
 
     def reduce(
@@ -150,7 +150,8 @@ def reduce_kernel(
         valid = jnp.arange(TILE, dtype=jnp.int32)[None] < tiles.counts
         result = function(base, transform(base, stack, tiles), valid, arguments)
         if count:
-            result = selection.count_codes(result)
+            codes, counts = result
+            result = selection.count_codes(codes), counts
         return jax.tree.map(lambda part: part[None], result)
 
     if mesh is None:

@@ -172,7 +172,7 @@ def reduce_leaf(
     Args:
       models, base, numbers, transform, placement: as for `merge_leaf`.
       function, arguments: of the reduction.
-      count: count the codes that `function` returns.
+      count: make a histogram of the codes that `function` returns.
       stride: of so many elements look at one, for a sample.
 
     Returns:
@@ -191,7 +191,10 @@ def reduce_leaf(
             own = None if base is None else base[part]
             valid = jnp.ones(stack[0, part].shape, bool)
             result = function(own, stack[:, part], valid, arguments)
-            parts.append(selection.count_codes(result) if count else result)
+            if count:
+                codes, counts = result
+                result = selection.count_codes(codes), counts
+            parts.append(result)
         return jax.tree.map(lambda *parts: jnp.stack(parts), *parts)
 
     spec = placement.spec

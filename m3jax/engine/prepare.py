@@ -30,8 +30,9 @@ from m3jax.recipe import Recipe, parse_size
 T = TypeVar("T")
 
 # Bytes of one thread's input buffers: large enough that the cost of a kernel call is
-# lost in it, small enough to stay near the cores' caches. See benchmarks/.
+# lost in them. On a CPU also small enough to stay in its caches. See benchmarks/.
 _LANE_BUDGET = 32 << 20
+_LANE_BUDGET_CPU = 8 << 20
 FORMATS = ("safetensors", "orbax")  # of outputs
 EXECUTORS = ("streamed", "sharded")
 
@@ -41,7 +42,7 @@ class Execution:
     """How a merge is run; nothing here changes a byte of the result.
 
     Attributes:
-      threads: that read, compute and write; None: one more than cores, at most 4.
+      threads: that read, compute and write; None: one per core, 2 to 4.
       chunk_size: elements of a tensor that are worked on at a time; None: chosen.
       devices: to compute on; None: all local devices of the default backend.
       overwrite: replace a previous m3jax output.
@@ -86,7 +87,7 @@ class Execution:
 
     @property
     def num_threads(self) -> int:
-        return self.threads or min(4, available_cores() + 1)
+        return self.threads or min(4, max(2, available_cores()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _plan(
         execution.chunk_size,
         sum(lane_bytes(inputs.tensors, 1)) // plan.TILE,
         len(devices),
-        _LANE_BUDGET,
+        _LANE_BUDGET_CPU if devices[0].platform == "cpu" else _LANE_BUDGET,
     )
     # A small model needs no chunk larger than itself.
     whole = sum(-(-item.size // plan.TILE) for item in items)

@@ -21,6 +21,7 @@ from m3jax.engine.inputs import TensorInputs
 from m3jax.engine.pipeline import Clock, for_each
 from m3jax.engine.plan import TILE, Chunk
 from m3jax.engine.tables import TileTables
+from m3jax.methods import METHODS
 from m3jax.methods.method import Reduction
 from m3jax.methods.selection import count_codes_on_host
 
@@ -112,7 +113,9 @@ class Stream:
                 tiles = self.tables.tiles(chunk, self._tiles, transform)
                 counts = kernel(*self._placed(base, stack, tiles), reduction.arguments)
                 if reduction.histogram and on_host:
-                    counts = count_codes_on_host(np.asarray(counts)[0])
+                    codes, counts = counts
+                    histogram = count_codes_on_host(np.asarray(codes)[0])
+                    counts = histogram, jax.tree.map(_int64_sum, counts)
                 else:
                     counts = jax.tree.map(_int64_sum, counts)
             with lock:
@@ -171,21 +174,22 @@ class Stream:
                 )
             table = coefficients()
 
+        shown = METHODS[method].shows_nonfinite and transform.strategy is None
+        check_inputs = check_finite and not shown
+
         def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
             if not chunk.merged:
                 self._copy(chunk, lane, turn, emit)
                 return
             base, stack = self._fill(chunk, lane)
-            if check_finite:
+            if check_inputs:
                 with self.clock.stage("checking"):
                     self._check_inputs(chunk, base, stack)
             with self.clock.stage("computing"):
                 merged = compute(chunk, base, stack, table)
             if check_finite:
                 with self.clock.stage("checking"):
-                    for run in chunk.runs:
-                        tensor = self._tensors[run.item]
-                        checks.check_overflow(merged[run.elements], run.start, tensor)
+                    self._check_result(chunk, base, stack, merged)
             for run in chunk.runs:
                 values = self._as_output(run.item, merged[run.elements])
                 with self.clock.stage("writing"):
@@ -286,6 +290,19 @@ class Stream:
             for name, part in zip(self._read_names(tensor), parts, strict=True):
                 values = part.reshape(-1)[run.elements]
                 checks.check_finite(values, run.start, tensor, name)
+
+    def _check_result(
+        self,
+        chunk: Chunk,
+        base: np.ndarray | None,
+        stack: np.ndarray,
+        merged: np.ndarray,
+    ) -> None:
+        if any(checks.has_nonfinite(merged[run.elements]) for run in chunk.runs):
+            self._check_inputs(chunk, base, stack)  # which may be the reason
+        for run in chunk.runs:
+            tensor = self._tensors[run.item]
+            checks.check_overflow(merged[run.elements], run.start, tensor)
 
     def _read_names(self, tensor: TensorInputs) -> list[str]:
         """Names of the checkpoints that the tensor's sources belong to."""

@@ -64,9 +64,11 @@ AVERAGE = Method(
     apply=average,
     default_coefficient=lambda num_models: 1 / num_models,
     needs_base=False,
+    shows_nonfinite=True,
 )
 TASK_ARITHMETIC = Method(
     apply=task_arithmetic,
     default_coefficient=lambda num_models: 1.0,
     needs_base=True,
+    shows_nonfinite=True,
 )

@@ -31,8 +31,8 @@ class Reduction:
         `valid` is a bool array of base's shape: count only where it is True. Counts
         are added up over chunks, tensors and hosts as int64.
       arguments: a pytree of arrays handed to `function`.
-      histogram: `function` returns the codes that `selection.count_codes` counts,
-        and the engine counts them where that is fastest.
+      histogram: `function` returns a pair: codes, of which the engine makes a
+        histogram where that is fastest, and a pytree of counts as above.
       sample: a pass over a fixed sample of the elements is enough. The engine
         answers None where reading everything costs as little.
     """
@@ -52,6 +52,8 @@ class Method:
         differentiable in the coefficients.
       default_coefficient: K -> the coefficient of each model without M3.
       needs_base: whether `apply` reads `base`; otherwise it may be None.
+      shows_nonfinite: NaN or infinity anywhere in the inputs makes the entry NaN or
+        infinite, so that a look at the result tells whether the inputs are finite.
       statistics: (K, number of elements, trim rate) -> a generator that yields the
         `Reduction`s it needs, receives their sums, and returns `info`.
     """
@@ -59,6 +61,7 @@ class Method:
     apply: Callable[..., jax.Array]
     default_coefficient: Callable[[int], float]
     needs_base: bool
+    shows_nonfinite: bool = False
     statistics: Callable[[int, int, float], Statistics] | None = None
 
     def default_coefficients(self, num_models: int) -> tuple[float, ...]:

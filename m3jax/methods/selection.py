@@ -56,7 +56,11 @@ def magnitude_codes(values: jax.Array, valid: jax.Array, window: Window) -> jax.
 
 
 def count_codes(codes: jax.Array) -> jax.Array:
-    """(K, BINS + 1) int32: how often each code but the last occurs, on a device."""
+    """(K, BINS + 1) int32: how often each code but the last occurs, on a device.
+
+    Args:
+      codes: (K, ...) uint16, of `magnitude_codes`.
+    """
 
     def count(codes: jax.Array) -> jax.Array:
         zeros = jnp.zeros(BINS + 2, jnp.int32)
@@ -82,17 +86,30 @@ def count_codes_on_host(codes: np.ndarray) -> np.ndarray:
 
 def delta_codes(
     base: jax.Array, stack: jax.Array, valid: jax.Array, window: Window
-) -> jax.Array:
-    """`magnitude_codes` of the task vectors: a `Reduction` to count."""
-    return magnitude_codes(stack - base[None], valid, window)
+) -> tuple[jax.Array, tuple[()]]:
+    """`magnitude_codes` of the task vectors: a `Reduction` that makes a histogram."""
+    return magnitude_codes(stack - base[None], valid, window), ()
 
 
 def weight_codes(
     base: jax.Array | None, stack: jax.Array, valid: jax.Array, window: Window
-) -> jax.Array:
-    """`magnitude_codes` of the models' own weights: a `Reduction` to count."""
+) -> tuple[jax.Array, tuple[()]]:
+    """`magnitude_codes` of the models' own weights, likewise."""
     del base
-    return magnitude_codes(stack, valid, window)
+    return magnitude_codes(stack, valid, window), ()
+
+
+class Beside(NamedTuple):
+    """What the pass that found the answer has counted beside it.
+
+    Attributes:
+      counts: of the function's second part, with `guess` for the answer.
+      between: how many magnitudes lie between the guess and the answer, so that they
+        are on another side of the one than of the other; zeros do not count.
+    """
+
+    counts: Any
+    between: int
 
 
 def kth_smallest(
@@ -112,14 +129,47 @@ def kth_smallest(
     Returns:
       (K,) float32; a rank among NaNs gives infinity.
     """
+    found, _ = yield from kth_smallest_and(function, None, ranks, size)
+    return found
+
+
+def kth_smallest_and(
+    function: Any, function_at_guess: Any, ranks: list[int], size: int
+) -> Generator[Reduction, Any, tuple[np.ndarray, Beside | None]]:
+    """`kth_smallest`, counting something else in the same pass.
+
+    Args:
+      function, ranks, size: as for `kth_smallest`.
+      function_at_guess: (base, stack, valid, (window, guess)) -> (codes, counts),
+        where `guess`, (K,) float32, is what the sample says of the answer; None
+        counts nothing else.
+
+    Yields:
+      The same reading passes.
+
+    Returns:
+      The answer, and what was counted; None where the answer took more than one pass
+      over everything.
+    """
     rank = np.array(ranks, np.int64)
     low = np.zeros(len(rank), np.int64)  # the answer's pattern is in [low, high)
     high = np.full(len(rank), _END, np.int64)
     whole = _covering(low, high)
     sample = yield Reduction(function, whole, histogram=True, sample=True)
-    window = whole if sample is None else _guess(sample, rank / size)
+    window, guess = whole, None
+    if sample is not None:
+        window, guess = _guess(sample[0], rank / size)
+    beside = None
+    passes = 0
     while True:
-        counts = yield Reduction(function, window, histogram=True)
+        passes += 1
+        if passes == 1 and guess is not None and function_at_guess is not None:
+            arguments = window, guess.view(np.float32)
+            counts, beside = yield Reduction(
+                function_at_guess, arguments, histogram=True
+            )
+        else:
+            counts, _ = yield Reduction(function, window, histogram=True)
         for i, count in enumerate(counts):
             first, shift = int(window.low[i]), int(window.shift[i])
             below = int(count[_BELOW])
@@ -131,7 +181,13 @@ def kth_smallest(
             if place < BINS:
                 high[i] = min(high[i], first + ((place + 1) << shift))
         if np.all(high - low == 1):
-            return low.astype(np.int32).view(np.float32)
+            found = low.astype(np.int32)
+            if beside is None or guess is None or passes > 1:
+                return found.view(np.float32), None
+            lows = window.low.tolist()
+            spans = zip(lows, guess.tolist(), found.tolist(), strict=True)
+            between = sum(map(_between, counts, spans))
+            return found.view(np.float32), Beside(beside, between)
         window = _covering(low, high)
 
 
@@ -144,10 +200,16 @@ def _covering(low: np.ndarray, high: np.ndarray) -> Window:
     return Window(low.astype(np.int32), np.array(shift, np.int32))
 
 
-def _guess(sample: np.ndarray, quantile: np.ndarray) -> Window:
-    """A window of single patterns around a quantile of a sampled histogram."""
+def _guess(sample: np.ndarray, quantile: np.ndarray) -> tuple[Window, np.ndarray]:
+    """A window of single patterns around a quantile of a sampled histogram.
+
+    Returns:
+      The window, and in it the pattern that is guessed for each model, (K,) int32.
+      It has no more than 8 bits after the first, as the differences of bfloat16
+      numbers mostly have: it often is the answer.
+    """
     shift = int(_covering(np.zeros(1, np.int64), np.array([_END])).shift[0])
-    lows = []
+    lows, guesses = [], []
     for count, q in zip(sample, quantile, strict=True):
         total = np.cumsum(count[:BINS])
         place = int(np.searchsorted(total, max(1, round(q * total[-1]))))
@@ -157,4 +219,19 @@ def _guess(sample: np.ndarray, quantile: np.ndarray) -> Window:
         # Never from 0 on: the many entries that are exactly 0 are counted as "below",
         # and if the answer is among them, that settles it.
         lows.append(int(np.clip(pattern - BINS // 2, 1, _END - BINS)))
-    return Window(np.array(lows, np.int32), np.zeros(len(lows), np.int32))
+        guesses.append(max(place << shift, lows[-1]))
+    window = Window(np.array(lows, np.int32), np.zeros(len(lows), np.int32))
+    return window, np.array(guesses, np.int32)
+
+
+def _between(count: np.ndarray, span: tuple[int, int, int]) -> int:
+    """How many magnitudes are in [guess, found) or the reverse, of one model.
+
+    Args:
+      count: histogram of a window of single patterns.
+      span: the window's first pattern, the guess and the answer. What lies between
+        them below the window can only be 0.
+    """
+    low, *ends = span
+    first, last = (max(end - low, 0) for end in sorted(ends))
+    return int(count[first:last].sum())

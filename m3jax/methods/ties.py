@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.methods.method import Info, Method, Reduction, Statistics, sum_over_models
-from m3jax.methods.selection import delta_codes, kth_smallest
+from m3jax.methods.selection import Window, delta_codes, kth_smallest_and
 
 # Stands for a coefficient of 0: too small to weigh against any other, and large
 # enough that what survives alone keeps its whole value.
@@ -61,16 +61,35 @@ def statistics(num_models: int, size: int, trim_rate: float) -> Statistics:
     majority is the sign of Σ sign(Σ_i x_i) over all n entries.
     """
     rank = int(size * trim_rate)
-    thresholds = np.zeros(num_models, np.float32)
+    thresholds, beside = np.zeros(num_models, np.float32), None
     if rank > 0:
-        thresholds = yield from kth_smallest(delta_codes, [rank] * num_models, size)
+        votes = _codes_and_signs if num_models > 1 else None
+        thresholds, beside = yield from kth_smallest_and(
+            delta_codes, votes, [rank] * num_models, size
+        )
     majority = 0
     if num_models > 1 and size > 0:  # one model: a sum of 0 has no survivors
-        majority = yield Reduction(_signs, thresholds)
+        # An entry that only the exact threshold trims, or spares, changes its sign
+        # by 2 at most. If they cannot turn the majority, it is known already.
+        if beside is not None and abs(beside.counts) > 2 * beside.between:
+            majority = beside.counts
+        else:
+            majority = yield Reduction(_signs, thresholds)
     return {
         "thresholds": thresholds,
         "majority": np.asarray(np.sign(majority), np.float32),
     }
+
+
+def _codes_and_signs(
+    base: jax.Array,
+    stack: jax.Array,
+    valid: jax.Array,
+    arguments: tuple[Window, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    window, thresholds = arguments
+    codes, _ = delta_codes(base, stack, valid, window)
+    return codes, _signs(base, stack, valid, thresholds)
 
 
 def _signs(
