@@ -45,7 +45,7 @@ _OUTPUT = flags.DEFINE_string(
     "The folder to make anew.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of first weights, examples and their order.")
-_BASE_STEPS = flags.DEFINE_integer("base_steps", 70, "On all skills alike.")
+_BASE_STEPS = flags.DEFINE_integer("base_steps", 100, "On all skills alike.")
 _EXPERT_STEPS = flags.DEFINE_integer("expert_steps", 250, "Mostly on one skill.")
 _BASE_RATE = flags.DEFINE_float("base_rate", 3e-3, "Highest learning rate of the base.")
 _EXPERT_RATE = flags.DEFINE_float("expert_rate", 1e-3, "Highest of an expert.")

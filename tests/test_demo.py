@@ -26,7 +26,7 @@ def rows_of(text: str, header: str) -> dict[str, list[str]]:
 def test_the_demo_tells_the_truth(run, folder):
     ran = run("demo", f"--output={folder}", "--draws=6", "--seed=3")
     assert ran.code == 0, ran.err
-    merges = rows_of(ran.out, "recipe")
+    merges = rows_of(ran.out, "recipe  ")
     checksums = {name: cells[-1] for name, cells in merges.items()}
     assert checksums["ties_dare, again"] == checksums["ties_dare"]
     assert checksums["ties_dare, other seed"] != checksums["ties_dare"]

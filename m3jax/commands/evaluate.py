@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from m3jax.evaluation.evaluator import TaskEvaluator
     from m3jax.evaluation.harness_tasks import HarnessResult
+    from m3jax.evaluation.neighbours import Neighbours
     from m3jax.evaluation.results import Result
     from m3jax.evaluation.robustness import Robustness
     from m3jax.evaluation.tasks import Task
@@ -129,6 +130,7 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
         raise UsageError(f"--attacks needs tasks of JSON files, not {', '.join(names)}")
     run_names = _harness(names) if names else None
     model = load_model(model_name)
+    neighbours = _neighbours(model) if "words" in _ATTACKS.value else None
     evaluator = _evaluator(model, tasks)
     results: list[Scored] = []
     for result in evaluator.results(
@@ -136,7 +138,9 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     ):
         results.append(result)
         _say(f"{len(results)} of {len(tasks)} tasks: {clean(result.task)}")
-    attacked = _under_attack(model, tasks, results, seed) if _ATTACKS.value else []
+    attacked = []
+    if _ATTACKS.value:
+        attacked = _under_attack(model, tasks, results, neighbours, seed)
     if run_names is not None:
         results += run_names(model, seed)
     return results, attacked
@@ -160,16 +164,24 @@ def _evaluator(model: Model, tasks: list[Task]) -> TaskEvaluator:
     )
 
 
-def _under_attack(
-    model: Model, tasks: list[Task], clean_results: list[Any], seed: int
-) -> list[Robustness]:
-    """Attacks all tasks in all ways that were asked for."""
+def _neighbours(model: Model) -> Neighbours:
     from m3jax.evaluation.neighbours import Neighbours
-    from m3jax.evaluation.robustness import under_attack
     from m3jax.evaluation.tokenizer import open_tokenizer
 
-    tokenizer = open_tokenizer(model.folder)
     embedding = model.parameters["model"]["embed_tokens"]["weight"]
+    return Neighbours(embedding, open_tokenizer(model.folder))
+
+
+def _under_attack(
+    model: Model,
+    tasks: list[Task],
+    clean_results: list[Any],
+    neighbours: Neighbours | None,
+    seed: int,
+) -> list[Robustness]:
+    """Attacks all tasks in all ways that were asked for."""
+    from m3jax.evaluation.robustness import under_attack
+
     found: list[Robustness] = []
     for robustness in under_attack(
         tasks,
@@ -177,11 +189,7 @@ def _under_attack(
         clean_results,
         model.parameters,
         lambda task: _evaluator(model, [task]),
-        neighbours=(
-            Neighbours(embedding, tokenizer)
-            if "words" in _ATTACKS.value
-            else lambda word: []
-        ),
+        neighbours=neighbours or (lambda word: []),
         examples=_ATTACK_EXAMPLES.value,
         limit=_LIMIT.value,
         seed=seed,
