@@ -172,8 +172,8 @@ def reducing(reduction: Reduction) -> Call:
     def call(chunk: Chunk) -> Any:
         counts = kernel(chunk.base, chunk.stack, chunk.reducing, arguments)
         if reduction.histogram and not on_device:
-            codes, others = counts
-            return selection.count_codes_on_host(np.asarray(codes)[0])[None], others
+            codes, *others = counts
+            return selection.count_codes_on_host(np.asarray(codes)[0])[None], *others
         return counts
 
     return call

@@ -106,8 +106,8 @@ def count(reduction: Reduction, base: Any, stack: Any) -> Any:
         base, stack, jnp.ones(stack.shape[1:], bool), reduction.arguments
     )
     if reduction.histogram:
-        codes, others = counts
-        counts = selection.count_codes_on_host(np.asarray(codes)), others
+        codes, *others = counts
+        counts = selection.count_codes_on_host(np.asarray(codes)), *others
     return jax.tree.map(lambda part: np.asarray(part).astype(np.int64), counts)
 
 

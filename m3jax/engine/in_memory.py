@@ -253,9 +253,9 @@ def _counts(
     def fetched(counts: Any) -> Any:
         if not on_host:
             return jax.tree.map(_int64_sum, counts)
-        codes, others = counts
+        codes, *others = counts
         histogram = sum(map(selection.count_codes_on_host, np.asarray(codes)))
-        return histogram, jax.tree.map(_int64_sum, others)
+        return histogram, *map(_int64_sum, others)
 
     if on_host:  # codes are as many as elements: one leaf's at a time
         return _added(fetched(dispatched(i)) for i in places)

@@ -150,8 +150,8 @@ def reduce_kernel(
         valid = jnp.arange(TILE, dtype=jnp.int32)[None] < tiles.counts
         result = function(base, transform(base, stack, tiles), valid, arguments)
         if count:
-            codes, counts = result
-            result = selection.count_codes(codes), counts
+            codes, *counts = result
+            result = selection.count_codes(codes), *counts
         return jax.tree.map(lambda part: part[None], result)
 
     if mesh is None:

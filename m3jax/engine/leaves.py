@@ -192,8 +192,8 @@ def reduce_leaf(
             valid = jnp.ones(stack[0, part].shape, bool)
             result = function(own, stack[:, part], valid, arguments)
             if count:
-                codes, counts = result
-                result = selection.count_codes(codes), counts
+                codes, *counts = result
+                result = selection.count_codes(codes), *counts
             parts.append(result)
         return jax.tree.map(lambda *parts: jnp.stack(parts), *parts)
 

@@ -26,6 +26,7 @@ import numpy as np
 from m3jax.engine import coordination
 
 T = TypeVar("T")
+Counts = np.ndarray | tuple[np.ndarray, ...] | None
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as dead
@@ -81,11 +82,14 @@ class Processes:
         """What the first process gives; it does not wait for the others."""
         return value
 
-    def sum(self, array: np.ndarray | None) -> np.ndarray | None:
-        """Adds up arrays of one shape. None adds nothing; all None give None."""
+    def sum(self, counts: Counts) -> Counts:
+        """Adds up arrays of one shape, or tuples of such arrays, one by one.
+
+        None adds nothing; all None give None.
+        """
         if self.count == 1:
-            return array
-        return _decode(self._exchange(_encode(array), _add))
+            return counts
+        return _decode(self._exchange(_encode(counts), _add))
 
     def first_then_others(self, function: Callable[[], T]) -> T:
         """Calls a function in the first process, and then in all others."""
@@ -299,18 +303,28 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def _encode(array: np.ndarray | None) -> bytes:
-    if array is None:
+def _encode(counts: Counts) -> bytes:
+    if counts is None:
         return b""
     file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    if isinstance(counts, tuple):
+        np.savez(file, *counts)
+    else:
+        np.save(file, counts, allow_pickle=False)
     return file.getvalue()
 
 
-def _decode(content: bytes) -> np.ndarray | None:
-    return np.load(io.BytesIO(content), allow_pickle=False) if content else None
+def _decode(content: bytes) -> Counts:
+    if not content:
+        return None
+    found = np.load(io.BytesIO(content), allow_pickle=False)
+    if isinstance(found, np.ndarray):
+        return found
+    return tuple(found[f"arr_{i}"] for i in range(len(found.files)))
 
 
 def _add(parts: list[bytes]) -> bytes:
-    arrays = [array for part in parts if (array := _decode(part)) is not None]
-    return _encode(np.sum(arrays, axis=0) if arrays else None)
+    found = [counts for part in parts if (counts := _decode(part)) is not None]
+    if not found:
+        return b""
+    return _encode(jax.tree.map(lambda *own: np.sum(own, axis=0), *found))

@@ -113,9 +113,9 @@ class Stream:
                 tiles = self.tables.tiles(chunk, self._tiles, transform)
                 counts = kernel(*self._placed(base, stack, tiles), reduction.arguments)
                 if reduction.histogram and on_host:
-                    codes, counts = counts
+                    codes, *others = counts
                     histogram = count_codes_on_host(np.asarray(codes)[0])
-                    counts = histogram, jax.tree.map(_int64_sum, counts)
+                    counts = histogram, *map(_int64_sum, others)
                 else:
                     counts = jax.tree.map(_int64_sum, counts)
             with lock:

@@ -31,8 +31,8 @@ class Reduction:
         `valid` is a bool array of base's shape: count only where it is True. Counts
         are added up over chunks, tensors and hosts as int64.
       arguments: a pytree of arrays handed to `function`.
-      histogram: `function` returns a pair: codes, of which the engine makes a
-        histogram where that is fastest, and a pytree of counts as above.
+      histogram: `function` returns a tuple: first codes, of which the engine makes a
+        histogram where that is fastest, then any number of arrays of counts.
       sample: a pass over a fixed sample of the elements is enough. The engine
         answers None where reading everything costs as little.
     """

@@ -86,17 +86,17 @@ def count_codes_on_host(codes: np.ndarray) -> np.ndarray:
 
 def delta_codes(
     base: jax.Array, stack: jax.Array, valid: jax.Array, window: Window
-) -> tuple[jax.Array, tuple[()]]:
+) -> tuple[jax.Array]:
     """`magnitude_codes` of the task vectors: a `Reduction` that makes a histogram."""
-    return magnitude_codes(stack - base[None], valid, window), ()
+    return (magnitude_codes(stack - base[None], valid, window),)
 
 
 def weight_codes(
     base: jax.Array | None, stack: jax.Array, valid: jax.Array, window: Window
-) -> tuple[jax.Array, tuple[()]]:
+) -> tuple[jax.Array]:
     """`magnitude_codes` of the models' own weights, likewise."""
     del base
-    return magnitude_codes(stack, valid, window), ()
+    return (magnitude_codes(stack, valid, window),)
 
 
 class Beside(NamedTuple):
@@ -169,7 +169,7 @@ def kth_smallest_and(
                 function_at_guess, arguments, histogram=True
             )
         else:
-            counts, _ = yield Reduction(function, window, histogram=True)
+            (counts,) = yield Reduction(function, window, histogram=True)
         for i, count in enumerate(counts):
             first, shift = int(window.low[i]), int(window.shift[i])
             below = int(count[_BELOW])

@@ -88,7 +88,7 @@ def _codes_and_signs(
     arguments: tuple[Window, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     window, thresholds = arguments
-    codes, _ = delta_codes(base, stack, valid, window)
+    (codes,) = delta_codes(base, stack, valid, window)
     return codes, _signs(base, stack, valid, thresholds)
 
 
