@@ -150,7 +150,7 @@ class Prepared:
             ):
                 names.append("whole-model thresholds (once or twice)")
             if len(self.models) > 1:
-                names.append("majority sign")
+                names.append("majority sign, unless the pass before settles it")
         return [*names, "merge"]
 
     def read_bytes(self, positions: Sequence[int]) -> int:
