@@ -9,7 +9,7 @@ import distributed
 import ml_dtypes
 import numpy as np
 import pytest
-from interruptions import Merge, journal_of, partial_of
+from interruptions import Merge, partial_of
 
 import m3jax
 
@@ -36,7 +36,7 @@ RECIPES = {
         **FILES,
     ),
 }
-PASSES = {"ties": 3, "ties after DARE": 3, "by magnitude": 3}  # at least; else 1
+PASSES = {"ties": 2, "ties after DARE": 2, "by magnitude": 2}  # at least; else 1
 
 MERGES = """
 import json, pathlib, sys
@@ -177,7 +177,6 @@ def test_a_killed_process(victim, merge, expected, tmp_path):
     assert killed.code == -9
     assert other.code == 4, other.err
     assert not output.exists()
-    assert journal_of(output).exists() == (victim == 0) or victim == 1
     if victim == 1:
         assert other.line.startswith(
             "m3jax merge: process 1 of 2 has given no sign of life for 3 s: it was "
