@@ -234,7 +234,11 @@ class _Walk:
         if dimensions > _MAX_DIMENSIONS:
             raise CheckpointError(f"has an array of {dimensions} axes at {where}")
         sizes = [self._number(end) for _ in range(dimensions)]
-        shape = tuple(-1 if size is None else int(size) for size in sizes)
+        # A float could be NaN, which no integer is.
+        shape = tuple(
+            int(size) if size is not None and size.dtype.kind in "iu" else -1
+            for size in sizes
+        )
         name = self._text(end)
         dtype = _DTYPES.get(name)
         if dtype is None:
