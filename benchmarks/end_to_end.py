@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +84,24 @@ def measure(
 def summarise(
     runs: Runs, chosen: dict[str, recipes.BenchmarkRecipe]
 ) -> list[dict[str, Any]]:
-    """One row per recipe: spreads of each program, and ratios of medians."""
+    """One row per recipe: spreads of each program, and ratios within the rounds.
+
+    A machine that other systems share changes its speed from minute to minute: what
+    is compared ran in the same round, and the median over rounds is taken last.
+    """
     rows = []
     for name, recipe in chosen.items():
-        merged = _summary(runs["m3jax", name])
-        floor = _summary(runs["floor", name])
-        own = runs.get(("mergekit", recipe.mergekit))
-        mergekit = _summary(own) if own else None
+        merged, floor = runs["m3jax", name], runs["floor", name]
+        mergekit = runs.get(("mergekit", recipe.mergekit))
         rows.append(
             {
                 "recipe": name,
                 "mergekit_method": recipe.mergekit,
-                "m3jax": merged,
-                "floor": floor,
-                "mergekit": mergekit,
-                "times_faster": mergekit and _ratio(mergekit, merged, "wall"),
-                "streaming_to_floor": _ratio(merged, floor, "streaming"),
+                "m3jax": _summary(merged),
+                "floor": _summary(floor),
+                "mergekit": mergekit and _summary(mergekit),
+                "times_faster": mergekit and _ratio(mergekit, merged, _wall),
+                "streaming_to_floor": _ratio(merged, floor, programs.streaming),
             }
         )
     return rows
@@ -114,8 +118,17 @@ def _summary(runs: list[harness.Run]) -> dict[str, Any]:
     return summary
 
 
-def _ratio(over: dict[str, Any], under: dict[str, Any], what: str) -> float:
-    return over[what]["median"] / under[what]["median"]
+def _ratio(
+    over: list[harness.Run],
+    under: list[harness.Run],
+    seconds: Callable[[harness.Run], float],
+) -> float:
+    pairs = zip(over, under, strict=False)  # mergekit may have fewer rounds
+    return statistics.median(seconds(one) / seconds(other) for one, other in pairs)
+
+
+def _wall(run: harness.Run) -> float:
+    return run.wall
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -160,6 +173,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"Whole processes, inputs in the page cache; programs {waits} for the disk. "
         "“Streaming” is the time from m3jax's first read to its last write, less "
         "compilation; the floor is the same time of one pass without any arithmetic. "
+        "Ratios are those within a round, and their median. "
         "Peak memory: resident, mapped files included (of which memory that no file "
         "backs).",
         harness.environment(results),
