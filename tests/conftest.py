@@ -1,6 +1,7 @@
 """Settings of every test: eight virtual devices, strict promotion, no network."""
 
 import os
+import signal
 
 # Read by jax and huggingface_hub when they are imported, here and in subprocesses.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,4 +20,7 @@ settings.load_profile("m3jax")
 
 
 def pytest_sessionstart() -> None:
+    # Scripts start what they put in the background without Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert jax.local_device_count() == 8, "jax was imported before tests/conftest.py"

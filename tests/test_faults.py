@@ -327,8 +327,8 @@ class TestSpace:
         assert ran.code == 4
         assert ran.error == (
             f"m3jax merge: {output}: needs a file of {max(sizes):,} bytes, this "
-            "process may write 5,000; allow more (ulimit -f), or choose a smaller "
-            "--config.max_shard_size"
+            "process may write 5,000; allow more (ulimit -f); files of safetensors get "
+            "smaller with --config.max_shard_size"
         )
         assert not partial_of(output).exists()
 

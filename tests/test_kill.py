@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
@@ -66,14 +66,6 @@ Start = Callable[[list[str]], tuple[int, Callable[[], Ended]]]
 @pytest.fixture(scope="module")
 def merge(tmp_path_factory) -> Merge:
     return write_models(tmp_path_factory.mktemp("models"), SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c_reaches_children() -> Iterator[None]:
-    """Also where these tests run in the background of a shell that ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def fresh(arguments: list[str]) -> tuple[int, Callable[[], Ended]]:

@@ -415,7 +415,7 @@ class TestBadInput:
     def test_the_output_is_foreign(self, fails, models: Path):
         (models / "merged").mkdir()
         (models / "merged" / "precious.txt").write_text("")
-        assert fails() == "merged: exists already; choose another"
+        assert fails() == "merged: exists already; choose another --output"
         assert fails("--overwrite").startswith("merged: holds no m3jax.json, so it is ")
 
     @pytest.mark.parametrize("output", ["a/merged", "a", "base/x/y"])

@@ -89,6 +89,12 @@ class TestTakenPlaces:
         output.write_text("mine")
         self.refused(output, "exists and is not a folder")
 
+    @pytest.mark.parametrize("inner", ["merged", "a/merged"])
+    def test_below_a_file(self, inner, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(OutputError, match="is not a folder; choose another"):
+            folder(tmp_path / "file" / inner)
+
     @pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
     def test_a_link(self, target, output):
         (output.parent / "elsewhere").mkdir()

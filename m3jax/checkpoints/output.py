@@ -89,7 +89,12 @@ class OutputFolder:
         self._note = note
         self._journal_lock = threading.Lock()
         self.journalled: list[dict[str, Any]] = []
-        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise OutputError(
+                f"{final}: {final.parent} is not a folder; choose another --output"
+            ) from None
         self._lock = self._take_lock()
         try:
             if durable.put_back(final, self._work / _OLD):
@@ -184,8 +189,8 @@ class OutputFolder:
         if limit != resource.RLIM_INFINITY and limit < largest:
             raise SpaceError(
                 f"{self.final}: needs a file of {largest:,} bytes, this process may "
-                f"write {limit:,}; allow more (ulimit -f), or choose a smaller "
-                "--config.max_shard_size"
+                f"write {limit:,}; allow more (ulimit -f); files of safetensors get "
+                "smaller with --config.max_shard_size"
             )
 
     def commit(self, *, fsync: bool) -> None:
@@ -314,7 +319,8 @@ def check_names(final: Location, names: list[str], *, overwrite: bool) -> None:
     ours = MANIFEST in names
     if not overwrite:
         foreign = bool(names) and not ours
-        hint = "choose another" if foreign else "pass --overwrite to replace it"
+        replace = "pass --overwrite to replace it"
+        hint = "choose another --output" if foreign else replace
         raise OutputError(f"{final}: exists already; {hint}")
     if names and not ours:
         raise OutputError(

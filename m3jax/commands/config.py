@@ -91,7 +91,7 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.suffix == ".json":
         try:
             record = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"--config={source}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise UsageError(f"--config={source}: not a recipe")

@@ -224,6 +224,8 @@ def _merge_share(
 ) -> None:
     """The last pass: merges and writes this process's tensors."""
     left = [i for i in share.items if i not in recorder.checksums]
+    if not left:
+        return
     written = sum(
         prepared.items[i].size * prepared.inputs.tensors[i].dtype.itemsize for i in left
     )

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from m3jax.checkpoints.errors import shown
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import InputFile
 from m3jax.evaluation.tasks import Task, TaskError
 
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -40,11 +41,14 @@ def load_examples(task: Task) -> list[Example]:
       TaskError: the file or a line cannot be used; it is named.
     """
     try:
-        lines = task.data.read_text(encoding="utf-8").split("\n")
+        with InputFile(task.data) as file:
+            lines = file.read(0, file.size).decode().split("\n")
     except OSError as error:
         raise TaskError(
             f"task {shown(task.name)}: {task.data}: {error.strerror}"
         ) from None
+    except CheckpointError as error:  # a FIFO, say
+        raise TaskError(f"task {shown(task.name)}: {error}") from None
     except ValueError:
         raise TaskError(f"{task.data}: is not UTF-8 text") from None
     examples: list[Example] = []
@@ -54,7 +58,7 @@ def load_examples(task: Task) -> list[Example]:
         where = f"{task.data}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TaskError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise TaskError(f"{where}: needs an object, has {shown(record)}")

@@ -17,7 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints.errors import shown
+from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.files import read_small
+
+_MAX_SPEC = 16_000_000  # bytes; a prompt of many examples takes a thousandth of it
 
 # The fields of a spec that a kind of task needs, and those that it may have.
 _GENERATED = (
@@ -156,10 +159,12 @@ def load_tasks(path: str | Path) -> list[Task]:
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_small(path, _MAX_SPEC))
     except OSError as error:
         raise TaskError(f"{path}: {error.strerror}; give a task's JSON file") from None
-    except ValueError as error:
+    except CheckpointError as error:  # a FIFO, say
+        raise TaskError(f"{error}; give a task's JSON file") from None
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{path}: not valid JSON ({error})") from None
     if isinstance(found, dict) and "tasks" in found:
         found = found["tasks"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.side_files import check_side_files
 from m3jax.evaluation.characters import read_characters
 from m3jax.evaluation.stop_tokens import stop_tokens_of
 
@@ -67,6 +68,7 @@ class FolderTokenizer:
                 "pip install 'm3jax[evaluate]'"
             ) from None
         self._folder = folder
+        check_side_files(folder)  # the library would wait for a FIFO's other end
         try:
             self.transformers: Any = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True

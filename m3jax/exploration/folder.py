@@ -29,9 +29,13 @@ def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
       CheckpointError: an exploration is there, and neither was asked for; or another
         process is writing.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder; choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CheckpointError(
+            f"{folder}: it, or what it lies in, is not a folder; choose another "
+            "--output"
+        ) from None
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
@@ -42,14 +46,28 @@ def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
                 "choose another --output"
             ) from None
         there = [name for name in FILES if (folder / name).exists()]
+        if there and TRIALS not in there:
+            raise CheckpointError(
+                f"{folder}: holds {there[0]}, but no {TRIALS}, so it is not m3jax's; "
+                "move it away or choose another --output"
+            )
         if there and not (overwrite or resume):
             raise CheckpointError(
                 f"{folder}: holds an exploration already; --resume goes on with it, "
                 "--overwrite begins anew"
             )
         if not resume:
-            for name in there:
+            for name in reversed(there):  # the trials last: they say whose it is
                 (folder / name).unlink()
-        yield
+        try:
+            yield
+        except BaseException as error:
+            # A ValueError would be raised again: something has to be mended first.
+            if (folder / TRIALS).exists() and not isinstance(error, ValueError):
+                error.add_note(
+                    f"what is done so far is kept in {folder}; the same command with "
+                    "--resume goes on from there"
+                )
+            raise
     finally:
         os.close(fd)

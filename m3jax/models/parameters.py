@@ -65,7 +65,8 @@ def read_model_config(name: str) -> tuple[Config, Path]:
         raise CheckpointError(f"{name}: is in a store; copy it here to run the model")
     if fields is None:
         raise CheckpointError(f"{name}: has no config.json; the model needs one to run")
-    if (fields.get("quantization_config") or {}).get("quant_method") == "fp8":
+    quantised = fields.get("quantization_config")
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "fp8":
         fields = {**fields, "quantization_config": None}  # dequantised as it is read
     config = Config.from_dict(fields, f"{folder / 'config.json'}")
     check_parameters(tensors, config, name)
