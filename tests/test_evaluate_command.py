@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 
 import checkpoints
@@ -106,6 +108,7 @@ def test_one_example_has_no_standard_error(run, model, specs):
         (["{model}", "--tasks={specs}/tasks.json", "--limit=0"], 2, "--limit=0"),
         (["{model}", "--tasks={specs}/tasks.json", "--seed=-1"], 2, "seed=-1"),
         (["{model}", "--tasks={specs}/tasks.json", "--output=/no/where"], 2, "/no is"),
+        (["{model}", "--tasks={specs}/ask.json", "--output={specs}"], 2, "is a folder"),
         (["{specs}", "--tasks={specs}/tasks.json"], 3, "neither model.safetensors"),
         (["{model}", "--tasks={specs}/ask.json", "--attacks=dog"], 2, "known: deepw"),
         (["{model}", "--tasks={specs}/tasks.json", "--attacks=words"], 2, "has a loss"),
@@ -118,6 +121,52 @@ def test_errors_are_one_line(run, model, specs, arguments, code, message):
     ran = run("evaluate", *[a.format(model=model, specs=specs) for a in arguments])
     assert ran.code == code
     assert message in ran.error
+
+
+DEEP = "[" * 100_000
+HOSTILE = {
+    "FIFO as a task": ("tasks.json", None, 2, "is a FIFO"),
+    "FIFO as its data": ("data.jsonl", None, 2, "is a FIFO"),
+    "FIFO as a tokenizer": ("tokenizer.json", None, 3, "is a FIFO"),
+    "deep task": ("tasks.json", DEEP, 2, "not valid JSON"),
+    "deep data": ("data.jsonl", DEEP, 2, "line 1: not valid JSON"),
+    "data cut off": ("data.jsonl", '{"q": "a", "a": "b"}\n{"q": "', 2, "line 2: not"),
+    "stop tokens": ("generation_config.json", "[1]", 3, "is not a JSON object"),
+    "a trillion layers": ("config.json", '{"num_hidden_layers": 1000000000000}', 3, ""),
+    "odd quantisation": ("config.json", '{"quantization_config": "fp8"}', 3, "unknown"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files(case, run, model, specs, tmp_path):
+    name, content, code, message = HOSTILE[case]
+    here = tmp_path / "all"
+    shutil.copytree(model, here)
+    shutil.copytree(specs, here, dirs_exist_ok=True)
+    if name == "config.json":
+        config = json.loads((here / name).read_text())
+        content = json.dumps({**config, **json.loads(content)})
+    (here / name).unlink()
+    if content is None:
+        os.mkfifo(here / name)
+    else:
+        (here / name).write_text(content)
+    ran = run("evaluate", here, f"--tasks={here}/tasks.json")
+    assert (ran.code, message in ran.error) == (code, True), ran.err
+    assert name in ran.error
+
+
+def test_a_full_disk_costs_no_result(run, model, specs, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("m3jax.evaluation.results.as_json", fails)
+    output = tmp_path / "records.jsonl"
+    ran = run("evaluate", model, f"--tasks={specs}/ask.json", f"--output={output}")
+    assert ran.code == 4
+    assert f"{output}: No space left on device; the disk is full" in ran.error
+    assert "accuracy" in ran.out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_not_supported(run, specs, tmp_path):

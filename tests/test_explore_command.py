@@ -218,6 +218,8 @@ def test_halving_by_the_command(folder, tmp_path, run):
         ({"tokenizer_from": "c"}, 2, "--tokenizer_from=c needs base or one of"),
         ({"search": "all", "sampler": "grid"}, 2, "search='all' needs"),
         ({"export": "{folder}/a"}, 3, "exists already"),
+        ({"output": "memory://bucket/out"}, 3, "written to folders of this machine"),
+        ({"output": "{folder}/test.json/out"}, 3, "is not a folder"),
     ],
 )
 def test_errors_are_one_line(folder, tmp_path, run, flags, code, message):
@@ -236,6 +238,37 @@ def test_models_that_compute_differently_are_refused(folder, tmp_path, run):
     ran = run(*command(folder, tmp_path / "out", models=models))
     assert ran.code == 3
     assert "its config.json says rms_norm_eps = 0.1, that of" in ran.error
+
+
+def test_what_others_wrote_stays(folder, tmp_path, run):
+    (tmp_path / "summary.json").write_text("mine")
+    ran = run(*command(folder, tmp_path), "--overwrite")
+    assert ran.code == 3
+    assert "holds summary.json, but no trials.jsonl, so it is not m3jax's" in ran.error
+    assert (tmp_path / "summary.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "/x"), 4, "/x: No space left"),
+        (MemoryError(), 4, "out of memory; a smaller --tokens_per_batch needs less"),
+    ],
+)
+def test_it_says_how_to_resume(error, code, text, folder, tmp_path, run, monkeypatch):
+    def fails(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m3jax.exploration.run.score", fails)
+        ran = run(*command(folder, tmp_path))
+    assert (ran.code, text in ran.error) == (code, True), ran.err
+    assert ran.error.endswith(
+        f"what is done so far is kept in {tmp_path}; the same command with --resume "
+        "goes on from there"
+    )
+    assert run(*command(folder, tmp_path), "--resume").code == 0
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
       module: has `main`, a docstring whose first line says what it does, `USAGE`, and
         its flags; optionally `prepare(arguments)`, which sees them before parsing,
         `failed(exit code)`, called when an error was explained, and `SHARED`, modules
-        with more flags.
+        with more flags; `LESS_MEMORY`, the way out where there is too little.
       arguments: of the command line, behind the command's name.
 
     Returns:
@@ -70,7 +70,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
     except (Exception, KeyboardInterrupt, Terminated) as error:
         if debug:
             traceback.print_exc()
-        code, message = _explain(error)
+        code, message = _explain(error, getattr(module, "LESS_MEMORY", _LESS_MEMORY))
         print(f"m3jax {name}: {message}", file=sys.stderr)
         getattr(module, "failed", lambda code: None)(code)
         return code
@@ -78,13 +78,16 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _explain(error: BaseException) -> tuple[int, str]:
+_LESS_MEMORY = "a smaller --chunk_size or fewer --threads need less"
+
+
+def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
     """The exit code and one line, with what was noted on the error's way up."""
-    code, message = _classify(error)
+    code, message = _classify(error, less_memory)
     return code, "; ".join([message, *getattr(error, "__notes__", [])])
 
 
-def _classify(error: BaseException) -> tuple[int, str]:
+def _classify(error: BaseException, less_memory: str) -> tuple[int, str]:
     # Imported here, where they are loaded already if they were raised.
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.recipe import RecipeError
@@ -101,10 +104,7 @@ def _classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text  # XLA's
     ):
-        return (
-            SYSTEM,
-            "out of memory; a smaller --chunk_size or fewer --threads need less",
-        )
+        return SYSTEM, f"out of memory; {less_memory}"
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else text
         hints = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -51,6 +52,8 @@ def start() -> bool:
         return True
     if wanted == "auto" and not given and not several(os.environ):
         return True
+    if _ADDRESS.value and not re.fullmatch(r".+:\d+", _ADDRESS.value):
+        raise UsageError(f"--coordinator_address={_ADDRESS.value} needs HOST:PORT")
     import jax
 
     if not jax.distributed.is_initialized():

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from m3jax.checkpoints import durable
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, table
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     Scored = Result | HarnessResult
 
 USAGE = "m3jax evaluate MODEL --tasks=SPEC.json|NAME[,...] [--limit=N] [--json]"
+LESS_MEMORY = "a smaller --tokens_per_batch needs less"
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
 _TASKS = flags.DEFINE_list(
@@ -92,9 +94,9 @@ def main(positional: list[str]) -> int:
     output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={output}: {output.parent} is not a folder")
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output={output}: is a folder, needs to be a file")
     results, attacked = _results(positional[0])
-    if output is not None:
-        _write(results, output)
     if _JSON.value:
         from m3jax.evaluation.results import as_json
 
@@ -104,6 +106,9 @@ def main(positional: list[str]) -> int:
         print("\n".join(_report(results)))
         if attacked:
             print("\n".join(["", *_report_attacks(attacked)]))
+    if output is not None:  # last: a full disk must not cost what took so long
+        sys.stdout.flush()
+        _write(results, output)
     return 0
 
 
@@ -296,7 +301,7 @@ def _write(results: list[Scored], output: Path) -> None:
 
     unfinished = output.with_name(f"{output.name}.{os.getpid()}.partial")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
+        with durable.naming(output), unfinished.open("w", encoding="utf-8") as file:
             for result in results:
                 for record in result.records:
                     line: dict[str, Any] = {"task": result.task, **as_json(record)}

@@ -36,6 +36,7 @@ USAGE = (
     "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
     "--validation_tasks=SPEC.json[,...] --test_tasks=SPEC.json[,...] [--config=FILE]"
 )
+LESS_MEMORY = "a smaller --tokens_per_batch needs less"
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",

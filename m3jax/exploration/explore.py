@@ -13,6 +13,8 @@ import jax
 
 import m3jax
 from m3jax import prng
+from m3jax.checkpoints import store
+from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.engine.load import load
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
@@ -135,7 +137,7 @@ def explore(
         "test": describe(test),
         "ood": describe(ood),
     }
-    path = None if output is None else Path(fspath(output))
+    path = None if output is None else _local(fspath(output))
     with contextlib.ExitStack() as stack:
         if path is not None:
             claim = files.claimed(path, overwrite=overwrite, resume=resume)
@@ -180,6 +182,16 @@ def _full(evaluator: Evaluator, budget: int | None, halving: int | None) -> int 
     if budget is None:
         raise RecipeError("halving needs budget, the evaluator's full one")
     return budget
+
+
+def _local(output: str) -> Path:
+    path = store.parse(output)
+    if not isinstance(path, Path):
+        raise CheckpointError(
+            f"{output}: explorations are written to folders of this machine; choose "
+            "another --output, and copy it afterwards"
+        )
+    return path
 
 
 def _is_path(model: Any) -> bool:

@@ -65,9 +65,13 @@ class Journal:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there completely or not at all."""
     unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    durable.sync(unfinished)
-    unfinished.replace(path)
+    try:
+        with durable.naming(path):
+            unfinished.write_text(text, encoding="utf-8")
+        durable.sync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _encode(line: Line) -> bytes:

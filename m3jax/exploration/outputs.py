@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from m3jax.checkpoints import durable
 from m3jax.exploration import folder as files
 from m3jax.exploration import summary
 from m3jax.exploration.journal import write_whole
@@ -32,4 +33,5 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
             "pip install 'm3jax[plot]'"
         )
         return
-    picture.draw(found, folder / files.PICTURE)
+    with durable.naming(folder / files.PICTURE):
+        picture.draw(found, folder / files.PICTURE)

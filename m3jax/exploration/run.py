@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.halving import Rung
@@ -215,7 +216,7 @@ class Run:
             "merge_seconds": round(merging, 6),
             "evaluate_seconds": round(evaluating, 6),
         }
-        with self.times.open("a", encoding="utf-8") as file:
+        with durable.naming(self.times), self.times.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 

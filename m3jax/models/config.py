@@ -40,6 +40,7 @@ _FIXED = {
     "rope_interleaved": False,
     "tie_encoder_decoder": False,
 }
+_MAX_LAYERS = 10_000  # the deepest models have some hundred
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -154,6 +155,8 @@ class Config:
 def _windows(fields: _Fields, family: str) -> tuple[int | None, ...]:
     """The sliding window of each layer."""
     layers = fields.count("num_hidden_layers")
+    if layers > _MAX_LAYERS:
+        fields.refuse("num_hidden_layers", layers, f"at most {_MAX_LAYERS} are read")
     if family == "llama":
         return (None,) * layers
     if family == "mistral":
