@@ -1,6 +1,6 @@
 """Times each kernel alone, on the default device, against a plain copy.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernel_rates.py
 
 A kernel is called as the streaming engine calls it: on a CPU from several threads at
 once, with chunks as large as the engine's; on a GPU many times in a row on large
@@ -287,7 +287,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{machine['cores']} cores, {machine['kernel']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f". Medians of {results['samples']} timings.\n\n"
-        "`python benchmarks/kernels.py`\n"
+        "`python benchmarks/kernel_rates.py`\n"
     )
 
 
