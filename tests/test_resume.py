@@ -105,6 +105,30 @@ def test_what_was_done_is_not_done_again(merge, references, output):
     assert observer.notes == []
 
 
+@pytest.mark.parametrize("executor", ["streamed", "sharded"])
+@pytest.mark.parametrize("output_format", ["safetensors", "orbax"])
+def test_formats_and_executors(executor, output_format, merge, tmp_path):
+    how = {"executor": executor, "output_format": output_format}
+    if executor == "sharded":
+        how["chunk_size"] = None
+    whole, observer = tmp_path / "whole", Observer()
+    merge(whole, TIES, observer, **how)
+    resumed = 0
+    for share in (0.3, 0.6, 0.8, 0.9):
+        output = tmp_path / f"merged-{share}"
+        interrupt(merge, output, TIES, int(share * observer.calls), **how)
+        assert not output.exists()
+        resumed += merge(output, TIES, resume=True, **how).resumed
+        assert contents(output) == contents(whole)
+    assert resumed > 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files in a folder and the folders in it."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def test_how_it_runs_may_change(merge, references, output):
     interrupt(merge, output, TIES, almost_all(references, "ties"))
     how = {"chunk_size": 3072, "threads": 1, "devices": jax.local_devices()}
