@@ -145,7 +145,7 @@ def touch_free_memory() -> None:
     it first waits for it, several times as long as a merge takes: 2 GB that a program
     writes took 1 s here, or 5 s.
     """
-    size = int(0.9 * meminfo("MemFree"))
+    size = int(0.75 * meminfo("MemFree"))  # and evicts nothing
     subprocess.run([sys.executable, "-c", f"b'1' * {size}"], check=True)
 
 
