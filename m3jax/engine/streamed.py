@@ -174,8 +174,8 @@ class Stream:
                 )
             table = coefficients()
 
-        shown = METHODS[method].shows_nonfinite and transform.strategy is None
-        check_inputs = check_finite and not shown
+        result_shows = METHODS[method].shows_nonfinite and transform.strategy is None
+        check_inputs = check_finite and not result_shows
 
         def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
             if not chunk.merged:
@@ -298,11 +298,11 @@ class Stream:
         stack: np.ndarray,
         merged: np.ndarray,
     ) -> None:
-        if any(checks.has_nonfinite(merged[run.elements]) for run in chunk.runs):
-            self._check_inputs(chunk, base, stack)  # which may be the reason
         for run in chunk.runs:
-            tensor = self._tensors[run.item]
-            checks.check_overflow(merged[run.elements], run.start, tensor)
+            values = merged[run.elements]
+            if checks.has_nonfinite(values):
+                self._check_inputs(chunk, base, stack)  # which may be the reason
+                checks.check_overflow(values, run.start, self._tensors[run.item])
 
     def _read_names(self, tensor: TensorInputs) -> list[str]:
         """Names of the checkpoints that the tensor's sources belong to."""
