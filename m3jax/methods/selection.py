@@ -159,17 +159,17 @@ def kth_smallest_and(
     window, guess = whole, None
     if sample is not None:
         window, guess = _guess(sample[0], rank / size)
-    beside = None
-    passes = 0
+    if function_at_guess is None:
+        guess = None
     while True:
-        passes += 1
-        if passes == 1 and guess is not None and function_at_guess is not None:
+        beside = None
+        if guess is None:
+            (counts,) = yield Reduction(function, window, histogram=True)
+        else:
             arguments = window, guess.view(np.float32)
             counts, beside = yield Reduction(
                 function_at_guess, arguments, histogram=True
             )
-        else:
-            (counts,) = yield Reduction(function, window, histogram=True)
         for i, count in enumerate(counts):
             first, shift = int(window.low[i]), int(window.shift[i])
             below = int(count[_BELOW])
@@ -182,13 +182,13 @@ def kth_smallest_and(
                 high[i] = min(high[i], first + ((place + 1) << shift))
         if np.all(high - low == 1):
             found = low.astype(np.int32)
-            if beside is None or guess is None or passes > 1:
+            if guess is None:
                 return found.view(np.float32), None
             lows = window.low.tolist()
             spans = zip(lows, guess.tolist(), found.tolist(), strict=True)
             between = sum(map(_between, counts, spans))
             return found.view(np.float32), Beside(beside, between)
-        window = _covering(low, high)
+        window, guess = _covering(low, high), None
 
 
 def _covering(low: np.ndarray, high: np.ndarray) -> Window:
