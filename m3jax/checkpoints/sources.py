@@ -11,15 +11,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+import xxhash
 
 from m3jax.checkpoints.dtypes import FLOAT32, Dtype
 from m3jax.checkpoints.files import InputFile
 from m3jax.checkpoints.safetensors import TensorEntry
 
 _BLOCK = 1 << 18  # elements that a derived source holds at a time
+_HASHED = 1 << 20  # elements that are read at a time for a checksum
 
 
 class Source(Protocol):
@@ -186,3 +189,22 @@ def read_whole(source: Source) -> np.ndarray:
     out = np.empty(math.prod(source.shape), source.dtype.numpy)
     source.read_into(out, 0)
     return out.reshape(source.shape)
+
+
+def checksum(
+    source: Source, advance: Callable[[int], None] = lambda count: None
+) -> str:
+    """xxh3_128 of the tensor's bytes, as m3jax.json has it.
+
+    Args:
+      source: is read from the first element to the last.
+      advance: is told the bytes read.
+    """
+    running = xxhash.xxh3_128()
+    size = math.prod(source.shape)
+    for start in range(0, size, _HASHED):
+        values = np.empty(min(_HASHED, size - start), source.dtype.numpy)
+        source.read_into(values, start)
+        running.update(values.view(np.uint8))
+        advance(values.nbytes)
+    return running.hexdigest()

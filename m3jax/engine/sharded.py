@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints import boxes
+from m3jax.checkpoints import boxes, sources
 from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.dtypes import Dtype
 from m3jax.checkpoints.orbax_output import OrbaxWriter
@@ -36,8 +36,6 @@ from m3jax.engine.save import pieces
 from m3jax.engine.sharding_rules import by_axes, make_mesh
 from m3jax.engine.share import Share
 from m3jax.engine.trees import Leaf
-
-_BLOCK = 1 << 20  # elements that are read at a time to make a checksum
 
 
 class Sharded:
@@ -127,10 +125,10 @@ class Sharded:
 
     def _hash(self, items: set[int], recorder: Recorder) -> None:
         """Finds out checksums of tensors whose parts several processes have written."""
-        for item, sources in zip(self._items, self._watched, strict=True):
+        for item, watched in zip(self._items, self._watched, strict=True):
             if item in items:
                 self._processes.check()
-                inputs = [source.checksum() for source in sources]
+                inputs = [source.checksum() for source in watched]
                 recorder.keep(item, recorder.checksum_on_disk(item), inputs)
 
     def _write(self, n: int, array: jax.Array, recorder: Recorder) -> None:
@@ -211,21 +209,13 @@ class Watched:
 
     def checksum(self) -> str:
         """Over all elements; they are read once more unless they all came in order."""
-        size = math.prod(self.shape)
-        if self._next != size:
-            self._running, self._next = xxhash.xxh3_128(), 0
-            for start in range(0, size, _BLOCK):
-                out = np.empty(min(_BLOCK, size - start), self.dtype.numpy)
-                self._source.read_into(out, start)
-                self._add(out, start)
-        return self._running.hexdigest()
+        if self._next == math.prod(self.shape):
+            return self._running.hexdigest()
+        return sources.checksum(self._source)
 
     def _look_at(self, values: np.ndarray, start: int) -> None:
         if self._finite:
             checks.check_finite(values, start, self._tensor, self._name)
-        self._add(values, start)
-
-    def _add(self, values: np.ndarray, start: int) -> None:
         if start == self._next:
             self._running.update(values.view(np.uint8))
             self._next += len(values)
@@ -267,9 +257,7 @@ def device_memory(prepared: Prepared) -> DeviceMemory:
         models = len(tensor.models)
         inputs += shard * sum(source.dtype.itemsize for source in tensor.sources)
         result = _kernel_dtype(tensor)
-        if (
-            tensor.models[0].dtype.numpy != result
-        ):  # it cannot take over a model's place
+        if result != tensor.models[0].dtype.numpy:  # no model's place fits it
             inputs += shard * result.itemsize
         # Masks as words and as bools; codes to count, and a result, of 32 bits.
         masks, codes = 2 * models * random, 4 * models * passes

@@ -10,17 +10,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import xxhash
-
+from m3jax.checkpoints import sources
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.orbax import ITEM, OrbaxTensor, read_item
 from m3jax.checkpoints.record import Record
 from m3jax.engine.pipeline import Clock, for_each
 from m3jax.engine.progress import Progress
-
-_BLOCK = 1 << 20  # elements that a thread reads at a time
 
 
 def orbax_differences(
@@ -38,7 +34,7 @@ def orbax_differences(
 
     def work(name: str, buffer: Any, turn: Any) -> None:
         try:
-            checksum = _checksum(found[name], progress)
+            checksum = sources.checksum(found[name], progress.advance)
         except CheckpointError as error:
             problems[name] = str(error)
             return
@@ -69,17 +65,6 @@ def _descriptions(
                 f"{shown(list(tensor.shape))}, recorded is {shown(recorded.dtype)} of "
                 f"shape {shown(list(recorded.shape))}",
             )
-
-
-def _checksum(tensor: OrbaxTensor, progress: Progress) -> str:
-    checksum = xxhash.xxh3_128()
-    size = math.prod(tensor.shape)
-    for start in range(0, size, _BLOCK):
-        values = np.empty(min(_BLOCK, size - start), tensor.dtype.numpy)
-        tensor.read_into(values, start)
-        checksum.update(values.view(np.uint8))
-        progress.advance(values.nbytes)
-    return checksum.hexdigest()
 
 
 def _bytes(tensor: OrbaxTensor) -> int:
