@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -23,21 +24,41 @@ def default() -> config_dict.ConfigDict:
     return _as_config(RECIPE_FIELDS)
 
 
-def define(arguments: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What `--config` and the flags beside it ask for.
+
+    Attributes:
+      recipe, base, models, seed: what to merge, and how.
+      tokenizer_from: of the record, None without one.
+    """
+
+    recipe: Recipe
+    base: str | None
+    models: list[str]
+    seed: int
+    tokenizer_from: str | None
+
+
+_holder: Any = None
+_record: dict[str, Any] = {}
+
+
+def prepare(arguments: list[str]) -> list[str]:
     """Defines the flag `--config`, with the fields of the file that it names.
 
     Args:
       arguments: of the command line; `--config=FILE` is taken out.
 
     Returns:
-      The flag's holder (`recipe` turns its value into a Recipe), the record if the
-      file is an m3jax.json, else {}, and the other arguments.
+      The other arguments.
 
     Raises:
       UsageError, RecipeError: the file cannot be used or a field is unknown.
     """
+    global _holder, _record
     source, rest = _take("--config", arguments)
-    fields, record = _load(source) if source else (RECIPE_FIELDS, {})
+    fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
     config = _as_config(Recipe.from_dict(fields).to_dict())
     known = _dotted(RECIPE_FIELDS)
     for argument in rest:
@@ -47,15 +68,25 @@ def define(arguments: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
                 f"unknown recipe field {name.removeprefix('config.')!r}; "
                 f"known: {', '.join(known)}"
             )
-    holder = config_flags.DEFINE_config_dict(
+    _holder = config_flags.DEFINE_config_dict(
         "config", config, "The recipe.", sys_argv=["m3jax", *rest]
     )
-    return holder, record, rest
+    return rest
 
 
-def recipe(holder: Any) -> Recipe:
-    """The recipe that `--config` and its fields add up to."""
-    return Recipe.from_dict(holder.value.to_dict())
+def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked:
+    """The recipe, and what else the flags say; for the rest, the m3jax.json's word.
+
+    Args:
+      base, models, seed: of the command's own flags, None where they are not given.
+    """
+    return Asked(
+        recipe=Recipe.from_dict(_holder.value.to_dict()),
+        base=base or (_record.get("base") or {}).get("path"),
+        models=models or [model["path"] for model in _record.get("models", [])],
+        seed=_record.get("seed", 0) if seed is None else seed,
+        tokenizer_from=_record.get("tokenizer_from"),
+    )
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -115,24 +115,14 @@ _ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
     allow_override=True,
 )
 
-_config: Any = None
-_record: dict[str, Any] = {}
-
-
-def prepare(arguments: list[str]) -> list[str]:
-    """Defines --config, whose fields depend on the file it names."""
-    global _config, _record
-    _config, _record, rest = config.define(arguments)
-    return rest
+prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    recipe = config.recipe(_config)
-    models = _MODELS.value or [model["path"] for model in _record.get("models", [])]
-    base = _BASE.value or (_record.get("base") or {}).get("path")
-    seed = _record.get("seed", 0) if _SEED.value is None else _SEED.value
+    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     for name, value in (
         ("models", models),
         ("output", _OUTPUT.value),

@@ -64,25 +64,14 @@ _MESH = flags.DEFINE_list(
 _FSYNC = flags.DEFINE_bool("fsync", True, "Wait until the disk has the output.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
 
-_config: Any = None
-_record: dict[str, Any] = {}
-
-
-def prepare(arguments: list[str]) -> list[str]:
-    """Defines --config, whose fields depend on the file it names."""
-    global _config, _record
-    _config, _record, rest = config.define(arguments)
-    return rest
+prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    recipe = config.recipe(_config)
-    models = _MODELS.value or [model["path"] for model in _record.get("models", [])]
-    base = _BASE.value or (_record.get("base") or {}).get("path")
-    seed = _record.get("seed", 0) if _SEED.value is None else _SEED.value
-    tokenizer_from = _TOKENIZER_FROM.value or _record.get("tokenizer_from")
+    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value
@@ -103,7 +92,7 @@ def main(positional: list[str]) -> int:
         resume=_RESUME.value,
         allow_nonfinite=_ALLOW_NONFINITE.value,
         fsync=_FSYNC.value,
-        tokenizer_from=tokenizer_from,
+        tokenizer_from=_TOKENIZER_FROM.value or asked.tokenizer_from,
         output_format=_OUTPUT_FORMAT.value,
         executor=_EXECUTOR.value,
         mesh=_mesh(_MESH.value),
