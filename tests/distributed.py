@@ -54,7 +54,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run(*commands: Sequence[object]) -> list[Ended]:
+def run(*commands: Sequence[object], timeout: float = TIMEOUT) -> list[Ended]:
     """Runs Python with these arguments, all at once."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -76,7 +76,7 @@ def run(*commands: Sequence[object]) -> list[Ended]:
     ended = []
     try:
         for process in running:
-            out, err = process.communicate(timeout=TIMEOUT)
+            out, err = process.communicate(timeout=timeout)
             seconds = time.monotonic() - started
             ended.append(Ended(process.returncode, out, err, seconds))
     finally:
@@ -86,10 +86,13 @@ def run(*commands: Sequence[object]) -> list[Ended]:
     return ended
 
 
-def run_script(script: str, *arguments: object) -> list[Ended]:
+def run_script(
+    script: str, *arguments: object, timeout: float = TIMEOUT
+) -> list[Ended]:
     """Two processes run a script; it gets index, port, and these arguments."""
     port = free_port()
-    return run(*(["-c", script, index, port, *arguments] for index in range(2)))
+    commands = [["-c", script, index, port, *arguments] for index in range(2)]
+    return run(*commands, timeout=timeout)
 
 
 def run_commands(

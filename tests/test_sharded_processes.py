@@ -1,26 +1,30 @@
-"""Two processes with four devices each: the sharded executor's bytes are the same."""
+"""Two processes with four devices each write the bytes that one process writes."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import checkpoints
+import distributed
 import numpy as np
+import pytest
+from test_sharded_command import DARE, METHODS
 
 import m3jax
 
 RECIPES = {
-    "ties": m3jax.Recipe(method="ties", dare=m3jax.Dare(drop_rate=0.3)),
-    "magnitude": m3jax.Recipe(
+    f"{method} {dare}": m3jax.Recipe(method=method, dare=DARE[dare])
+    for method in METHODS
+    for dare in DARE
+} | {
+    "by layer": m3jax.Recipe(
         method="task_arithmetic",
-        dare=m3jax.Dare(drop_rate=0.3, strategy="magnitude"),
+        dare=DARE["magnitude"],
         mixup=m3jax.Mixup(granularity="layer"),
     ),
 }
+# Of the executors; None is the streamed one.
+MESHES = {"rows": {"rows": 8}, "grid": {"rows": 2, "columns": 4}, "streamed": None}
 SHAPES = {
     "model.embed_tokens.weight": (131, 32),
     "model.layers.1.mlp.up_proj.weight": (40, 61),
@@ -34,10 +38,8 @@ import jax
 index, port, folder = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 import m3jax
-from m3jax.checkpoints import files
 from m3jax.engine import load
-sys.path.insert(0, sys.argv[4])
-from test_sharded_processes import RECIPES
+from test_sharded_processes import MESHES, RECIPES
 assert (jax.device_count(), jax.local_device_count()) == (8, 4)
 read = [0]
 read_into = load._read
@@ -46,62 +48,54 @@ def counted(source, box):
     read[0] += values.nbytes
     return values
 load._read = counted
-for name, recipe in RECIPES.items():
-    for mesh in ({"rows": 8}, {"rows": 2, "columns": 4}):
+for name in sys.argv[4].split(","):
+    for layout in sys.argv[5].split(","):
+        mesh = MESHES[layout]
         m3jax.merge(
             folder / "base",
             [folder / "a", folder / "b"],
-            folder / f"{name}-{mesh['rows']}",
-            recipe,
+            folder / f"{name}, {layout}",
+            RECIPES[name],
             seed=3,
-            execution=m3jax.Execution(executor="sharded", mesh=mesh, fsync=False),
+            execution=m3jax.Execution(
+                executor="sharded" if mesh else "streamed", mesh=mesh, fsync=False
+            ),
         )
 print(read[0])
 """
 
 
-def test_same_folder(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("names", "layouts", "timeout"),
+    [
+        (["ties random", "by layer"], ["rows", "grid"], distributed.TIMEOUT),
+        pytest.param([*RECIPES], [*MESHES], 1200, marks=pytest.mark.slow),
+    ],
+    ids=["two recipes", "all recipes"],
+)
+def test_same_folder(
+    tmp_path: Path, names: list[str], layouts: list[str], timeout: float
+):
     base = checkpoints.random_model(0, SHAPES, checkpoints.BFLOAT16)
     for i, name in enumerate(("base", "a", "b")):
         tensors = base
         if i:
             tensors = checkpoints.random_model(i, SHAPES, checkpoints.BFLOAT16, base)
         checkpoints.write(tmp_path / name, {**tensors, "ids": np.arange(9)})
-    expected = {}
-    for name, recipe in RECIPES.items():
-        out = tmp_path / f"{name}-expected"
+    processes = distributed.run_script(
+        PROCESS, tmp_path, ",".join(names), ",".join(layouts), timeout=timeout
+    )
+    for process in processes:
+        assert process.code == 0, process.err
+    for name in names:
+        out = tmp_path / name
         models = [tmp_path / "a", tmp_path / "b"]
-        m3jax.merge(tmp_path / "base", models, out, recipe, seed=3)
-        expected[name] = checkpoints.digest(out)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    arguments = [str(port), str(tmp_path), str(Path(__file__).parent)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(i), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, (_, errors) in zip(running, outputs, strict=True):
-        assert process.returncode == 0, errors
-    for name, digest in expected.items():
-        for rows in (8, 2):
-            assert checkpoints.digest(tmp_path / f"{name}-{rows}") == digest
-    read = [int(out.split()[-1]) for out, _ in outputs]
+        m3jax.merge(tmp_path / "base", models, out, RECIPES[name], seed=3)
+        expected = checkpoints.digest(out)
+        for layout in layouts:
+            assert checkpoints.digest(tmp_path / f"{name}, {layout}") == expected
+    read = [int(process.out.split()[-1]) for process in processes]
     merged = sum(t.nbytes for t in base.values())
+    sharded = len(names) * sum(MESHES[layout] is not None for layout in layouts)
     # The norm divides by nothing and is whole in both; the rest is shared out.
-    assert max(read) < 0.6 * len(RECIPES) * 2 * 3 * merged
+    assert 0 < max(read) < 0.6 * sharded * 3 * merged
