@@ -420,6 +420,17 @@ class TestNonfinite:
         )
 
     @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_refused_where_the_method_would_hide_it(
+        self, value: float, method: str, merge: Merge
+    ):
+        """TIES trims a NaN, which is not larger than anything."""
+        base, model = {"a": np.ones(3)}, {"a": np.array([1, value, 1])}
+        recipe = Recipe(method=method)
+        with pytest.raises(CheckpointError, match=f"holds {value} at"):
+            merge(base, base, model, recipe=recipe)
+
+    @pytest.mark.parametrize("method", METHODS)
     def test_refused_where_dare_would_drop_it(self, method: str, merge: Merge):
         base, model = {"a": np.ones(3)}, {"a": np.array([1, np.inf, 1])}
         dare = m3jax.Dare(drop_rate=1.0)
