@@ -65,7 +65,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(32, 8, 192, 16, 4, "float32", 768, False),
+    "cpu": Preset(32, 8, 192, 16, 16, "float32", 768, False),
     "gpu": Preset(300, 16, 512, 1000, 32, "bfloat16", 32768, True),
 }
 METHODS = ("average", "task_arithmetic", "ties")
