@@ -8,7 +8,6 @@ tensor instead.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -70,7 +69,7 @@ def draw_ratios(
     ):
         # One by one, so that one program makes them all: XLA's programs for different
         # numbers of draws differ in the last bits.
-        draws = [np.asarray(_dirichlet(key, alpha), np.float32) for key in keys]
+        draws = [_draw(key, alpha) for key in keys]
     return {
         group: tuple(float(ratio) for ratio in draw)
         for group, draw in zip(groups, draws, strict=True)
@@ -101,9 +100,24 @@ def coefficients(
     return np.array(rows, np.float32).reshape(-1, len(default)).T.copy()
 
 
-# Not optimised: it compiles faster, and what an optimisation would change is removed
-# by the rounding.
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def _dirichlet(key: jax.Array, alpha: jax.Array) -> jax.Array:
     key = jax.random.wrap_key_data(key, impl="threefry2x32")
     return jax.random.dirichlet(key, alpha, dtype=jnp.float64)
+
+
+# It runs once, so that compiling it is what takes time: a second with all of XLA's
+# optimisations, a quarter of one like this. What they change in a float64, the
+# rounding removes.
+_COMPILED_FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}
+_dirichlet_fast = jax.jit(_dirichlet, compiler_options=_COMPILED_FAST)
+_dirichlet_safe = jax.jit(_dirichlet)
+
+
+def _draw(key: jax.Array, alpha: np.ndarray) -> np.ndarray:
+    try:
+        return np.asarray(_dirichlet_fast(key, alpha), np.float32)
+    except jax.errors.JaxRuntimeError:  # this version of XLA lacks an option
+        return np.asarray(_dirichlet_safe(key, alpha), np.float32)

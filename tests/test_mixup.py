@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from m3jax import Mixup
+from m3jax import Mixup, mixup
 from m3jax.mixup import draw_ratios, group_of
 
 NAMES = ["lm_head.weight", "model.layers.0.a.weight", "model.layers.0.b.weight"]
@@ -43,13 +43,19 @@ def test_ratios_are_those_of_jax(seed: int, num_models: int, alpha: float):
     assert sum(drawn[""]) == pytest.approx(1, abs=1e-6)
 
 
+def test_an_xla_without_the_fast_options(monkeypatch: pytest.MonkeyPatch):
+    expected = draw_ratios(Mixup(), 2, NAMES, 7)
+    other = jax.jit(mixup._dirichlet, compiler_options={"xla_of_another_year": True})
+    monkeypatch.setattr(mixup, "_dirichlet_fast", other)
+    assert draw_ratios(Mixup(), 2, NAMES, 7) == expected
+
+
 @pytest.mark.parametrize(
     ("granularity", "groups"),
     [("layer", ["lm_head", "model.layers.0"]), ("tensor", NAMES)],
 )
 def test_granularity(granularity: str, groups: list[str]):
-    mixup = Mixup(alpha=0.7, granularity=granularity)
-    drawn = draw_ratios(mixup, 2, NAMES, 3)
+    drawn = draw_ratios(Mixup(alpha=0.7, granularity=granularity), 2, NAMES, 3)
     assert sorted(drawn) == sorted(groups)
     for group in groups:
         expected = plain_jax_ratios(3, 0.7, 2, group)
@@ -61,11 +67,11 @@ def test_granularity(granularity: str, groups: list[str]):
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 2.0])
 def test_a_draw_does_not_depend_on_the_others(alpha: float, num_models: int):
     """To the bit; XLA's programs for different numbers of draws differ in the last."""
-    mixup = Mixup(alpha=alpha, granularity="tensor")
+    by_tensor = Mixup(alpha=alpha, granularity="tensor")
     names = [f"tensor{i}" for i in range(301)]
-    together = draw_ratios(mixup, num_models, names, 0)
+    together = draw_ratios(by_tensor, num_models, names, 0)
     for few in (names[:1], names[1:8], names[8:50]):
-        assert draw_ratios(mixup, num_models, few, 0).items() <= together.items()
+        assert draw_ratios(by_tensor, num_models, few, 0).items() <= together.items()
 
 
 @pytest.mark.parametrize(
