@@ -138,17 +138,6 @@ def settle() -> None:
     os.sync()
 
 
-def touch_free_memory() -> None:
-    """Uses all free memory once, in a child, so that a virtual machine really has it.
-
-    Memory that was free for some seconds may have gone back to the host. Whoever uses
-    it first waits for it, several times as long as a merge takes: 2 GB that a program
-    writes took 1 s here, or 5 s.
-    """
-    size = int(0.75 * meminfo("MemFree"))  # and evicts nothing
-    subprocess.run([sys.executable, "-c", f"b'1' * {size}"], check=True)
-
-
 def meminfo(name: str) -> int:
     """Bytes of an entry of /proc/meminfo."""
     text = Path("/proc/meminfo").read_text()

@@ -97,7 +97,6 @@ class Programs:
         prepare = harness.cool if self.cold else harness.warm
         prepare(folders)
         harness.settle()
-        harness.touch_free_memory()
         try:
             return harness.run(command, _OFFLINE)
         finally:

@@ -58,7 +58,7 @@ def main_table(found: Mapping[str, Exploration], skills: Sequence[str]) -> str:
             [_value(scores[name], column, skills) for scores in sets]
             for _, sets in rows
         ]
-        means = [statistics.fmean(own) for own in values]
+        means = [round(statistics.fmean(own), 4) for own in values]
         best = min(means) if column in (*skills, MEAN) else max(means)
         for text, own, mean in zip(texts, values, means, strict=True):
             cell = f"{mean:.4f}"
@@ -71,9 +71,14 @@ def main_table(found: Mapping[str, Exploration], skills: Sequence[str]) -> str:
 def comparison(
     found: Mapping[str, Exploration], skills: Sequence[str]
 ) -> tuple[str, str]:
-    """A table of M3 against none on test, and a sentence that counts its rows."""
+    """A table of M3 against none on test, and a sentence that counts its rows.
+
+    M3 is also held against equal ratios, which are one more way to have ratios that
+    sum to 1.
+    """
     rows = []
-    better_draws = better = worse = 0
+    better_draws = 0
+    better, worse = [0, 0], [0, 0]  # than without M3, than equal ratios
     for method, dare in itertools.product(LABELS, (False, True)):
         own = found[f"{method}_m3_dare" if dare else f"{method}_m3"]
         if dare:
@@ -84,13 +89,15 @@ def comparison(
             [_value(scores["test"], MEAN, skills) for scores in sets]
             for sets in (without, _scores_of_draws(own))
         )
-        winner, base = own.rows[-1], _row(own, f"plain {method}")
-        change, low, high = difference(
-            winner.scored["test"], base.scored["test"], skills, own.seed
-        )
         better_draws += statistics.fmean(drawn) < statistics.fmean(plain)
-        better += high < 0
-        worse += low > 0
+        winner, changes = own.rows[-1], []
+        for i, name in enumerate((f"plain {method}", "equal ratios")):
+            change, low, high = difference(
+                winner.scored["test"], _row(own, name).scored["test"], skills, own.seed
+            )
+            better[i] += high < 0
+            worse[i] += low > 0
+            changes.append(f"{change:+.4f} [{low:+.4f}, {high:+.4f}]")
         rows.append(
             [
                 LABELS[method] + (" + DARE" if dare else ""),
@@ -98,7 +105,7 @@ def comparison(
                 f"{statistics.fmean(drawn):.4f}",
                 f"{min(drawn):.4f}–{max(drawn):.4f}",
                 f"{_value(winner.scored['test'].scores, MEAN, skills):.4f}",
-                f"{change:+.4f} [{low:+.4f}, {high:+.4f}]",
+                *changes,
             ]
         )
     header = [
@@ -108,11 +115,13 @@ def comparison(
         "M3, range",
         "M3, winner",
         "winner − without",
+        "winner − equal ratios",
     ]
     sentence = (
         f"Of {len(rows)} recipes, M3's mean over draws is below the loss without M3 in "
-        f"{better_draws}; the winner is better than the recipe without M3 in {better} "
-        f"and worse in {worse}, as far as an interval that excludes 0 can tell."
+        f"{better_draws}; the winner is better than the recipe without M3 in "
+        f"{better[0]} and worse in {worse[0]}, better than equal ratios in {better[1]} "
+        f"and worse in {worse[1]}, as far as an interval that excludes 0 can tell."
     )
     return harness.table(header, rows), sentence
 
