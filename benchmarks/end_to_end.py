@@ -3,9 +3,10 @@
     python benchmarks/end_to_end.py --size=1.1b --mergekit=install
 
 Every merge is a process of its own. Inputs are in the page cache, and nothing of an
-earlier run is left to write when one starts. Writes results.json, table.md and
-picture.png. `--mergekit=PYTHON` names the Python of an environment that has mergekit;
-`install` makes one; without the flag and the environment its column stays empty.
+earlier run is left to write when one starts. Writes results.json, table.md, profile.md
+(where m3jax's time goes) and picture.png. `--mergekit=PYTHON` names the Python of an
+environment that has mergekit; `install` makes one; without the flag and the environment
+its column stays empty.
 """
 
 from __future__ import annotations
@@ -182,6 +183,29 @@ def markdown(results: dict[str, Any]) -> str:
     return harness.table(header, rows) + "\n" + "\n\n".join(caption) + "\n"
 
 
+def profile(results: dict[str, Any]) -> str:
+    """Where m3jax's seconds go; those of its threads, divided by their number."""
+    stages = ["reading", "computing", "checking", "hashing", "writing", "waiting"]
+    rows = []
+    for row in results["rows"]:
+        runs = [
+            run
+            for run in results["runs"]
+            if (run["program"], run["recipe"]) == ("m3jax", row["recipe"])
+        ]
+        reports = [run["report"] for run in runs]
+        starts = [run["wall"] - run["report"]["wall"]["passes"] for run in runs]
+        compiling = [report["compiling"] for report in reports]
+        spent = [
+            [report["seconds"].get(stage, 0.0) / report["threads"] for report in reports]
+            for stage in stages
+        ]
+        columns = [[run["wall"] for run in runs], starts, compiling, *spent]
+        medians = [f"{statistics.median(column):.2f}" for column in columns]
+        rows.append([row["recipe"], *medians])
+    return harness.table(["recipe, s", "whole", "start", "compiling", *stages], rows)
+
+
 def main(argv: list[str]) -> None:
     del argv
     data, folder = Path(_DATA.value), Path(_RESULTS.value)
@@ -227,10 +251,11 @@ def main(argv: list[str]) -> None:
     }
     harness.write_json(folder / "results.json", results)
     (folder / "table.md").write_text(markdown(results))
+    (folder / "profile.md").write_text(profile(results))
     import picture  # only now matplotlib: see harness.py
 
     picture.draw(results, folder / "picture.png")
-    print(markdown(results))
+    print(markdown(results), profile(results), sep="\n")
 
 
 if __name__ == "__main__":
