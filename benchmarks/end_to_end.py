@@ -197,7 +197,10 @@ def profile(results: dict[str, Any]) -> str:
         starts = [run["wall"] - run["report"]["wall"]["passes"] for run in runs]
         compiling = [report["compiling"] for report in reports]
         spent = [
-            [report["seconds"].get(stage, 0.0) / report["threads"] for report in reports]
+            [
+                report["seconds"].get(stage, 0.0) / report["threads"]
+                for report in reports
+            ]
             for stage in stages
         ]
         columns = [[run["wall"] for run in runs], starts, compiling, *spent]
