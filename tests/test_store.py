@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -263,6 +264,23 @@ def test_overwriting(remote, expected, staging, monkeypatch):
         open_checkpoint(URL)
     remote(URL, AVERAGE, overwrite=True)
     check_complete(expected, staging)
+
+
+def test_what_could_not_begin_is_not_tried_again(remote, monkeypatch):
+    """By the next upload, which waits meanwhile: the old output would be lost."""
+    remote(URL, AVERAGE)
+    old, tried = files(), []
+
+    def failing(self):
+        tried.append(self)
+        time.sleep(0.3)
+        raise StoreError("the line is cut")
+
+    monkeypatch.setattr(StoreOutput, "_begin", failing)
+    with pytest.raises(StoreError, match="the line is cut"):
+        remote(URL, AVERAGE, overwrite=True)
+    assert len(tried) == 1
+    assert files() == old
 
 
 def test_what_is_not_ours_stays(remote):

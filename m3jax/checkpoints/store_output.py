@@ -83,6 +83,7 @@ class StoreOutput(OutputFolder):
         self._ours: set[str] = set()
         self._begun = self._complete = False
         self._begin_lock = threading.Lock()
+        self._not_begun: BaseException | None = None  # why it could not be
         self._room = threading.Semaphore(_UPLOADS + 1)
         self._pool = ThreadPoolExecutor(_UPLOADS, "upload")
         self._sending: list[Future[None]] = []
@@ -169,8 +170,14 @@ class StoreOutput(OutputFolder):
 
     def _send(self, name: str) -> None:
         with self._begin_lock:
+            if self._not_begun is not None:  # another upload has tried
+                raise self._not_begun
             if not self._begun:
-                self._begin()
+                try:
+                    self._begin()
+                except BaseException as error:
+                    self._not_begun = error
+                    raise
             self._begun = True
         source = self.path / name
         size = source.stat().st_size
