@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import m3jax
-from m3jax.checkpoints import files, sources
+from m3jax.checkpoints import sources
 from m3jax.checkpoints.dtypes import DTYPES, of_numpy
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.files import InputFile
@@ -245,27 +245,3 @@ def test_a_closed_file_cannot_be_read_nor_closed_twice(file):
     with pytest.raises(OSError, match="Bad file descriptor"):
         file.read(0, 1)
     os.close(other)
-
-
-def test_the_disk_is_asked_for_what_comes_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Every byte behind the first read once, in order, whatever the threads' order."""
-    size, step = 48 << 20, 2 << 20
-    (tmp_path / "x").write_bytes(bytes(size))
-    asked = []
-    monkeypatch.setattr(
-        files.os, "posix_fadvise", lambda fd, start, count, how: asked.append(start)
-    )
-    with InputFile(tmp_path / "x") as file:
-        file.read(0, 100_000)
-        assert not asked  # a header
-        for start in (step, 0, *range(2 * step, size, step)):
-            file.read(start, step)
-            assert asked[-1] <= start + step + files._AHEAD
-        assert asked == sorted(set(asked))
-        assert asked[0] == 2 * step
-        assert size - files._ASK <= asked[-1] < size
-        asked.clear()
-        file.read(0, step)  # another pass
-        assert asked[0] == step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -19,9 +18,6 @@ if TYPE_CHECKING:  # it is made of what stands here
 Location: TypeAlias = "Path | StorePath"
 
 _MAX_FILE_NAME = 255  # characters; the limit of file systems
-_AHEAD = 32 << 20  # bytes that the disk may be ahead of the reads of a file
-_ASK = 4 << 20  # bytes asked for at a time; Linux may ignore what is beyond
-_LARGE = 1 << 18  # bytes of a read that others will follow; a header is less
 
 
 def open_regular(path: Path) -> int:
@@ -134,7 +130,6 @@ class InputFile:
         self.path: Location = path
         self._fd = open_regular(path)
         self._stat = os.fstat(self._fd)
-        self._reached = self._asked = 0  # the ends of what was read, and asked for
 
     @property
     def size(self) -> int:
@@ -158,7 +153,6 @@ class InputFile:
           CheckpointError: the file ends before that.
           OSError: the disk; it names the file.
         """
-        self._read_ahead(offset, offset + len(out))
         while len(out):
             try:
                 count = os.preadv(self._fd, [out], offset)
@@ -170,26 +164,6 @@ class InputFile:
                     "file became shorter while it was read: fetch it again"
                 )
             out, offset = out[count:], offset + count
-
-    def _read_ahead(self, start: int, end: int) -> None:
-        """Keeps the disk busy while the threads compute: asks for what comes next.
-
-        Does so where reads follow each other, which from several threads they do
-        roughly. A race between threads asks twice, or a little less.
-        """
-        if end - start < _LARGE:
-            return
-        if not start - _AHEAD <= self._reached <= start + _AHEAD:
-            self._asked = end  # another place: a new pass, or a shard
-        self._reached = end
-        first = max(end, self._asked)
-        last = min(end + _AHEAD, self.size)
-        if last - first < _ASK and last < self.size:
-            return
-        self._asked = max(last, first)
-        with contextlib.suppress(AttributeError, OSError):  # not on every system
-            for place in range(first, last, _ASK):
-                os.posix_fadvise(self._fd, place, _ASK, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on, which the caller knows to be there."""
