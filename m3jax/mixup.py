@@ -67,9 +67,7 @@ def draw_ratios(
         jax.threefry_partitionable(True),
         jax.enable_x64(True),
     ):
-        # One by one, so that one program makes them all: XLA's programs for different
-        # numbers of draws differ in the last bits.
-        draws = [_draw(key, alpha) for key in keys]
+        draws = _draw(keys, alpha)
     return {
         group: tuple(float(ratio) for ratio in draw)
         for group, draw in zip(groups, draws, strict=True)
@@ -116,8 +114,13 @@ _dirichlet_fast = jax.jit(_dirichlet, compiler_options=_COMPILED_FAST)
 _dirichlet_safe = jax.jit(_dirichlet)
 
 
-def _draw(key: jax.Array, alpha: np.ndarray) -> np.ndarray:
+def _draw(keys: np.ndarray, alpha: np.ndarray) -> list[np.ndarray]:
+    """K ratios, float32, for each of the (G, 2) keys.
+
+    One by one, so that one program makes them all: XLA's programs for different numbers
+    of draws differ in the last bits.
+    """
     try:
-        return np.asarray(_dirichlet_fast(key, alpha), np.float32)
+        return [np.asarray(_dirichlet_fast(key, alpha), np.float32) for key in keys]
     except jax.errors.JaxRuntimeError:  # this version of XLA lacks an option
-        return np.asarray(_dirichlet_safe(key, alpha), np.float32)
+        return [np.asarray(_dirichlet_safe(key, alpha), np.float32) for key in keys]
