@@ -36,8 +36,8 @@ import m3jax
 from m3jax.checkpoints import tree
 from m3jax.evaluation.characters import tokenizer_fields
 from m3jax.models.config import Config
-from m3jax.models.decoder import Parameters, forward
-from m3jax.models.parameters import parameter_shapes
+from m3jax.models.decoder import forward, parameter_shapes, read_config
+from m3jax.models.layers import Parameters
 
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -209,7 +209,7 @@ def write_tasks(folder: Path) -> None:
 def main(argv: list[str]) -> None:
     del argv
     started = time.perf_counter(), time.process_time()
-    config = Config.from_dict(CONFIG)
+    config = read_config(CONFIG)
     pools = {skill: encode(skill, questions(skill, "train", POOL)) for skill in SKILLS}
     held_out = {
         skill: encode(skill, questions(skill, "validation", ASKED["validation"]))

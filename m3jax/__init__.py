@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": "m3jax.checkpoints.errors",
     "Dare": "m3jax.recipe",
+    "Decoder": "m3jax.models.module",
     "Evaluator": "m3jax.evaluation.evaluator",
     "Execution": "m3jax.engine.prepare",
     "Exploration": "m3jax.exploration.result",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
     from m3jax.exploration.explore import explore
     from m3jax.exploration.result import Exploration
+    from m3jax.models.module import Decoder
     from m3jax.recipe import Dare, Mixup, Recipe, RecipeError
 
 

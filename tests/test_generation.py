@@ -13,7 +13,7 @@ from m3jax.models.generation import Sampling, generate, restrict
 
 NEW = 12
 LENGTHS = (9, 4, 1)
-FAMILIES = ("llama3", "mistral", "qwen2_window", "qwen3")
+FAMILIES = ("llama3", "mistral", "qwen2_window", "qwen3", "gpt2")
 
 
 def _padded(side: str, slots: int = 12) -> tuple[jax.Array, jax.Array]:
@@ -55,7 +55,7 @@ def test_greedy_equals_transformers(family):
     assert len(set(found.tokens[0].tolist())) > 2  # more than a repeated token
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2_window"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2_window", "gpt2"])
 def test_cached_steps_are_the_uncached_forward_pass(family):
     """Every token is the likeliest by a forward pass over all tokens before it."""
     found = _greedy(family)

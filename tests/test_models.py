@@ -14,11 +14,10 @@ import tiny_models
 
 from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.models import decoder
-from m3jax.models.config import Config
-from m3jax.models.decoder import forward
+from m3jax.models import layers
+from m3jax.models.decoder import forward, parameter_shapes, read_config
 from m3jax.models.likelihood import token_scores
-from m3jax.models.parameters import check_parameters, parameter_shapes
+from m3jax.models.parameters import check_parameters
 from m3jax.models.rope import Rope
 
 TOLERANCE = 1e-4  # absolute, of logits of size 1 to 5
@@ -78,6 +77,10 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_window", {"windows": (None, None)}),
     *[(f, {"rms_norm_eps": 1e-6}) for f in ("smollm2", "mistral", "qwen2", "qwen3")],
     ("qwen3", {"qk_norm": False}),
+    ("gpt2", {"layer_norm_epsilon": 1e-6}),
+    ("gpt2", {"activation": "gelu"}),
+    ("gpt2_exact", {"activation": "gelu_new"}),
+    ("gpt2", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}),
 ]
 
 
@@ -101,6 +104,31 @@ def test_every_tensor_matters(family, expected):
         assert error > MISTAKE, name
 
 
+def test_a_text_that_is_too_long_for_gpt2_gives_nan():
+    config, parameters = tiny_models.config("gpt2"), tiny_models.parameters("gpt2")
+    length = config.max_position_embeddings
+    tokens = jnp.asarray(tiny_models.prompts(1, length + 2))
+    assert np.isnan(run(parameters, tokens, config=config)).all()
+    assert np.isfinite(run(parameters, tokens[:, :length], config=config)).all()
+
+
+def test_gpt2_without_a_prefix_and_with_masks_is_read_as_it_is(expected):
+    """The original checkpoints' names."""
+    prefix = "transformer."
+    original = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tiny_models.tensors("gpt2").items()
+    }
+    masks = {"attn.bias": np.ones((1, 1, 64, 64)), "attn.masked_bias": np.float32(-1e4)}
+    original |= {f"h.{i}.{name}": mask for i in (0, 1) for name, mask in masks.items()}
+    parameters = tree.nest({n: jnp.asarray(t) for n, t in original.items()})
+    check_parameters(parameters, tiny_models.config("gpt2"))
+    assert _error("gpt2", expected, parameters=parameters) < TOLERANCE
+    with pytest.raises(CheckpointError, match=r"lacks \'h\.1\.mlp\.c_fc\.bias\'"):
+        del parameters["h"]["1"]["mlp"]["c_fc"]["bias"]
+        check_parameters(parameters, tiny_models.config("gpt2"))
+
+
 def test_untied_head_is_used_and_tied_one_is_the_embedding(expected):
     tied = tiny_models.tensors("smollm2")
     embedding = tied["model.embed_tokens.weight"]
@@ -113,7 +141,7 @@ def test_untied_head_is_used_and_tied_one_is_the_embedding(expected):
         assert (error < TOLERANCE) == same
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2_window"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2_window", "gpt2"])
 def test_padding_and_batch_size_change_nothing(family):
     config, parameters = tiny_models.config(family), tiny_models.parameters(family)
     tokens = tiny_models.prompts(3, 12)
@@ -155,7 +183,7 @@ def test_long_texts_are_attended_to_in_blocks(family, length, monkeypatch):
         return np.asarray(logits), slope
 
     whole, slope = logits_and_slope()
-    monkeypatch.setattr(decoder, "_QUERIES", 8)
+    monkeypatch.setattr(layers, "_QUERIES", 8)
     in_blocks, slope_in_blocks = logits_and_slope()
     np.testing.assert_allclose(in_blocks, whole, atol=1e-5)
     for found, wanted in zip(
@@ -226,7 +254,7 @@ def test_config_json_of_transformers_is_read(family, tmp_path):
     made = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     made.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert Config.from_dict(written) == tiny_models.config(family)
+    assert read_config(written) == tiny_models.config(family)
 
 
 def test_rope_in_the_words_of_older_releases():
@@ -235,9 +263,9 @@ def test_rope_in_the_words_of_older_releases():
     old["rope_theta"] = scaling.pop("rope_theta")
     for name in ("rope_type", "type"):
         renamed = {name if k == "rope_type" else k: v for k, v in scaling.items()}
-        found = Config.from_dict({**old, "rope_scaling": renamed})
+        found = read_config({**old, "rope_scaling": renamed})
         assert found == tiny_models.config("llama3")
-    found = Config.from_dict({**tiny_models.config_dict("llama2"), "rope_theta": 5e5})
+    found = read_config({**tiny_models.config_dict("llama2"), "rope_theta": 5e5})
     assert found.rope == Rope(theta=5e5)
 
 
@@ -245,7 +273,7 @@ def test_rope_in_the_words_of_older_releases():
     ("family", "attributes", "named"),
     [
         ("llama2", {"hidden_act": "gelu"}, "hidden_act"),
-        ("llama2", {"model_type": "gpt2"}, "model_type"),
+        ("llama2", {"model_type": "bloom"}, "model_type"),
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama2", {"quantization_config": {"quant_method": "gptq"}}, "quantization"),
         ("llama2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
@@ -264,11 +292,18 @@ def test_rope_in_the_words_of_older_releases():
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
         ("qwen3", {"head_dim": 15}, "head_dim"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"n_head": 3}, "n_head"),
+        ("gpt2", {"n_layer": 10**6}, "n_layer"),
+        ("gpt2", {"hidden_size": 32}, "hidden_size"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(family, attributes, named):
     with pytest.raises(CheckpointError, match=named) as refused:
-        Config.from_dict({**tiny_models.config_dict(family), **attributes}, "a.json")
+        read_config({**tiny_models.config_dict(family), **attributes}, "a.json")
     assert str(refused.value).startswith("a.json: ")
     assert "\n" not in str(refused.value)
 
@@ -278,13 +313,13 @@ def test_absent_attribute_whose_default_is_a_trap_is_refused(absent):
     fields = tiny_models.config_dict("mistral")
     del fields[absent]
     with pytest.raises(CheckpointError, match=absent):
-        Config.from_dict(fields)
+        read_config(fields)
 
 
 def test_attributes_without_effect_are_passed_over():
     more = {"torch_dtype": "bfloat16", "_name_or_path": "x", "use_cache": False}
     fields = {**tiny_models.config_dict("llama2"), **more, "unheard_of": None}
-    assert Config.from_dict(fields) == tiny_models.config("llama2")
+    assert read_config(fields) == tiny_models.config("llama2")
 
 
 def test_parameters_that_do_not_fit_are_named():

@@ -14,7 +14,7 @@ import numpy as np
 
 from m3jax.checkpoints import tree
 from m3jax.models.config import Config
-from m3jax.models.parameters import parameter_shapes
+from m3jax.models.decoder import parameter_shapes, read_config
 
 VOCABULARY = 61
 WINDOW = 5
@@ -31,6 +31,16 @@ _COMMON = {
     "eos_token_id": None,
     "pad_token_id": None,
     "tie_word_embeddings": False,
+}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 
 
@@ -66,16 +76,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "n_inner": 48},
+    "gpt2_exact": {
+        "model_type": "gpt2",
+        "activation_function": "gelu",
+        "tie_word_embeddings": False,
+    },
 }
 
 
 def config_dict(family: str) -> dict[str, Any]:
-    return {**_COMMON, **FAMILIES[family]}
+    own = FAMILIES[family]
+    return {**(_GPT2 if own["model_type"] == "gpt2" else _COMMON), **own}
 
 
 @functools.cache
 def config(family: str) -> Config:
-    return Config.from_dict(config_dict(family))
+    return read_config(config_dict(family))
 
 
 @functools.cache
@@ -85,16 +102,17 @@ def tensors(family: str, seed: int = 0) -> dict[str, np.ndarray]:
     found = {}
     for name, shape in parameter_shapes(config(family)).items():
         values = generator.standard_normal(shape)
-        if "norm" in name:
-            values = 1 + 0.3 * values
-        elif name.endswith("bias"):
+        fan_in = shape[0] if ".c_" in name else shape[-1]
+        if name.endswith("bias"):
             values = 0.5 * values
-        elif "embed" in name:
+        elif "norm" in name or "ln_" in name:
+            values = 1 + 0.3 * values
+        elif "embed" in name or "wte" in name or "wpe" in name:
             values = 0.1 * values  # a mean square that the norm's epsilon touches
-        elif "q_proj" in name or "k_proj" in name:
-            values = 1.5 * values / np.sqrt(shape[1])
+        elif "q_proj" in name or "k_proj" in name or "c_attn" in name:
+            values = 1.5 * values / np.sqrt(fan_in)
         else:
-            values = values / np.sqrt(shape[1])
+            values = values / np.sqrt(fan_in)
         found[name] = values.astype(np.float32)
     return found
 

@@ -1,4 +1,4 @@
-"""Scores a checkpoint of the Llama family at tasks.
+"""Scores a checkpoint of the Llama family, or of GPT-2, at tasks.
 
 A task is a JSONL file and a JSON spec beside it of what to ask and how to mark the
 answer: kinds loss, choice, exact_match, regex, numeric and code. For example,
@@ -172,9 +172,10 @@ def _evaluator(model: Model, tasks: list[Task]) -> TaskEvaluator:
 def _neighbours(model: Model) -> Neighbours:
     from m3jax.evaluation.neighbours import Neighbours
     from m3jax.evaluation.tokenizer import open_tokenizer
+    from m3jax.models.decoder import embedding
 
-    embedding = model.parameters["model"]["embed_tokens"]["weight"]
-    return Neighbours(embedding, open_tokenizer(model.folder))
+    rows = embedding(model.parameters, model.config)
+    return Neighbours(rows, open_tokenizer(model.folder))
 
 
 def _under_attack(

@@ -25,8 +25,8 @@ from m3jax.evaluation.running import continuations, log_likelihoods
 from m3jax.evaluation.tasks import Task, TaskError, load_tasks
 from m3jax.evaluation.tokenizer import Tokenizer, open_tokenizer
 from m3jax.models.config import Config
-from m3jax.models.decoder import Parameters
 from m3jax.models.generation import Sampling
+from m3jax.models.layers import Parameters
 from m3jax.models.parameters import read_model_config
 
 

@@ -25,8 +25,8 @@ from m3jax.evaluation.answers import until_stop
 from m3jax.evaluation.running import continuations, log_likelihoods
 from m3jax.evaluation.tokenizer import FolderTokenizer
 from m3jax.models.config import Config
-from m3jax.models.decoder import Parameters
 from m3jax.models.generation import Sampling
+from m3jax.models.layers import Parameters
 
 _MAX_NEW_TOKENS = 256  # HFLM's default
 

@@ -13,7 +13,7 @@ from m3jax.evaluation.attacks import Variants, attacked_prompt
 from m3jax.evaluation.evaluator import TaskEvaluator
 from m3jax.evaluation.results import Result
 from m3jax.evaluation.tasks import Task
-from m3jax.models.decoder import Parameters
+from m3jax.models.layers import Parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 
 from m3jax.evaluation.batches import pad, plan_batches
 from m3jax.models.config import Config
-from m3jax.models.decoder import Parameters
 from m3jax.models.generation import Sampling, generate
+from m3jax.models.layers import Parameters
 from m3jax.models.likelihood import token_scores
 
 

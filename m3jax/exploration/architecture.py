@@ -27,7 +27,7 @@ def common_config(names: Sequence[str]) -> tuple[Config, dict[str, Path]]:
     found = {name: read_model_config(name) for name in names}
     first = found[names[0]][0]
     for name, (config, _) in found.items():
-        for field in dataclasses.fields(Config):
+        for field in dataclasses.fields(first):  # `family` first: it has the others
             own, wanted = getattr(config, field.name), getattr(first, field.name)
             if own != wanted and field.name not in _MAY_DIFFER:
                 raise CheckpointError(

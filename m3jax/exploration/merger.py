@@ -11,7 +11,7 @@ from m3jax import mixup
 from m3jax.engine import in_memory
 from m3jax.engine.trees import align_trees
 from m3jax.methods.method import Info
-from m3jax.models.decoder import Parameters
+from m3jax.models.layers import Parameters
 from m3jax.recipe import Recipe
 
 Ratios = dict[str, tuple[float, ...]]

@@ -23,7 +23,7 @@ from m3jax.exploration.result import Exploration, Row
 from m3jax.exploration.samplers import Proposal, Sampler
 from m3jax.exploration.scoring import Objective, Scored, score
 from m3jax.exploration.trials import Trial, best
-from m3jax.models.decoder import Parameters
+from m3jax.models.layers import Parameters
 from m3jax.recipe import Mixup, Recipe
 
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ import jax
 
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.exploration.trials import Scores, all_finite, finite, number, numbers
-from m3jax.models.decoder import Parameters
+from m3jax.models.layers import Parameters
 from m3jax.recipe import RecipeError
 
 Examples = dict[str, list[float]]  # task -> score of each example

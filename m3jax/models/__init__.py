@@ -1,1 +1,1 @@
-"""The forward pass of the Llama family, on a checkpoint's own parameter names."""
+"""Decoders on a checkpoint's own parameter names: forward pass, scores, generation."""

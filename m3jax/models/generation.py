@@ -10,15 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.models.config import Config
-from m3jax.models.decoder import (
-    Cache,
-    Parameters,
-    compute_dtype,
-    empty_cache,
-    head,
-    hidden_states,
-    positions_of,
-)
+from m3jax.models.decoder import compute_dtype, head, hidden_states
+from m3jax.models.layers import Cache, Parameters, empty_cache, positions_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +93,7 @@ def generate(
     sampling = sampling or Sampling()
     batch, prompt_slots = tokens.shape
     keys = _row_keys(key, batch, sampling)
-    dtype = compute_dtype(parameters) if dtype is None else dtype
+    dtype = compute_dtype(parameters, config) if dtype is None else dtype
     positions = positions_of(valid)
     # The last token is not attended to by any other.
     cache = empty_cache(config, batch, prompt_slots + max_new_tokens - 1, dtype)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.models.config import Config
-from m3jax.models.decoder import Parameters, head, hidden_states, positions_of
+from m3jax.models.decoder import head, hidden_states
+from m3jax.models.layers import Parameters, positions_of
 
 _ROWS = 256  # tokens whose logits are held at a time
 

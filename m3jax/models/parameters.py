@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.models.config import Config
+from m3jax.models.decoder import ARCHITECTURES, parameter_shapes, read_config
 
-# Tables that some checkpoints carry and that follow from the config.
-_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 _FEW = 4
 
 
@@ -68,47 +66,9 @@ def read_model_config(name: str) -> tuple[Config, Path]:
     quantised = fields.get("quantization_config")
     if isinstance(quantised, dict) and quantised.get("quant_method") == "fp8":
         fields = {**fields, "quantization_config": None}  # dequantised as it is read
-    config = Config.from_dict(fields, f"{folder / 'config.json'}")
+    config = read_config(fields, f"{folder / 'config.json'}")
     check_parameters(tensors, config, name)
     return config, folder
-
-
-def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor; `lm_head.weight` only where it is not tied."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    linear = {  # output, input, bias
-        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
-        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, queries, config.output_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if config.qk_norm:
-        head = {
-            "self_attn.q_norm": config.head_dim,
-            "self_attn.k_norm": config.head_dim,
-        }
-        norms |= head
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden)
-    }
-    for i in range(config.num_layers):
-        prefix = f"model.layers.{i}"
-        for name, (rows, columns, bias) in linear.items():
-            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}.{name}.bias"] = (rows,)
-        for name, size in norms.items():
-            shapes[f"{prefix}.{name}.weight"] = (size,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
 
 
 def check_parameters(
@@ -120,13 +80,16 @@ def check_parameters(
     belongs to computes something else.
     """
     leaves, _ = tree.flatten(parameters)
-    needed = parameter_shapes(config)
+    architecture = ARCHITECTURES[config.family]
+    needed, prefix = parameter_shapes(config), architecture.prefix
+    if not any(tensor.startswith(prefix) for tensor in leaves):
+        needed = {tensor.removeprefix(prefix): own for tensor, own in needed.items()}
     head = "lm_head.weight"
     if config.tie_word_embeddings and head in leaves:
         needed[head] = (config.vocab_size, config.hidden_size)
     flaws = [f"lacks {shown(tensor)}" for tensor in needed if tensor not in leaves]
     for tensor, leaf in leaves.items():
-        if tensor not in needed and not _BUFFERS.fullmatch(tensor):
+        if tensor not in needed and not architecture.buffers.fullmatch(tensor):
             flaws.append(f"has {shown(tensor)}, which {config.family} does not know")
         elif tensor in needed and leaf.shape != needed[tensor]:
             found, wanted = list(leaf.shape), list(needed[tensor])

@@ -1,0 +1,91 @@
+"""The Flax NNX module: the pytree's own arrays, and what NNX does with them."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+import m3jax
+from m3jax.models.decoder import forward
+
+nnx = pytest.importorskip("flax.nnx")
+optax = pytest.importorskip("optax")
+
+FAMILIES = ("qwen3", "mistral", "gpt2")
+TOKENS = jnp.asarray(tiny_models.prompts(2, 12))
+
+
+def make(family):
+    parameters = tiny_models.parameters(family)
+    return parameters, m3jax.Decoder(parameters, tiny_models.config(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_state_is_the_pytree_itself(family):
+    parameters, model = make(family)
+    assert jax.tree.structure(model.parameters) == jax.tree.structure(parameters)
+    leaves = zip(
+        jax.tree.leaves(model.parameters), jax.tree.leaves(parameters), strict=True
+    )
+    assert all(own is given for own, given in leaves)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_function(family):
+    parameters, model = make(family)
+    valid = jnp.ones(TOKENS.shape, bool).at[1, :5].set(False)
+    expected = forward(
+        parameters, TOKENS, config=tiny_models.config(family), valid=valid
+    )
+    np.testing.assert_array_equal(model(TOKENS, valid), expected)
+    jitted = nnx.jit(lambda model, *inputs: model(*inputs))(model, TOKENS, valid)
+    np.testing.assert_allclose(jitted, expected, atol=1e-5)
+
+
+def test_a_merge_is_a_model_and_learns(tmp_path):
+    family = "qwen3"
+    base, a, b = (tiny_models.parameters(family, seed) for seed in range(3))
+    merged = m3jax.merge_params(base, [a, b], m3jax.Recipe(method="ties"), 0)
+    model = m3jax.Decoder(merged, tiny_models.config(family))
+    optimiser = nnx.Optimizer(model, optax.sgd(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimiser):
+        def loss(model):
+            logits = model(TOKENS[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, TOKENS[:, 1:]
+            ).mean()
+
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimiser.update(model, gradient)
+        return value
+
+    losses = [float(step(model, optimiser)) for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    m3jax.save(model.parameters, tmp_path / "tuned")
+    config = json.dumps(tiny_models.config_dict(family))
+    (tmp_path / "tuned" / "config.json").write_text(config)
+    again = m3jax.Decoder.load(str(tmp_path / "tuned"))
+    np.testing.assert_array_equal(again(TOKENS), model(TOKENS))
+
+
+def test_without_flax_it_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.partition(".")[0] == "flax":
+            raise ImportError("No module named 'flax'", name="flax")
+        return real(name, *arguments, **options)
+
+    monkeypatch.delitem(sys.modules, "m3jax.models.module", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'm3jax\[flax\]'"):
+        _ = m3jax.Decoder
