@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,9 @@ def test_search_sets_every_field():
         ({"halving": 2}, "halving needs budget"),
         ({"halving": 1, "budget": 4}, "halving=1 needs 2 or more"),
         ({"draws": 0}, "draws=0 needs 1 or more"),
+        ({"at_once": 0}, "at_once=0 needs 1 or more"),
+        ({"generation": 0}, "generation=0 needs 1 or more"),
+        ({"generation": 2}, "generation=2 is for the samplers tpe, cmaes; recipe is"),
         ({"weights": {"far": 1.0}}, "'far' is no validation task; those are near"),
         ({"weights": {"near": 0.0}}, "one of them needs to be other than 0"),
         ({"recipe": m3jax.Recipe(mixup=m3jax.Mixup(alpha=None))}, "nothing is drawn"),
@@ -385,6 +389,79 @@ def test_picture(count, tmp_path):
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+# Several draws at once.
+
+
+@pytest.mark.parametrize("at_once", [3, 11])  # there are eight devices
+def test_draws_at_once_change_no_file(at_once, tmp_path):
+    recipe = m3jax.Recipe(method="ties", dare=m3jax.Dare(drop_rate=0.2))
+    options = {"recipe": recipe, "draws": 16, "sampler": "sobol", "seed": 8}
+    options |= {"search": ["ratios", "trim_rate", "seed"], "halving": 4, "budget": 16}
+    explore(output=tmp_path / "one", **options)
+    used = set()
+
+    def evaluator(parameters, budget, key):
+        (device,) = parameters["layer"]["weight"].devices()
+        used.add(device)
+        time.sleep(random.random() / 100)  # they end in another order
+        return near(0.3, 0.7)(parameters, budget, key)
+
+    evaluator.__qualname__ = near(0.3, 0.7).__qualname__
+    evaluator.__module__ = near.__module__
+    explore(evaluator=evaluator, output=tmp_path / "more", at_once=at_once, **options)
+    assert contents(tmp_path / "more") == contents(tmp_path / "one")
+    assert len(used) == min(at_once, 8)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_a_generation_is_proposed_at_once(sampler, tmp_path):
+    pytest.importorskip("optuna")
+    options = {"sampler": sampler, "draws": 26, "seed": 2, "count": 3}
+    for name, more in {
+        "alone": {"generation": 4},
+        "together": {"generation": 4, "at_once": 4},
+        "one by one": {"at_once": 4},
+    }.items():
+        explore(output=tmp_path / name, **options, **more)
+    together = contents(tmp_path / "together")
+    assert together == contents(tmp_path / "alone")
+    assert together["winner.json"] != contents(tmp_path / "one by one")["winner.json"]
+    with pytest.raises(CheckpointError, match="was begun with generation = 4"):
+        explore(output=tmp_path / "alone", resume=True, **options)
+
+
+def test_an_error_among_draws_at_once_costs_none_before_it(tmp_path):
+    seventh = explore(draws=12).trials[6].scores
+    fails = [True]
+
+    def evaluator(parameters, budget, key):
+        scores = near(0.3, 0.7)(parameters, budget, key)
+        if fails[0] and scores == seventh:
+            raise OSError("out of luck")
+        return scores
+
+    options = {"evaluator": evaluator, "draws": 12, "at_once": 3}
+    with pytest.raises(OSError, match="out of luck"):
+        explore(output=tmp_path / "a", **options)
+    lines = (tmp_path / "a" / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines[1:]] == list(range(6))
+    fails[0] = False
+    explore(output=tmp_path / "a", resume=True, **options)
+    explore(output=tmp_path / "b", **options)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_models_on_several_devices_together_come_one_draw_at_a_time():
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    base, *models = jax.tree.map(lambda x: jax.device_put(x, split), trees())
+    options = {"evaluator": near(0.3, 0.7), "draws": 3}
+    with pytest.raises(m3jax.RecipeError, match="at_once=2 needs to be 1"):
+        m3jax.explore(base, models, at_once=2, **options)
+    found = m3jax.explore(base, models, at_once=None, **options)
+    assert found.trials == explore(draws=3).trials
+
+
 # Device memory and compilations.
 
 
@@ -405,36 +482,49 @@ def test_device_memory_holds_one_merged_copy(tmp_path):
     before = sum(a.nbytes for a in jax.live_arrays() if a.nbytes >= SIZE)
     m3jax.explore(folders[0], folders[1:], recipe, evaluator=evaluator, draws=4)
     assert held == [3 * model] * 3 + [4 * model] * 7  # base, two models, one merge
+    held.clear()
+    arguments = {"evaluator": evaluator, "draws": 12, "at_once": 11}
+    m3jax.explore(folders[0], folders[1:], recipe, **arguments)
+    assert held[:5] == [3 * model] * 3 + [(8 * 3 + 1) * model] * 2
+    assert (8 * 3 + 1) * model < max(held) <= (8 * 3 + 11) * model
+
+
+@pytest.fixture
+def compiled():
+    """Programs that XLA has compiled so far, in a list of one number."""
+    found = [0]
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        found[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties"])
-def test_one_compilation_serves_all_draws(method):
-    compiled = 0
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        nonlocal compiled
-        compiled += event == "/jax/core/compile/backend_compile_duration"
-
+def test_one_compilation_serves_all_draws_of_a_device(method, compiled):
     counts = []
 
     def evaluator(parameters, budget, key):
-        counts.append(compiled)
+        counts.append(compiled[0])
         return {"score": 0.0}
 
     search = ["ratios", "drop_rates", "seed"]
     search += {"average": [], "task_arithmetic": ["scaling"]}.get(
         method, ["scaling", "trim_rate"]
     )
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        explore(
-            recipe=m3jax.Recipe(method=method, dare=m3jax.Dare(drop_rate=0.5)),
-            draws=8,
-            sampler="sobol",
-            search=search,
-            evaluator=evaluator,
-        )
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    options = {
+        "recipe": m3jax.Recipe(method=method, dare=m3jax.Dare(drop_rate=0.5)),
+        "draws": 8,
+        "sampler": "sobol",
+        "search": search,
+        "evaluator": evaluator,
+    }
+    explore(**options)
     # The baselines are merges, too: the first of them, behind three parents, compiles.
     assert len(set(counts[3:])) == 1, counts
+    explore(**options, at_once=4)
+    before = compiled[0]
+    explore(**{**options, "draws": 16}, at_once=4, seed=1)
+    assert compiled[0] == before

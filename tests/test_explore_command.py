@@ -253,7 +253,7 @@ def test_what_others_wrote_stays(folder, tmp_path, run):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "/x"), 4, "/x: No space left"),
-        (MemoryError(), 4, "out of memory; a smaller --tokens_per_batch needs less"),
+        (MemoryError(), 4, "out of memory; a smaller --tokens_per_batch and fewer"),
     ],
 )
 def test_it_says_how_to_resume(error, code, text, folder, tmp_path, run, monkeypatch):
@@ -271,10 +271,24 @@ def test_it_says_how_to_resume(error, code, text, folder, tmp_path, run, monkeyp
     assert run(*command(folder, tmp_path), "--resume").code == 0
 
 
+def test_draws_at_once_change_no_file(folder, tmp_path, run):
+    names = ("trials.jsonl", "scores.jsonl", "summary.md", "winner.json")
+    files = []
+    for flags in ({}, {"at_once": 4}):
+        output = tmp_path / str(len(files))
+        ran = run(*command(folder, output, draws=8, **flags), "--test_all_draws")
+        assert ran.code == 0, ran.err
+        files.append([(output / name).read_bytes() for name in names])
+    assert files[0] == files[1]
+
+
 @pytest.mark.slow
-def test_killed_at_random_and_resumed(folder, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_at_random_and_resumed(how, at_once, folder, tmp_path):
     def start(output, *more):
-        arguments = command(folder, output, draws=20, sampler="tpe")
+        flags = {"draws": 20, "sampler": "tpe", "at_once": at_once, "generation": 3}
+        arguments = command(folder, output, **flags)
         return subprocess.Popen(
             [sys.executable, "-m", "m3jax", *arguments, *more],
             env={**os.environ, "XLA_FLAGS": ""},
@@ -286,7 +300,7 @@ def test_killed_at_random_and_resumed(folder, tmp_path):
     assert start(tmp_path / "whole").wait() == 0
     expected = {name: (tmp_path / "whole" / name).read_bytes() for name in names}
     generator = np.random.default_rng()
-    for attempt in range(4):
+    for attempt in range(3):
         output = tmp_path / str(attempt)
         wanted = generator.integers(20)
         process = start(output)
@@ -294,7 +308,8 @@ def test_killed_at_random_and_resumed(folder, tmp_path):
             len((output / "trials.jsonl").read_bytes().splitlines()) < wanted
         ):
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        code = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
+        assert process.wait(timeout=10) in (code, 0)
         assert start(output, "--resume").wait() == 0
         assert {name: (output / name).read_bytes() for name in names} == expected

@@ -18,6 +18,7 @@ from absl import flags
 import m3jax
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import table
+from m3jax.engine.pipeline import available_cores
 
 if TYPE_CHECKING:
     from m3jax.exploration.result import Exploration, Row
@@ -36,6 +37,7 @@ _DRAWS = flags.DEFINE_integer("draws", 32, "To explore.", allow_override=True)
 _DATA = Path(m3jax.__file__).parent / "demo_data"
 _PAIR = ("maths", "code")
 _EXPERTS = (*_PAIR, "words")
+_MOST_AT_ONCE = 4
 _EXPLORED = m3jax.Recipe(
     method="task_arithmetic", scaling=1.5, mixup=m3jax.Mixup(alpha=2.0)
 )
@@ -139,6 +141,7 @@ def _explore(output: Path, seed: int, draws: int) -> Exploration:
         test=evaluators[1],
         draws=draws,
         seed=seed,
+        at_once=min(available_cores(), _MOST_AT_ONCE),
         output=output,
         overwrite=True,
     )

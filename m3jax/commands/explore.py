@@ -17,6 +17,7 @@ three times as many, and so on; the last one is evaluated on all.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ USAGE = (
     "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
     "--validation_tasks=SPEC.json[,...] --test_tasks=SPEC.json[,...] [--config=FILE]"
 )
-LESS_MEMORY = "a smaller --tokens_per_batch needs less"
+LESS_MEMORY = "a smaller --tokens_per_batch and fewer draws --at_once need less"
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
@@ -81,6 +82,14 @@ _HALVING = flags.DEFINE_integer(
 )
 _TEST_ALL = flags.DEFINE_bool(
     "test_all_draws", False, "Report mean and deviation over draws on test, too."
+)
+_AT_ONCE = flags.DEFINE_integer(
+    "at_once",
+    None,
+    "Draws at a time, each with its own merged copy. [one on each accelerator]",
+)
+_GENERATION = flags.DEFINE_integer(
+    "generation", 1, "Draws that tpe and cmaes propose before they are told of one."
 )
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "Only the first N examples of each task.", allow_override=True
@@ -163,6 +172,8 @@ def main(positional: list[str]) -> int:
         budget=_LIMIT.value,
         halving=_HALVING.value,
         test_all_draws=_TEST_ALL.value,
+        at_once=_AT_ONCE.value,
+        generation=_GENERATION.value,
         output=_OUTPUT.value,
         resume=_RESUME.value,
         overwrite=_OVERWRITE.value,
@@ -190,6 +201,16 @@ def main(positional: list[str]) -> int:
         path = Path(_OUTPUT.value or "") / "winner.json"
         print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
     return 0
+
+
+def failed(code: int) -> None:
+    """See `cli.run`: does not wait for draws that nobody waits for."""
+    from m3jax.exploration.lanes import at_work
+
+    if at_work():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _say(line: str) -> None:

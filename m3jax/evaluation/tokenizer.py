@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 class FolderTokenizer:
     """The tokenizer in a checkpoint's folder; none of the folder's code is run.
 
+    Threads may share it: they take turns, since the library's own objects cannot be.
+
     Attributes:
       transformers: the library's own object.
     """
@@ -68,6 +71,7 @@ class FolderTokenizer:
                 "pip install 'm3jax[evaluate]'"
             ) from None
         self._folder = folder
+        self._turn = threading.Lock()
         check_side_files(folder)  # the library would wait for a FIFO's other end
         try:
             self.transformers: Any = AutoTokenizer.from_pretrained(
@@ -90,20 +94,26 @@ class FolderTokenizer:
         return eos if bos is None else bos
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        tokens = self.transformers.encode(text, add_special_tokens=add_special_tokens)
-        return list(tokens)
+        with self._turn:
+            return list(
+                self.transformers.encode(text, add_special_tokens=add_special_tokens)
+            )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        text = self.transformers.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with self._turn:
+            text = self.transformers.decode(
+                list(tokens),
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
         return str(text)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         try:
-            text = self.transformers.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            with self._turn:
+                text = self.transformers.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True
+                )
         except Exception as error:  # there is none, or it raises, or Jinja is missing
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(

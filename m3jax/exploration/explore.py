@@ -47,6 +47,8 @@ def explore(
     budget: int | None = None,
     halving: int | None = None,
     test_all_draws: bool = False,
+    at_once: int | None = 1,
+    generation: int = 1,
     output: str | PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -55,7 +57,8 @@ def explore(
 ) -> Exploration:
     """Merges many draws of a recipe, evaluates each, and finds the best.
 
-    Base and models are loaded once; beside them device memory holds one merged copy.
+    Base and models are loaded once; beside them device memory holds one merged copy,
+    or as many as draws at once.
     The best draw is chosen by `evaluator` alone; `test` and `ood` say what it is worth.
 
         def evaluator(parameters, budget, key):
@@ -86,6 +89,12 @@ def explore(
         one η times as large, up to the full one.
       test_all_draws: evaluate every draw on `test` and `ood`, too, for mean and
         deviation there; nothing is chosen by it.
+      at_once: draws that are merged and evaluated at a time, which changes nothing but
+        speed; each takes memory for a merged copy, and each device for its own base
+        and models. More than one need an evaluator that threads may share, which a
+        `TaskEvaluator` is. None: one on each accelerator.
+      generation: how many draws ``tpe`` and ``cmaes`` propose before they are told what
+        the first of them scored; they do come at once.
       output: a folder for trials, summary, picture and the winner's recipe.
       resume: go on with what an interrupted exploration has left there.
       overwrite: begin anew there.
@@ -98,12 +107,22 @@ def explore(
     recipe = recipe or Recipe()
     prng.check_seed(seed)
     recipe.check(num_models=len(models), has_base=base is not None)
-    if draws < 1:
-        raise RecipeError(f"draws={draws} needs 1 or more")
+    for name, value in (
+        ("draws", draws),
+        ("generation", generation),
+        ("at_once", 1 if at_once is None else at_once),
+    ):
+        if value < 1:
+            raise RecipeError(f"{name}={value} needs 1 or more")
+    if generation > 1 and sampler not in ADAPTIVE:
+        raise RecipeError(
+            f"generation={generation} is for the samplers {', '.join(ADAPTIVE)}; "
+            f"{sampler} is told of no scores"
+        )
     space = None
     if sampler != "recipe":
         space = Space.parse(search, recipe, len(models))
-    proposals = make_sampler(sampler, recipe, space, draws, seed)
+    proposals = make_sampler(sampler, recipe, space, draws, seed, generation)
     schedule = rungs(proposals.count, _full(evaluator, budget, halving), halving)
     if halving is not None and sampler in ADAPTIVE:
         raise RecipeError(
@@ -129,6 +148,7 @@ def explore(
         "search": list(search) if space else None,
         # Otherwise it may go on to more draws than it began with.
         "draws": draws if sampler == "grid" or halving else None,
+        "generation": generation if sampler in ADAPTIVE else None,
         "halving": halving,
         "budget": budget,
         "weights": objective.weights,
@@ -154,6 +174,7 @@ def explore(
             seed=seed,
             budget=budget,
             test_all_draws=test_all_draws,
+            at_once=at_once,
             trials=trials,
             rows=rows,
             times=path and path / files.TIMES,

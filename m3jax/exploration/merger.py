@@ -59,7 +59,8 @@ class Merger:
         """What the method measures; draws that differ in ratios alone share it."""
         masked = recipe.dare.drop_rate is not None and recipe.dare.strategy == "random"
         what = (recipe.trim_rate, recipe.dare, seed if masked else None)
-        if self._measured[0] != what:
+        measured, info = self._measured  # another lane may replace it meanwhile
+        if measured != what:
             info = in_memory.measure(self._leaves, recipe, numbers)
             self._measured = (what, info)
-        return self._measured[1]
+        return info

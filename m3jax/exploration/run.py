@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.halving import Rung
 from m3jax.exploration.journal import Journal
-from m3jax.exploration.merger import Merger
+from m3jax.exploration.lanes import Lane, in_order, make_lanes
 from m3jax.exploration.result import Exploration, Row
 from m3jax.exploration.samplers import Proposal, Sampler
 from m3jax.exploration.scoring import Objective, Scored, score
@@ -27,6 +28,24 @@ from m3jax.models.layers import Parameters
 from m3jax.recipe import Mixup, Recipe
 
 Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A draw, and the budget that it is to be evaluated at."""
+
+    proposal: Proposal
+    index: int
+    budget: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """What came of a job, and the seconds that merging and evaluating took."""
+
+    trial: Trial
+    merging: float
+    evaluating: float
 
 
 def nothing(line: str) -> None:
@@ -44,6 +63,7 @@ class Run:
       seed: of the baselines, and of whatever the evaluators draw.
       budget: the full one.
       test_all_draws: evaluate every draw on the other lists, too.
+      at_once: draws; see `make_lanes`.
       trials, rows: what has been found before, and where to keep what is found.
       times: a file for how long things took; they are not the same in every run.
       say: is told what happens.
@@ -55,6 +75,7 @@ class Run:
     seed: int
     budget: int | None
     test_all_draws: bool
+    at_once: int | None
     trials: Journal
     rows: Journal
     times: Path | None = None
@@ -81,12 +102,12 @@ class Run:
             for name, tree in zip(["base", *names], trees, strict=True)
             if tree is not None
         ]
-        merger = Merger(trees[0], trees[1:], self.recipe)
-        trees.clear()
+        lanes = make_lanes(trees, self.recipe, self.at_once)
+        merger = lanes[0].merger
         for name, recipe in self._baselines(len(names)).items():
             make = functools.partial(merger, recipe, self.seed)
             rows.append(self._row(name, "baseline", make))
-        trials = self._all_trials(merger, sampler, schedule)
+        trials = self._all_trials(lanes, sampler, schedule)
         winner = best(trials[-schedule[-1].draws :], 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
@@ -132,89 +153,93 @@ class Run:
         return row
 
     def _all_trials(
-        self, merger: Merger, sampler: Sampler, schedule: Sequence[Rung]
+        self, lanes: Sequence[Lane], sampler: Sampler, schedule: Sequence[Rung]
     ) -> list[Trial]:
         trials: list[Trial] = []
         total = sum(rung.draws for rung in schedule)
+
+        def run(jobs: Sequence[_Job]) -> list[Trial]:
+            start = len(trials)
+            for trial in self._run(jobs, start, lanes):
+                trials.append(trial)
+                if len(trials) > len(self.trials.lines):
+                    what = described(trial.objective, trial.scores, trial.mean_ratios)
+                    self.say(f"{len(trials)} of {total}: draw {trial.index}, {what}")
+            return trials[start:]
+
         first, *others = schedule
-
-        def run(proposal: Proposal, index: int, budget: int | None) -> Trial:
-            trial = self._recorded(len(trials), proposal, index, budget)
-            if trial is None:
-                trial = self._trial(proposal, index, budget, merger)
-                what = described(trial.objective, trial.scores, trial.mean_ratios)
-                self.say(f"{len(trials) + 1} of {total}: draw {index}, {what}")
-            trials.append(trial)
-            return trial
-
-        kept = []
-        for index in range(first.draws):
-            trial = run(sampler.ask(index), index, first.budget)
-            sampler.tell(index, trial.objective)
-            kept.append(trial)
+        indices = range(first.draws)
+        for start in range(0, first.draws, sampler.generation):
+            own = indices[start : start + sampler.generation]
+            jobs = [_Job(sampler.ask(index), index, first.budget) for index in own]
+            for trial in run(jobs):
+                sampler.tell(trial.index, trial.objective)
+        kept = list(trials)
         for rung in others:
-            kept = [
-                run(Proposal(trial.recipe, trial.seed), trial.index, rung.budget)
-                for trial in best(kept, rung.draws)
-            ]
+            kept = run(
+                [
+                    _Job(Proposal(trial.recipe, trial.seed), trial.index, rung.budget)
+                    for trial in best(kept, rung.draws)
+                ]
+            )
         return trials
 
-    def _recorded(
-        self, place: int, proposal: Proposal, index: int, budget: int | None
-    ) -> Trial | None:
-        """The trial at this place of the journal, if it goes so far."""
-        if place >= len(self.trials.lines):
-            return None
-        trial = Trial.from_dict(self.trials.lines[place])
-        found = (Proposal(trial.recipe, trial.seed), trial.index, trial.budget)
-        if found != (proposal, index, budget):
-            raise CheckpointError(
-                f"trial {place} of the exploration to resume is another one than would "
-                "be drawn now: a package that draws is of another version; begin anew "
-                "with --overwrite"
-            )
-        return trial
+    def _run(
+        self, jobs: Sequence[_Job], start: int, lanes: Sequence[Lane]
+    ) -> Iterator[Trial]:
+        """The trials of jobs, read from the journal or run and written down there.
 
-    def _trial(
-        self, proposal: Proposal, index: int, budget: int | None, merger: Merger
-    ) -> Trial:
-        """Merges a draw, evaluates it and writes it down."""
-        recipe, seed = proposal.recipe, proposal.seed
+        Args:
+          jobs: in their order.
+          start: the first one's place in the journal.
+          lanes: to run them on.
+        """
+        lines = self.trials.lines[start : start + len(jobs)]
+        for i, line in enumerate(lines):
+            yield _recorded(line, jobs[i], start + i)
+        left = jobs[len(lines) :]
+        with contextlib.closing(in_order(self._do, left, lanes)) as found:
+            for done in found:
+                self.trials.append(done.trial.to_dict())
+                self._note_times(done)
+                yield done.trial
+
+    def _do(self, job: _Job, lane: Lane) -> _Done:
+        """Merges a draw and evaluates it."""
+        recipe, seed = job.proposal.recipe, job.proposal.seed
         start = time.perf_counter()
-        parameters = jax.block_until_ready(merger(recipe, seed))
+        parameters = jax.block_until_ready(lane.merger(recipe, seed))
         merged = time.perf_counter()
         lists = [(name, self.budget) for name in self.evaluators if self.test_all_draws]
         scores = {
             name: self._score(name, parameters, own).scores
-            for name, own in {**dict(lists), "validation": budget}.items()
+            for name, own in {**dict(lists), "validation": job.budget}.items()
         }
         own = scores.pop("validation")
         trial = Trial(
-            index=index,
-            budget=budget,
+            index=job.index,
+            budget=job.budget,
             recipe=recipe,
             seed=seed,
-            ratios=merger.ratios(recipe, seed),
+            ratios=lane.merger.ratios(recipe, seed),
             scores=own,
             objective=self.objective(own),
             other=scores,
         )
-        self.trials.append(trial.to_dict())
-        self._note_times(trial, merged - start, time.perf_counter() - merged)
-        return trial
+        return _Done(trial, merged - start, time.perf_counter() - merged)
 
     def _score(self, name: str, parameters: Parameters, budget: int | None) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
         return score(self.evaluators[name], parameters, budget, key)
 
-    def _note_times(self, trial: Trial, merging: float, evaluating: float) -> None:
+    def _note_times(self, done: _Done) -> None:
         if self.times is None:
             return
         entry = {
-            "index": trial.index,
-            "budget": trial.budget,
-            "merge_seconds": round(merging, 6),
-            "evaluate_seconds": round(evaluating, 6),
+            "index": done.trial.index,
+            "budget": done.trial.budget,
+            "merge_seconds": round(done.merging, 6),
+            "evaluate_seconds": round(done.evaluating, 6),
         }
         with durable.naming(self.times), self.times.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -222,6 +247,18 @@ class Run:
 
 def _same(parameters: Parameters) -> Parameters:
     return parameters
+
+
+def _recorded(line: Mapping[str, Any], job: _Job, place: int) -> Trial:
+    """The trial of a line of the journal, which has to be that of the job."""
+    trial = Trial.from_dict(line)
+    if _Job(Proposal(trial.recipe, trial.seed), trial.index, trial.budget) != job:
+        raise CheckpointError(
+            f"trial {place} of the exploration to resume is another one than would "
+            "be drawn now: a package that draws is of another version; begin anew "
+            "with --overwrite"
+        )
+    return trial
 
 
 def described(

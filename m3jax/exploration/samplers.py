@@ -32,10 +32,14 @@ class Sampler(Protocol):
 
     Attributes:
       count: of the trials.
+      generation: how many may be asked for before the first of them is told of.
     """
 
     @property
     def count(self) -> int: ...
+
+    @property
+    def generation(self) -> int: ...
 
     def ask(self, index: int) -> Proposal:
         """The trial of this index; asked for in order."""
@@ -47,7 +51,12 @@ class Sampler(Protocol):
 
 
 def make_sampler(
-    name: str, recipe: Recipe, space: Space | None, draws: int, seed: int
+    name: str,
+    recipe: Recipe,
+    space: Space | None,
+    draws: int,
+    seed: int,
+    generation: int = 1,
 ) -> Sampler:
     """The sampler of a name.
 
@@ -57,6 +66,7 @@ def make_sampler(
       space: what is searched; None for ``recipe``, which searches nothing.
       draws: the number of trials; a grid has at most so many.
       seed: of the exploration.
+      generation: of ``tpe`` and ``cmaes``; the others are not told of anything.
 
     Raises:
       RecipeError: the sampler does not fit the recipe, or needs another package.
@@ -72,7 +82,7 @@ def make_sampler(
         raise RecipeError(f"sampler={name!r} needs more to search than seeds")
     if name == "sobol":
         return _Listed(recipe, space, seed, _sobol(space, draws, seed))
-    return _Asked(name, recipe, space, draws, seed)
+    return _Asked(name, recipe, space, draws, seed, generation)
 
 
 def trial_seed(seed: int, index: int) -> int:
@@ -92,7 +102,8 @@ class _Drawn:
                 "nothing is drawn: the recipe has fixed ratios, or mixup.alpha is 0 or "
                 "None, and no random DARE; set mixup.alpha, or choose another sampler"
             )
-        self._recipe, self._seed, self.count = recipe, seed, draws
+        self._recipe, self._seed = recipe, seed
+        self.count = self.generation = draws
 
     def ask(self, index: int) -> Proposal:
         return Proposal(self._recipe, trial_seed(self._seed, index))
@@ -108,7 +119,8 @@ class _Listed:
         self, recipe: Recipe, space: Space, seed: int, values: Sequence[Values]
     ):
         self._recipe, self._space, self._seed = recipe, space, seed
-        self._values, self.count = values, len(values)
+        self._values = values
+        self.count = self.generation = len(values)
 
     def ask(self, index: int) -> Proposal:
         recipe = self._space.apply(self._recipe, self._values[index])
@@ -121,7 +133,15 @@ class _Listed:
 class _Asked:
     """Values that optuna's ask and tell suggest."""
 
-    def __init__(self, name: str, recipe: Recipe, space: Space, draws: int, seed: int):
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe,
+        space: Space,
+        draws: int,
+        seed: int,
+        generation: int,
+    ):
         self._optuna = _import_optuna(name)
         samplers = self._optuna.samplers
         made = (samplers.TPESampler if name == "tpe" else samplers.CmaEsSampler)(
@@ -131,21 +151,21 @@ class _Asked:
         unit = self._optuna.distributions.FloatDistribution(0.0, 1.0)
         self._dimensions = {f"x{i}": unit for i in range(space.dimensions)}
         self._recipe, self._space, self._seed = recipe, space, seed
-        self.count = draws
-        self._asked: Any = None
+        self.count, self.generation = draws, generation
+        self._asked: dict[int, Any] = {}  # optuna's trials that it was not told of
 
     def ask(self, index: int) -> Proposal:
-        self._asked = self._study.ask(self._dimensions)
-        point = [self._asked.params[name] for name in self._dimensions]
+        asked = self._asked[index] = self._study.ask(self._dimensions)
+        point = [asked.params[name] for name in self._dimensions]
         recipe = self._space.apply(self._recipe, self._space.values(point))
         return Proposal(recipe, _seed(self._space, self._seed, index))
 
     def tell(self, index: int, objective: float) -> None:
+        asked = self._asked.pop(index)
         if math.isfinite(objective):
-            self._study.tell(self._asked, objective)
+            self._study.tell(asked, objective)
         else:
-            failed = self._optuna.trial.TrialState.FAIL
-            self._study.tell(self._asked, state=failed)
+            self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
 
 
 def _seed(space: Space, seed: int, index: int) -> int:

@@ -1,0 +1,127 @@
+"""Several draws at once: on devices of their own, or on one that has the room.
+
+What a draw is, and what it scores, depends on neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from m3jax.exploration.merger import Merger
+from m3jax.recipe import Recipe, RecipeError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_THREADS = "m3jax-draw"  # their name begins so
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """Where one draw at a time is merged and evaluated.
+
+    Attributes:
+      merger: of models on its device; lanes may share it.
+      device: None where the models lie on several devices together.
+    """
+
+    merger: Merger
+    device: jax.Device | None
+
+
+def make_lanes(trees: list[Any], recipe: Recipe, at_once: int | None) -> list[Lane]:
+    """The lanes of an exploration, as many as draws at a time.
+
+    Each device that is used has its own copy of base and models, and lanes on the same
+    device share it.
+
+    Args:
+      trees: base (or None) and models; emptied, so that what the merges do not need
+        can go.
+      recipe: as for `Merger`.
+      at_once: the number of lanes. None: one for each accelerator of this process;
+        one for all CPU devices, which share cores and memory, and for models that lie
+        on several devices together.
+
+    Raises:
+      RecipeError: so many are not possible.
+      RecipeError, CheckpointError: as `Merger` does.
+    """
+    home = _home(trees)
+    if home is None and at_once not in (None, 1):
+        raise RecipeError(
+            f"at_once={at_once} needs to be 1: the models lie on several devices "
+            "together"
+        )
+    devices = [home]
+    if home is not None:
+        devices += [other for other in jax.local_devices() if other != home]
+    if at_once is None:
+        at_once = 1 if home is None or home.platform == "cpu" else len(devices)
+    mergers = [Merger(trees[0], trees[1:], recipe)]
+    for device in devices[1:at_once]:
+        base, *models = _copied(trees, device)
+        mergers.append(Merger(base, models, recipe))
+    trees.clear()
+    places = [i % len(mergers) for i in range(at_once)]
+    return [Lane(mergers[i], devices[i]) for i in places]
+
+
+def in_order(
+    work: Callable[[T, Lane], R], items: Sequence[T], lanes: Sequence[Lane]
+) -> Generator[R]:
+    """Yields ``work(item, lane)`` in the order of the items; a lane has one at a time.
+
+    With a single lane nothing leaves this thread. With more, an item's error is raised
+    when its turn comes; what is at work by then is not waited for.
+    """
+    if len(lanes) == 1:
+        yield from (work(item, lanes[0]) for item in items)
+        return
+    free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+    for lane in lanes:
+        free.put(lane)
+    x64 = jnp.asarray(0).dtype == jnp.int64  # what the caller has set for its thread
+
+    def run(item: T) -> R:
+        lane = free.get()
+        try:
+            with jax.enable_x64(x64), jax.default_device(lane.device):
+                return work(item, lane)
+        finally:
+            free.put(lane)
+
+    pool = ThreadPoolExecutor(len(lanes), thread_name_prefix=_THREADS)
+    try:
+        for future in [pool.submit(run, item) for item in items]:
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def at_work() -> bool:
+    """Whether a draw goes on that nobody waits for."""
+    return any(thread.name.startswith(_THREADS) for thread in threading.enumerate())
+
+
+def _home(trees: Sequence[Any]) -> jax.Device | None:
+    """The device that holds all arrays; None if there are several."""
+    leaves = [x for x in jax.tree.leaves(list(trees)) if isinstance(x, jax.Array)]
+    found = {device for leaf in leaves or [jnp.zeros(())] for device in leaf.devices()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _copied(trees: Sequence[Any], device: jax.Device | None) -> list[Any]:
+    """The trees with their arrays on a device; NumPy's stay what they are."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x,
+        list(trees),
+    )
