@@ -521,10 +521,14 @@ def test_one_compilation_serves_all_draws_of_a_device(method, compiled):
         "search": search,
         "evaluator": evaluator,
     }
+    jax.clear_caches()
     explore(**options)
     # The baselines are merges, too: the first of them, behind three parents, compiles.
     assert len(set(counts[3:])) == 1, counts
+    once, before = counts[3] - counts[2], compiled[0]
+    assert once > 0
     explore(**options, at_once=4)
+    assert compiled[0] - before <= 3 * once  # for three more devices
     before = compiled[0]
     explore(**{**options, "draws": 16}, at_once=4, seed=1)
     assert compiled[0] == before

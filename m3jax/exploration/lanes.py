@@ -1,11 +1,11 @@
 """Several draws at once: on devices of their own, or on one that has the room.
 
-What a draw is, and what it scores, depends on neither.
+A lane is where one draw at a time is merged and evaluated. What a draw is, and what it
+scores, does not depend on it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -20,28 +20,16 @@ from m3jax.recipe import Recipe, RecipeError
 
 T = TypeVar("T")
 R = TypeVar("R")
+L = TypeVar("L")
 
 _THREADS = "m3jax-draw"  # their name begins so
 
 
-@dataclasses.dataclass(frozen=True)
-class Lane:
-    """Where one draw at a time is merged and evaluated.
+def make_lanes(trees: list[Any], recipe: Recipe, at_once: int | None) -> list[Merger]:
+    """The lanes of an exploration: a merger for each draw at a time.
 
-    Attributes:
-      merger: of models on its device; lanes may share it.
-      device: None where the models lie on several devices together.
-    """
-
-    merger: Merger
-    device: jax.Device | None
-
-
-def make_lanes(trees: list[Any], recipe: Recipe, at_once: int | None) -> list[Lane]:
-    """The lanes of an exploration, as many as draws at a time.
-
-    Each device that is used has its own copy of base and models, and lanes on the same
-    device share it.
+    Each device that is used has its own copy of base and models. Lanes on the same
+    device share it, and the merger.
 
     Args:
       trees: base (or None) and models; emptied, so that what the merges do not need
@@ -71,12 +59,11 @@ def make_lanes(trees: list[Any], recipe: Recipe, at_once: int | None) -> list[La
         base, *models = _copied(trees, device)
         mergers.append(Merger(base, models, recipe))
     trees.clear()
-    places = [i % len(mergers) for i in range(at_once)]
-    return [Lane(mergers[i], devices[i]) for i in places]
+    return [mergers[i % len(mergers)] for i in range(at_once)]
 
 
 def in_order(
-    work: Callable[[T, Lane], R], items: Sequence[T], lanes: Sequence[Lane]
+    work: Callable[[T, L], R], items: Sequence[T], lanes: Sequence[L]
 ) -> Generator[R]:
     """Yields ``work(item, lane)`` in the order of the items; a lane has one at a time.
 
@@ -86,15 +73,18 @@ def in_order(
     if len(lanes) == 1:
         yield from (work(item, lanes[0]) for item in items)
         return
-    free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+    free: queue.SimpleQueue[L] = queue.SimpleQueue()
     for lane in lanes:
         free.put(lane)
-    x64 = jnp.asarray(0).dtype == jnp.int64  # what the caller has set for its thread
+    # What the caller has set for its own thread. A device of our choice would compile
+    # everything once more; the models' arrays are where they have to be as it is.
+    config: Any = jax.config
+    x64, device = config.jax_enable_x64, config.jax_default_device
 
     def run(item: T) -> R:
         lane = free.get()
         try:
-            with jax.enable_x64(x64), jax.default_device(lane.device):
+            with jax.enable_x64(x64), jax.default_device(device):
                 return work(item, lane)
         finally:
             free.put(lane)

@@ -19,7 +19,8 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.halving import Rung
 from m3jax.exploration.journal import Journal
-from m3jax.exploration.lanes import Lane, in_order, make_lanes
+from m3jax.exploration.lanes import in_order, make_lanes
+from m3jax.exploration.merger import Merger
 from m3jax.exploration.result import Exploration, Row
 from m3jax.exploration.samplers import Proposal, Sampler
 from m3jax.exploration.scoring import Objective, Scored, score
@@ -103,7 +104,7 @@ class Run:
             if tree is not None
         ]
         lanes = make_lanes(trees, self.recipe, self.at_once)
-        merger = lanes[0].merger
+        merger = lanes[0]
         for name, recipe in self._baselines(len(names)).items():
             make = functools.partial(merger, recipe, self.seed)
             rows.append(self._row(name, "baseline", make))
@@ -153,7 +154,7 @@ class Run:
         return row
 
     def _all_trials(
-        self, lanes: Sequence[Lane], sampler: Sampler, schedule: Sequence[Rung]
+        self, lanes: Sequence[Merger], sampler: Sampler, schedule: Sequence[Rung]
     ) -> list[Trial]:
         trials: list[Trial] = []
         total = sum(rung.draws for rung in schedule)
@@ -185,7 +186,7 @@ class Run:
         return trials
 
     def _run(
-        self, jobs: Sequence[_Job], start: int, lanes: Sequence[Lane]
+        self, jobs: Sequence[_Job], start: int, lanes: Sequence[Merger]
     ) -> Iterator[Trial]:
         """The trials of jobs, read from the journal or run and written down there.
 
@@ -204,11 +205,11 @@ class Run:
                 self._note_times(done)
                 yield done.trial
 
-    def _do(self, job: _Job, lane: Lane) -> _Done:
+    def _do(self, job: _Job, merger: Merger) -> _Done:
         """Merges a draw and evaluates it."""
         recipe, seed = job.proposal.recipe, job.proposal.seed
         start = time.perf_counter()
-        parameters = jax.block_until_ready(lane.merger(recipe, seed))
+        parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
         lists = [(name, self.budget) for name in self.evaluators if self.test_all_draws]
         scores = {
@@ -221,7 +222,7 @@ class Run:
             budget=job.budget,
             recipe=recipe,
             seed=seed,
-            ratios=lane.merger.ratios(recipe, seed),
+            ratios=merger.ratios(recipe, seed),
             scores=own,
             objective=self.objective(own),
             other=scores,
