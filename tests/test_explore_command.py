@@ -214,6 +214,10 @@ def test_halving_by_the_command(folder, tmp_path, run):
         ({"weights": "copy"}, 2, "--weights='copy' needs TASK=NUMBER"),
         ({"weights": "paste=1"}, 2, "'paste' is no validation task"),
         ({"limit": 0}, 2, "--limit=0 needs 1 or more"),
+        ({"at_once": 0}, 2, "at_once=0 needs 1 or more"),
+        ({"mesh": "rows"}, 2, "--mesh=rows needs AXIS=SIZE"),
+        ({"mesh": "rows=9"}, 2, "--mesh=rows=9 has 9 devices, there are 8"),
+        ({"mesh": "rows=2", "at_once": 2}, 2, "lie on several devices together"),
         ({"seed": -1}, 2, "seed=-1"),
         ({"tokenizer_from": "c"}, 2, "--tokenizer_from=c needs base or one of"),
         ({"search": "all", "sampler": "grid"}, 2, "search='all' needs"),
@@ -280,6 +284,23 @@ def test_draws_at_once_change_no_file(folder, tmp_path, run):
         assert ran.code == 0, ran.err
         files.append([(output / name).read_bytes() for name in names])
     assert files[0] == files[1]
+
+
+def test_models_split_over_devices_score_alike(folder, tmp_path, run):
+    trials = []
+    for flags in ({}, {"mesh": "rows=2,columns=2"}):
+        output = tmp_path / str(len(trials))
+        ran = run(*command(folder, output, **flags))
+        assert ran.code == 0, ran.err
+        lines = (output / "trials.jsonl").read_text().splitlines()
+        trials.append([json.loads(line) for line in lines[1:]])
+    for whole, split in zip(*trials, strict=True):
+        assert split["ratios"] == whole["ratios"]
+        assert split["scores"] == pytest.approx(whole["scores"], abs=1e-4)
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in "01"
+    ]
+    assert summaries[0]["winner"]["index"] == summaries[1]["winner"]["index"]
 
 
 @pytest.mark.slow

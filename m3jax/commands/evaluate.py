@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from m3jax.checkpoints import durable
+from m3jax.commands import mesh
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, table
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     Scored = Result | HarnessResult
 
 USAGE = "m3jax evaluate MODEL --tasks=SPEC.json|NAME[,...] [--limit=N] [--json]"
-LESS_MEMORY = "a smaller --tokens_per_batch needs less"
+LESS_MEMORY = "a smaller --tokens_per_batch needs less, and --mesh splits the model"
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
 _TASKS = flags.DEFINE_list(
@@ -69,6 +70,12 @@ _DTYPE = flags.DEFINE_enum(
 )
 _TOKENS_PER_BATCH = flags.DEFINE_integer(
     "tokens_per_batch", 4096, "More is faster and takes more memory."
+)
+_MESH = flags.DEFINE_list(
+    "mesh",
+    None,
+    "Split the model over devices, such as rows=4 or rows=2,columns=2. [one has all]",
+    allow_override=True,
 )
 _ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
     "allow_code_execution",
@@ -134,7 +141,7 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     if names and _ATTACKS.value:
         raise UsageError(f"--attacks needs tasks of JSON files, not {', '.join(names)}")
     run_names = _harness(names) if names else None
-    model = load_model(model_name)
+    model = load_model(model_name, mesh.sharding(_MESH.value))
     neighbours = _neighbours(model) if "words" in _ATTACKS.value else None
     evaluator = _evaluator(model, tasks)
     results: list[Scored] = []

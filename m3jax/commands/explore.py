@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from m3jax.commands import config
+from m3jax.commands import config, mesh
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, table
 
@@ -37,7 +37,10 @@ USAGE = (
     "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
     "--validation_tasks=SPEC.json[,...] --test_tasks=SPEC.json[,...] [--config=FILE]"
 )
-LESS_MEMORY = "a smaller --tokens_per_batch and fewer draws --at_once need less"
+LESS_MEMORY = (
+    "a smaller --tokens_per_batch and fewer draws --at_once need less, and --mesh "
+    "splits the models over devices"
+)
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
@@ -87,6 +90,13 @@ _AT_ONCE = flags.DEFINE_integer(
     "at_once",
     None,
     "Draws at a time, each with its own merged copy. [one on each accelerator]",
+)
+_MESH = flags.DEFINE_list(
+    "mesh",
+    None,
+    "Split the models over devices, such as rows=4 or rows=2,columns=2, for one draw "
+    "at a time. [each device has all]",
+    allow_override=True,
 )
 _GENERATION = flags.DEFINE_integer(
     "generation", 1, "Draws that tpe and cmaes propose before they are told of one."
@@ -173,6 +183,7 @@ def main(positional: list[str]) -> int:
         halving=_HALVING.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
+        sharding=mesh.sharding(_MESH.value),
         generation=_GENERATION.value,
         output=_OUTPUT.value,
         resume=_RESUME.value,
@@ -238,7 +249,7 @@ def _task_evaluators(
 
     from m3jax.evaluation.evaluator import TaskEvaluator
     from m3jax.evaluation.tasks import load_tasks
-    from m3jax.evaluation.tokenizer import FolderTokenizer
+    from m3jax.evaluation.tokenizer import open_tokenizer
     from m3jax.exploration.architecture import common_config
 
     first = models[0] if base is None else base
@@ -250,7 +261,7 @@ def _task_evaluators(
         raise UsageError(
             f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
         )
-    tokenizer = FolderTokenizer(folders[owner])
+    tokenizer = open_tokenizer(folders[owner])
     dtypes = {"input": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
     def make(paths: list[str]) -> TaskEvaluator:

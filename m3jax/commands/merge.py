@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.commands import allocator, config, distributed, reporting
+from m3jax.commands import allocator, config, distributed, mesh, reporting
 from m3jax.commands.cli import UsageError
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
@@ -95,7 +95,7 @@ def main(positional: list[str]) -> int:
         tokenizer_from=_TOKENIZER_FROM.value or asked.tokenizer_from,
         output_format=_OUTPUT_FORMAT.value,
         executor=_EXECUTOR.value,
-        mesh=_mesh(_MESH.value),
+        mesh=mesh.sizes(_MESH.value),
     )
     if _DRY_RUN.value:
         try:
@@ -131,18 +131,6 @@ def main(positional: list[str]) -> int:
 def failed(code: int) -> None:
     """See `cli.run`."""
     distributed.leave_after_failure(code)
-
-
-def _mesh(entries: list[str] | None) -> dict[str, int] | None:
-    """The sizes of the axes that --mesh names."""
-    if entries is None:
-        return None
-    pairs = [entry.partition("=") for entry in entries]
-    if not all(size.isdecimal() for _, _, size in pairs):
-        raise UsageError(f"--mesh={','.join(entries)} needs AXIS=SIZE[,AXIS=SIZE]")
-    if len({name for name, _, _ in pairs}) < len(pairs):
-        raise UsageError(f"--mesh={','.join(entries)} names an axis twice")
-    return {name: int(size) for name, _, size in pairs}
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def explore(
     test_all_draws: bool = False,
     at_once: int | None = 1,
     generation: int = 1,
+    sharding: Any = None,
     output: str | PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -95,6 +96,8 @@ def explore(
         `TaskEvaluator` is. None: one on each accelerator.
       generation: how many draws ``tpe`` and ``cmaes`` propose before they are told what
         the first of them scored; they do come at once.
+      sharding: of models that are paths, as for `m3jax.load`: those that are too large
+        for a device are split over several.
       output: a folder for trials, summary, picture and the winner's recipe.
       resume: go on with what an interrupted exploration has left there.
       overwrite: begin anew there.
@@ -181,7 +184,10 @@ def explore(
             say=say,
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
-        trees = [None if base is None else _loaded(base), *map(_loaded, models)]
+        trees = [
+            None if model is None else _loaded(model, sharding)
+            for model in (base, *models)
+        ]
         found = run(trees, _names(models), proposals, schedule)
         replay = _replay(found, base, models, tokenizer_from)
         found = dataclasses.replace(found, replay=replay)
@@ -219,8 +225,8 @@ def _is_path(model: Any) -> bool:
     return isinstance(model, str | PathLike)
 
 
-def _loaded(model: Any) -> Any:
-    return load(model) if _is_path(model) else model
+def _loaded(model: Any, sharding: Any) -> Any:
+    return load(model, sharding) if _is_path(model) else model
 
 
 def _names(models: Sequence[Any]) -> list[str]:

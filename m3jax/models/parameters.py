@@ -30,11 +30,12 @@ class Model:
     folder: Path
 
 
-def load_model(name: str) -> Model:
+def load_model(name: str, sharding: Any = None) -> Model:
     """Loads a checkpoint's parameters and config, and checks that they fit.
 
     Args:
       name: a folder, a safetensors file or a Hugging Face id.
+      sharding: where the arrays go, as for `m3jax.load`.
 
     Raises:
       CheckpointError: it cannot be read, or is no model that can be run.
@@ -42,7 +43,7 @@ def load_model(name: str) -> Model:
     import m3jax
 
     config, folder = read_model_config(name)
-    return Model(m3jax.load(name), config, folder)
+    return Model(m3jax.load(name, sharding), config, folder)
 
 
 def read_model_config(name: str) -> tuple[Config, Path]:
