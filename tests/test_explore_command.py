@@ -278,9 +278,9 @@ def test_it_says_how_to_resume(error, code, text, folder, tmp_path, run, monkeyp
 def test_draws_at_once_change_no_file(folder, tmp_path, run):
     names = ("trials.jsonl", "scores.jsonl", "summary.md", "winner.json")
     files = []
-    for flags in ({}, {"at_once": 4}):
+    for flags in ({}, {"at_once": 2}):
         output = tmp_path / str(len(files))
-        ran = run(*command(folder, output, draws=8, **flags), "--test_all_draws")
+        ran = run(*command(folder, output, draws=6, **flags), "--test_all_draws")
         assert ran.code == 0, ran.err
         files.append([(output / name).read_bytes() for name in names])
     assert files[0] == files[1]

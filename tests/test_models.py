@@ -23,8 +23,7 @@ from m3jax.models.rope import Rope
 TOLERANCE = 1e-4  # absolute, of logits of size 1 to 5
 MISTAKE = 1e-2
 
-# Without jit each operation is compiled once, for all families and mistakes.
-run = forward
+run = jax.jit(forward, static_argnames=("config", "dtype"))
 
 
 @pytest.fixture(scope="module")
