@@ -9,7 +9,7 @@ demo: .venv/installed ## merge the built-in models, and explore their merges
 	$(BIN)/m3jax demo
 
 test: .venv/installed-dev ## the tests, minutes
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-long: .venv/installed-dev ## the tests that take long: kill, resume, soak
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

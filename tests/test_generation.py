@@ -62,7 +62,7 @@ def test_cached_steps_are_the_uncached_forward_pass(family):
     tokens, valid = _padded("left")
     whole = jnp.concatenate([tokens, found.tokens], axis=1)
     everything = jnp.concatenate([valid, jnp.ones((3, NEW), bool)], axis=1)
-    logits = jax.jit(forward, static_argnames="config")(
+    logits = forward(
         tiny_models.parameters(family),
         whole,
         config=tiny_models.config(family),

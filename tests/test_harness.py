@@ -17,6 +17,7 @@ from m3jax.evaluation.tasks import load_tasks
 from m3jax.evaluation.tokenizer import FolderTokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval.tasks")
 hf_backend = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
 harness = pytest.importorskip("m3jax.evaluation.harness")
 

@@ -123,6 +123,7 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     # Imported here: `--help` must not wait for JAX.
     import jax
 
+    from m3jax.engine.sharding_rules import over_devices
     from m3jax.evaluation.attacks import ATTACKS, check_attackable
     from m3jax.evaluation.tasks import load_tasks
     from m3jax.models.parameters import load_model
@@ -141,7 +142,7 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     if names and _ATTACKS.value:
         raise UsageError(f"--attacks needs tasks of JSON files, not {', '.join(names)}")
     run_names = _harness(names) if names else None
-    model = load_model(model_name, mesh.sharding(_MESH.value))
+    model = load_model(model_name, over_devices(mesh.sizes(_MESH.value)))
     neighbours = _neighbours(model) if "words" in _ATTACKS.value else None
     evaluator = _evaluator(model, tasks)
     results: list[Scored] = []

@@ -183,7 +183,7 @@ def main(positional: list[str]) -> int:
         halving=_HALVING.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
-        sharding=mesh.sharding(_MESH.value),
+        mesh=mesh.sizes(_MESH.value),
         generation=_GENERATION.value,
         output=_OUTPUT.value,
         resume=_RESUME.value,
@@ -216,9 +216,8 @@ def main(positional: list[str]) -> int:
 
 def failed(code: int) -> None:
     """See `cli.run`: does not wait for draws that nobody waits for."""
-    from m3jax.exploration.lanes import at_work
-
-    if at_work():
+    lanes = sys.modules.get("m3jax.exploration.lanes")  # not to wait for JAX, either
+    if lanes is not None and lanes.at_work():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

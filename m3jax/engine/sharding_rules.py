@@ -93,6 +93,24 @@ def make_mesh(axes: Mapping[str, int] | None, devices: Sequence[jax.Device]) -> 
     return Mesh(np.array(devices).reshape(tuple(axes.values())), tuple(axes))
 
 
+def over_devices(
+    axes: Mapping[str, int] | None,
+) -> Callable[[str, tuple[int, ...]], Sharding] | None:
+    """A function (name, shape) -> sharding over a mesh of this process's devices.
+
+    Args:
+      axes: as for `make_mesh`, of the first so many devices; None gives None, which
+        is one device for `m3jax.load`.
+
+    Raises:
+      ValueError: as `make_mesh` does.
+    """
+    if axes is None:
+        return None
+    mesh = make_mesh(axes, jax.local_devices()[: math.prod(axes.values())])
+    return lambda name, shape: by_axes(mesh, shape)
+
+
 def by_axes(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Splits a tensor's rows over the mesh's rows, its columns over its columns.
 

@@ -17,6 +17,7 @@ from m3jax.checkpoints import store
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.engine.load import load
+from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.exploration import folder as files
 from m3jax.exploration.apart import check_apart
@@ -49,7 +50,7 @@ def explore(
     test_all_draws: bool = False,
     at_once: int | None = 1,
     generation: int = 1,
-    sharding: Any = None,
+    mesh: Mapping[str, int] | None = None,
     output: str | PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -58,9 +59,9 @@ def explore(
 ) -> Exploration:
     """Merges many draws of a recipe, evaluates each, and finds the best.
 
-    Base and models are loaded once; beside them device memory holds one merged copy,
-    or as many as draws at once.
-    The best draw is chosen by `evaluator` alone; `test` and `ood` say what it is worth.
+    Base and models are loaded once; beside them device memory holds a merged copy for
+    each draw at a time. The best draw is chosen by `evaluator` alone; `test` and `ood`
+    say what it is worth.
 
         def evaluator(parameters, budget, key):
             return {"accuracy": ...}
@@ -96,8 +97,8 @@ def explore(
         `TaskEvaluator` is. None: one on each accelerator.
       generation: how many draws ``tpe`` and ``cmaes`` propose before they are told what
         the first of them scored; they do come at once.
-      sharding: of models that are paths, as for `m3jax.load`: those that are too large
-        for a device are split over several.
+      mesh: split models that are paths over so many devices, one draw at a time, as
+        ``{"rows": 2, "columns": 4}``; see `m3jax.Execution`.
       output: a folder for trials, summary, picture and the winner's recipe.
       resume: go on with what an interrupted exploration has left there.
       overwrite: begin anew there.
@@ -122,6 +123,9 @@ def explore(
             f"generation={generation} is for the samplers {', '.join(ADAPTIVE)}; "
             f"{sampler} is told of no scores"
         )
+    if mesh is not None and at_once not in (None, 1):
+        raise RecipeError(f"at_once={at_once} needs to be 1 with a mesh")
+    sharding = over_devices(mesh)
     space = None
     if sampler != "recipe":
         space = Space.parse(search, recipe, len(models))
@@ -156,6 +160,7 @@ def explore(
         "budget": budget,
         "weights": objective.weights,
         "test_all_draws": test_all_draws,
+        "mesh": mesh and dict(mesh),  # sums round by it
         "validation": describe(evaluator),
         "test": describe(test),
         "ood": describe(ood),

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,41 +25,61 @@ L = TypeVar("L")
 _THREADS = "m3jax-draw"  # their name begins so
 
 
-def make_lanes(trees: list[Any], recipe: Recipe, at_once: int | None) -> list[Merger]:
-    """The lanes of an exploration: a merger for each draw at a time.
+Place: TypeAlias = "jax.Device | None"  # None: several devices together
 
-    Each device that is used has its own copy of base and models. Lanes on the same
-    device share it, and the merger.
+
+def choose_places(trees: Sequence[Any], at_once: int | None) -> list[Place]:
+    """Where draws are to be merged and evaluated: a place for each one at a time.
+
+    The first is where the models are. If there are fewer devices than draws at a time,
+    some have several.
+
+    Args:
+      trees: base (or None) and models.
+      at_once: draws at a time. None: one for each accelerator of this process; one for
+        all CPU devices, which share cores and memory, and for models that lie on
+        several devices together.
+
+    Raises:
+      RecipeError: so many are not possible.
+    """
+    home = _home(trees)
+    if home is None:
+        if at_once is not None and at_once > 1:
+            raise RecipeError(
+                f"at_once={at_once} needs to be 1: the models lie on several devices "
+                "together"
+            )
+        return [None]
+    devices = [home, *(other for other in jax.local_devices() if other != home)]
+    if at_once is None:
+        at_once = 1 if home.platform == "cpu" else len(devices)
+    return [devices[i % len(devices)] for i in range(at_once)]
+
+
+def make_lanes(
+    trees: list[Any], recipe: Recipe, places: Sequence[Place]
+) -> list[Merger]:
+    """A merger for each place; the same one for the same place.
+
+    Each place but the first, where the models are, gets a copy of them.
 
     Args:
       trees: base (or None) and models; emptied, so that what the merges do not need
         can go.
       recipe: as for `Merger`.
-      at_once: the number of lanes. None: one for each accelerator of this process;
-        one for all CPU devices, which share cores and memory, and for models that lie
-        on several devices together.
+      places: from `choose_places`.
 
     Raises:
-      RecipeError: so many are not possible.
       RecipeError, CheckpointError: as `Merger` does.
     """
-    home = _home(trees)
-    if home is None and at_once not in (None, 1):
-        raise RecipeError(
-            f"at_once={at_once} needs to be 1: the models lie on several devices "
-            "together"
-        )
-    devices = [home]
-    if home is not None:
-        devices += [other for other in jax.local_devices() if other != home]
-    if at_once is None:
-        at_once = 1 if home is None or home.platform == "cpu" else len(devices)
-    mergers = [Merger(trees[0], trees[1:], recipe)]
-    for device in devices[1:at_once]:
-        base, *models = _copied(trees, device)
-        mergers.append(Merger(base, models, recipe))
+    mergers = {places[0]: Merger(trees[0], trees[1:], recipe)}
+    for place in places:
+        if place not in mergers:
+            base, *models = _copied(trees, place)
+            mergers[place] = Merger(base, models, recipe)
     trees.clear()
-    return [mergers[i % len(mergers)] for i in range(at_once)]
+    return [mergers[place] for place in places]
 
 
 def in_order(
@@ -102,14 +122,14 @@ def at_work() -> bool:
     return any(thread.name.startswith(_THREADS) for thread in threading.enumerate())
 
 
-def _home(trees: Sequence[Any]) -> jax.Device | None:
+def _home(trees: Sequence[Any]) -> Place:
     """The device that holds all arrays; None if there are several."""
     leaves = [x for x in jax.tree.leaves(list(trees)) if isinstance(x, jax.Array)]
     found = {device for leaf in leaves or [jnp.zeros(())] for device in leaf.devices()}
     return found.pop() if len(found) == 1 else None
 
 
-def _copied(trees: Sequence[Any], device: jax.Device | None) -> list[Any]:
+def _copied(trees: Sequence[Any], device: Place) -> list[Any]:
     """The trees with their arrays on a device; NumPy's stay what they are."""
     return jax.tree.map(
         lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x,

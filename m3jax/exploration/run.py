@@ -19,7 +19,7 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.halving import Rung
 from m3jax.exploration.journal import Journal
-from m3jax.exploration.lanes import in_order, make_lanes
+from m3jax.exploration.lanes import choose_places, in_order, make_lanes
 from m3jax.exploration.merger import Merger
 from m3jax.exploration.result import Exploration, Row
 from m3jax.exploration.samplers import Proposal, Sampler
@@ -64,7 +64,7 @@ class Run:
       seed: of the baselines, and of whatever the evaluators draw.
       budget: the full one.
       test_all_draws: evaluate every draw on the other lists, too.
-      at_once: draws; see `make_lanes`.
+      at_once: draws at a time; see `choose_places`.
       trials, rows: what has been found before, and where to keep what is found.
       times: a file for how long things took; they are not the same in every run.
       say: is told what happens.
@@ -98,12 +98,13 @@ class Run:
           sampler: asks for the draws.
           schedule: how many of them are evaluated at which budget.
         """
+        places = choose_places(trees, self.at_once)
         rows = [
             self._row(name, "parent", functools.partial(_same, tree))
             for name, tree in zip(["base", *names], trees, strict=True)
             if tree is not None
         ]
-        lanes = make_lanes(trees, self.recipe, self.at_once)
+        lanes = make_lanes(trees, self.recipe, places)
         merger = lanes[0]
         for name, recipe in self._baselines(len(names)).items():
             make = functools.partial(merger, recipe, self.seed)

@@ -5,14 +5,14 @@ keys are the checkpoint's names split at ".", ``parameters["model"]["layers"]["0
 Nothing is renamed, stacked or copied, so that a merge is a model as it stands.
 Letters of shapes: see `layers`.
 
-    >>> run = jax.jit(forward, static_argnames="config")
-    >>> logits = run(parameters, tokens, config=config)
+    >>> logits = forward(parameters, tokens, config=config)
 
 To add an architecture, write its file and name it here.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +51,7 @@ def read_config(config: Mapping[str, Any], name: str = "config.json") -> Config:
     return ARCHITECTURES[family].read_config(fields, family)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def forward(
     parameters: Parameters,
     tokens: jax.Array,
