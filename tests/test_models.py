@@ -163,8 +163,7 @@ def test_padding_and_batch_size_change_nothing(family):
             np.testing.assert_allclose(logits[i][valid[i]], row, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2_window"])
-@pytest.mark.parametrize("length", [16, 19])
+@pytest.mark.parametrize(("family", "length"), [("llama3", 16), ("qwen2_window", 19)])
 def test_long_texts_are_attended_to_in_blocks(family, length, monkeypatch):
     config, parameters = tiny_models.config(family), tiny_models.parameters(family)
     tokens = jnp.asarray(tiny_models.prompts(2, length))
