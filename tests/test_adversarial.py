@@ -24,7 +24,7 @@ from m3jax.evaluation.results import Result
 from m3jax.evaluation.robustness import Robustness, under_attack
 from m3jax.evaluation.tasks import Task, TaskError, load_tasks
 
-FAMILY = "smollm2"
+FAMILY = "one_layer"
 TOKENIZER = tiny_tokenizer.Characters()
 NO_DATA = Path("none.jsonl")
 PROMPT = "Read {text}, and say whether the word 'answer' is in {text}. Reply:"

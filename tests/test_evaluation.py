@@ -29,7 +29,7 @@ from m3jax.models.generation import generate
 from m3jax.models.likelihood import token_scores
 
 assert len(tiny_tokenizer.VOCABULARY) == tiny_models.VOCABULARY
-FAMILY = "qwen3"
+FAMILY = "one_layer"
 CONFIG = tiny_models.config(FAMILY)
 TOKENIZER = tiny_tokenizer.Characters()
 WORDS = ["a", "to be", "what is 2+2?", "words in a row, and more", "x=1"]

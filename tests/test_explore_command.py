@@ -24,7 +24,7 @@ from m3jax.models.parameters import load_model
 
 pytest.importorskip("transformers")
 
-FAMILY = "smollm2"
+FAMILY = "one_layer"
 EXAMPLES = 6
 
 

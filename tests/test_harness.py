@@ -24,7 +24,7 @@ harness = pytest.importorskip("m3jax.evaluation.harness")
 # The harness and what it imports warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FAMILY = "qwen3"
+FAMILY = "one_layer"
 WORDS = ["a", "to be ", "what is 2+2?", "seven words in a row, and more", "x=1"]
 
 

@@ -12,6 +12,18 @@ from m3jax.checkpoints.side_files import check_side_files
 from m3jax.evaluation.characters import read_characters
 from m3jax.evaluation.stop_tokens import stop_tokens_of
 
+# One of them has the vocabulary. Without, the library makes up an empty tokenizer for
+# some kinds of models.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+)
+
 
 class Tokenizer(Protocol):
     """What tasks need of a tokenizer."""
@@ -73,6 +85,12 @@ class FolderTokenizer:
         self._folder = folder
         self._turn = threading.Lock()
         check_side_files(folder)  # the library would wait for a FIFO's other end
+        if not any((folder / name).exists() for name in _VOCABULARIES):
+            raise CheckpointError(
+                f"{folder}: its tokenizer cannot be used (there is none of "
+                f"{', '.join(_VOCABULARIES)}); copy the model's tokenizer files into "
+                "the folder"
+            )
         try:
             self.transformers: Any = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
