@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -163,7 +164,8 @@ def test_padding_and_batch_size_change_nothing(family):
             np.testing.assert_allclose(logits[i][valid[i]], row, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "length"), [("llama3", 16), ("qwen2_window", 19)])
+@pytest.mark.parametrize("family", ["llama3", "qwen2_window"])
+@pytest.mark.parametrize("length", [16, 19])
 def test_long_texts_are_attended_to_in_blocks(family, length, monkeypatch):
     config, parameters = tiny_models.config(family), tiny_models.parameters(family)
     tokens = jnp.asarray(tiny_models.prompts(2, length))
@@ -304,6 +306,39 @@ def test_what_is_not_supported_is_refused_by_name(family, attributes, named):
         read_config({**tiny_models.config_dict(family), **attributes}, "a.json")
     assert str(refused.value).startswith("a.json: ")
     assert "\n" not in str(refused.value)
+
+
+# Optional attributes, beside those of the tests' own configs.
+OPTIONAL = {
+    "llama3": "rope_scaling rope_theta attention_bias mlp_bias hidden_act head_dim",
+    "mistral": "head_dim rope_parameters",
+    "qwen2_window": "layer_types rope_scaling",
+    "qwen3": "layer_types sliding_window max_window_layers use_sliding_window",
+    "gpt2": "activation_function n_inner tie_word_embeddings layer_norm_epsilon",
+}
+ODD: list[Any] = [
+    *([], {}, [[]], [1, 2], ["full_attention", []], "x", "", True, None),
+    *(-1, 0, 1.5, 10**30, math.inf, math.nan),
+    *({"rope_type": []}, {"type": {}}, {"rope_theta": math.nan}, {"factor": "x"}),
+]
+
+
+@pytest.mark.parametrize("family", OPTIONAL)
+def test_values_of_any_kind_are_read_or_refused_by_name(family):
+    """A config is untrusted: whatever it holds, nothing but the refusal is raised."""
+    fields = tiny_models.config_dict(family)
+    refused = 0
+    for attribute in (*fields, *OPTIONAL[family].split()):
+        for value in ODD:
+            try:
+                found = read_config({**fields, attribute: value}, "a.json")
+            except CheckpointError as error:
+                assert str(error).startswith("a.json: ")
+                refused += 1
+            else:
+                numbers = [v for v in vars(found).values() if isinstance(v, float)]
+                assert all(map(math.isfinite, numbers)), (attribute, value)
+    assert refused > 100
 
 
 @pytest.mark.parametrize("absent", ["sliding_window", "num_key_value_heads"])

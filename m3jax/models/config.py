@@ -7,6 +7,7 @@ name: an attribute that is passed over in silence is a wrong result.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -94,9 +95,26 @@ class Fields:
 
     def positive(self, attribute: str, default: float | None = None) -> float:
         value = self.take(attribute, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
             self.refuse(attribute, value, "needs a positive number")
         return float(value)
+
+    def choice(
+        self, attribute: str, known: Iterable[str], default: str | None = None
+    ) -> str:
+        """One of the known words."""
+        value, words = self.take(attribute, default), list(known)
+        if value not in words:
+            self.refuse(attribute, value, f"supported: {', '.join(words)}")
+        return value
+
+    def nested(self, attribute: str) -> dict[str, Any]:
+        """The fields of an object; {} where it is absent or null."""
+        value = self.take(attribute)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(attribute, value, "needs an object")
+        return value or {}
 
     def flag(self, attribute: str, default: bool = False) -> bool:
         value = self.take(attribute, default)
@@ -132,7 +150,3 @@ class Fields:
             f"{self.name}: {self._prefix}{shown(attribute)[1:-1]} = {shown(value)}: "
             f"{why}"
         )
-
-
-def one_of(names: Iterable[str]) -> str:
-    return ", ".join(names)

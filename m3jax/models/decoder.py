@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.models.architecture import Architecture
-from m3jax.models.config import Config, Fields, one_of
+from m3jax.models.config import Config, Fields
 from m3jax.models.gpt2 import GPT2
 from m3jax.models.layers import Cache, Parameters, positions_of, product
 from m3jax.models.llama import LLAMA
@@ -45,9 +45,7 @@ def read_config(config: Mapping[str, Any], name: str = "config.json") -> Config:
       CheckpointError: an attribute is missing, wrong or unknown; it is named.
     """
     fields = Fields(config, name)
-    family = fields.take("model_type")
-    if family not in ARCHITECTURES:
-        fields.refuse("model_type", family, f"is needed as {one_of(ARCHITECTURES)}")
+    family = fields.choice("model_type", ARCHITECTURES)
     return ARCHITECTURES[family].read_config(fields, family)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.models.architecture import Architecture
-from m3jax.models.config import Config, Fields, one_of
+from m3jax.models.config import Config, Fields
 from m3jax.models.layers import Attention, Cache, Parameters, along_last, product
 
 _ACTIVATIONS = {
@@ -65,11 +65,6 @@ def read_config(fields: Fields, family: str) -> Gpt2Config:
     """
     fields.fixed(_FIXED)
     hidden, heads = fields.count("n_embd"), fields.count("n_head")
-    activation = fields.take("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        fields.refuse(
-            "activation_function", activation, f"supported: {one_of(_ACTIVATIONS)}"
-        )
     config = Gpt2Config(
         family=family,
         vocab_size=fields.count("vocab_size"),
@@ -80,7 +75,7 @@ def read_config(fields: Fields, family: str) -> Gpt2Config:
         num_key_value_heads=heads,
         head_dim=hidden // heads,
         max_position_embeddings=fields.count("n_positions"),
-        activation=activation,
+        activation=fields.choice("activation_function", _ACTIVATIONS, "gelu_new"),
         layer_norm_epsilon=fields.positive("layer_norm_epsilon", 1e-5),
         tie_word_embeddings=fields.flag("tie_word_embeddings", True),
     )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from m3jax.models.config import Config, Fields, one_of
+from m3jax.models.config import Config, Fields
 from m3jax.models.rope import Rope
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Read in the forms of all releases of transformers; any other value is another model.
 _FIXED = {
@@ -112,6 +110,8 @@ def _windows(fields: Fields, family: str) -> tuple[int | None, ...]:
         return (fields.count("sliding_window"),) * layers
     used = fields.flag("use_sliding_window")
     first = fields.take("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int):  # 0 slides them all
+        fields.refuse("max_window_layers", first, "needs an integer")
     window = fields.take("sliding_window", 4096)
     types = fields.take("layer_types")
     if types is None:
@@ -119,14 +119,15 @@ def _windows(fields: Fields, family: str) -> tuple[int | None, ...]:
         types = [
             kinds[used and window is not None and i >= first] for i in range(layers)
         ]
-    if len(types) != layers:
+    if not isinstance(types, list) or len(types) != layers:
         fields.refuse("layer_types", types, f"needs one for each of {layers} layers")
     windows: dict[str, int | None] = {"full_attention": None}
     if used and window is not None:
         windows["sliding_attention"] = fields.count("sliding_window")
     for kind in types:
-        if kind not in windows:
-            fields.refuse("layer_types", kind, f"each needs to be {one_of(windows)}")
+        if kind not in list(windows):  # it may be anything, also what has no hash
+            known = ", ".join(windows)
+            fields.refuse("layer_types", kind, f"each needs to be {known}")
     return tuple(windows[kind] for kind in types)
 
 
@@ -136,12 +137,9 @@ def _rope(fields: Fields) -> Rope:
     length = fields.count("max_position_embeddings")
     given: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        given |= fields.take(name) or {}
+        given |= fields.nested(name)
     rope = Fields(given, fields.name, "rope_parameters.")
-    kind = rope.take("rope_type", rope.take("type", "default"))
-    rope.take("type")
-    if kind not in _ROPE_FIELDS:
-        rope.refuse("rope_type", kind, f"supported: {one_of(_ROPE_FIELDS)}")
+    kind = rope.choice("rope_type", _ROPE_FIELDS, rope.take("type", "default"))
     if rope.take("partial_rotary_factor", 1.0) != 1.0:
         rope.refuse(
             "partial_rotary_factor",
