@@ -8,6 +8,7 @@ WORKERS ?= 2
 demo: .venv/installed ## merge the built-in models, and explore their merges
 	$(BIN)/m3jax demo
 
+# A file goes to one worker: its tests share what they compile.
 test: .venv/installed-dev ## the tests, minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 

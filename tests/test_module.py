@@ -42,6 +42,23 @@ def test_state_is_the_pytree_itself(family):
     assert all(own is given for own, given in leaves)
 
 
+def test_masks_of_integers_are_carried_along_and_not_learnt():
+    parameters = tiny_models.parameters("gpt2")
+    mask = jnp.ones((1, 1, 64, 64), jnp.uint8)
+    for layer in parameters["transformer"]["h"].values():
+        layer["attn"]["bias"] = mask
+    model = m3jax.Decoder(parameters, tiny_models.config("gpt2"))
+    assert model.parameters["transformer"]["h"]["1"]["attn"]["bias"] is mask
+    slopes = nnx.to_pure_dict(nnx.grad(lambda model: model(TOKENS).mean())(model))
+    assert set(slopes["transformer"]["h"]["1"]["attn"]) == {"c_attn", "c_proj"}
+
+
+def test_parameters_that_are_not_the_configs_are_refused():
+    parameters = tiny_models.parameters("qwen3")
+    with pytest.raises(m3jax.CheckpointError, match="is not what its config"):
+        m3jax.Decoder(parameters, tiny_models.config("mistral"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_function(family):
     parameters, model = make(family)

@@ -20,22 +20,25 @@ from m3jax.checkpoints.files import (
 from m3jax.checkpoints.json_text import load_json
 
 CONFIG = "config.json"
+VOCABULARY_FILES = (  # a tokenizer has at least one of them
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
     "preprocessor_config.json",
     "processor_config.json",
-    "sentencepiece.bpe.model",
     "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
 )
 SIDE_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
 MAX_SIDE_FILE = 256_000_000  # bytes; the largest tokenizers are a tenth of it

@@ -37,7 +37,7 @@ _DRAWS = flags.DEFINE_integer("draws", 32, "To explore.", allow_override=True)
 _DATA = Path(m3jax.__file__).parent / "demo_data"
 _PAIR = ("maths", "code")
 _EXPERTS = (*_PAIR, "words")
-_MOST_AT_ONCE = 4
+_MOST_AT_ONCE = 4  # of such small models; Python itself does one thing at a time
 _EXPLORED = m3jax.Recipe(
     method="task_arithmetic", scaling=1.5, mixup=m3jax.Mixup(alpha=2.0)
 )

@@ -10,12 +10,11 @@ import importlib.util
 import os
 import re
 import signal
-import sys
 from collections.abc import Mapping
 
 from absl import flags
 
-from m3jax.commands.cli import SYSTEM, UsageError
+from m3jax.commands.cli import SYSTEM, UsageError, leave_at_once
 
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -94,9 +93,7 @@ def leave_after_failure(code: int) -> None:
     message. The others know already why this one failed.
     """
     if _started:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave_at_once(code)
 
 
 def several(environment: Mapping[str, str]) -> bool:

@@ -17,7 +17,6 @@ three times as many, and so on; the last one is evaluated on all.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from m3jax.commands import config, mesh
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, leave_at_once
 from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
@@ -218,9 +217,7 @@ def failed(code: int) -> None:
     """See `cli.run`: does not wait for draws that nobody waits for."""
     lanes = sys.modules.get("m3jax.exploration.lanes")  # not to wait for JAX, either
     if lanes is not None and lanes.at_work():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave_at_once(code)
 
 
 def _say(line: str) -> None:

@@ -8,21 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.side_files import check_side_files
+from m3jax.checkpoints.side_files import VOCABULARY_FILES, check_side_files
 from m3jax.evaluation.characters import read_characters
 from m3jax.evaluation.stop_tokens import stop_tokens_of
-
-# One of them has the vocabulary. Without, the library makes up an empty tokenizer for
-# some kinds of models.
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "tekken.json",
-)
 
 
 class Tokenizer(Protocol):
@@ -63,7 +51,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 class FolderTokenizer:
     """The tokenizer in a checkpoint's folder; none of the folder's code is run.
 
-    Threads may share it: they take turns, since the library's own objects cannot be.
+    Threads may share it: they take turns, since the library's own object raises
+    "Already borrowed" where two use it (huggingface/tokenizers issue 537).
 
     Attributes:
       transformers: the library's own object.
@@ -85,11 +74,12 @@ class FolderTokenizer:
         self._folder = folder
         self._turn = threading.Lock()
         check_side_files(folder)  # the library would wait for a FIFO's other end
-        if not any((folder / name).exists() for name in _VOCABULARIES):
+        # Without a vocabulary, the library makes up an empty one for some models.
+        if not any((folder / name).exists() for name in VOCABULARY_FILES):
             raise CheckpointError(
                 f"{folder}: its tokenizer cannot be used (there is none of "
-                f"{', '.join(_VOCABULARIES)}); copy the model's tokenizer files into "
-                "the folder"
+                f"{', '.join(VOCABULARY_FILES)}); copy the model's tokenizer files "
+                "into the folder"
             )
         try:
             self.transformers: Any = AutoTokenizer.from_pretrained(

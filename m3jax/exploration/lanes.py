@@ -24,11 +24,10 @@ L = TypeVar("L")
 
 _THREADS = "m3jax-draw"  # their name begins so
 
-
 Place: TypeAlias = "jax.Device | None"  # None: several devices together
 
 
-def choose_places(trees: Sequence[Any], at_once: int | None) -> list[Place]:
+def choose_places(trees: Sequence[Any], at_once: int | None, most: int) -> list[Place]:
     """Where draws are to be merged and evaluated: a place for each one at a time.
 
     The first is where the models are. If there are fewer devices than draws at a time,
@@ -39,6 +38,8 @@ def choose_places(trees: Sequence[Any], at_once: int | None) -> list[Place]:
       at_once: draws at a time. None: one for each accelerator of this process; one for
         all CPU devices, which share cores and memory, and for models that lie on
         several devices together.
+      most: draws that there will be to do at a time; a place more would be idle, and
+        hold a copy of the models.
 
     Raises:
       RecipeError: so many are not possible.
@@ -54,7 +55,7 @@ def choose_places(trees: Sequence[Any], at_once: int | None) -> list[Place]:
     devices = [home, *(other for other in jax.local_devices() if other != home)]
     if at_once is None:
         at_once = 1 if home.platform == "cpu" else len(devices)
-    return [devices[i % len(devices)] for i in range(at_once)]
+    return [devices[i % len(devices)] for i in range(min(at_once, most))]
 
 
 def make_lanes(
@@ -88,7 +89,8 @@ def in_order(
     """Yields ``work(item, lane)`` in the order of the items; a lane has one at a time.
 
     With a single lane nothing leaves this thread. With more, an item's error is raised
-    when its turn comes; what is at work by then is not waited for.
+    when its turn comes; what is at work by then is not waited for, which is what
+    `pipeline.for_each` has to do with its files.
     """
     if len(lanes) == 1:
         yield from (work(item, lanes[0]) for item in items)

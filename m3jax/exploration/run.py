@@ -98,7 +98,8 @@ class Run:
           sampler: asks for the draws.
           schedule: how many of them are evaluated at which budget.
         """
-        places = choose_places(trees, self.at_once)
+        most = min(sampler.generation, schedule[0].draws)
+        places = choose_places(trees, self.at_once, most)
         rows = [
             self._row(name, "parent", functools.partial(_same, tree))
             for name, tree in zip(["base", *names], trees, strict=True)

@@ -84,7 +84,8 @@ def generate(
       tokens: (B, P) int32 prompts.
       valid: (B, P) bool, False for padding. A row that is all padding gives nothing.
       config: of the model.
-      max_new_tokens: N, at most that many for each row.
+      max_new_tokens: N, at most that many for each row; behind its prompt they need
+        to fit into `config.max_position_embeddings`.
       stop_tokens: end a row.
       sampling: the default is greedy.
       key: for sampling; one, of which row i takes ``fold_in(key, i)``, or one per row.

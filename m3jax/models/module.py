@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 try:
     from flax import nnx
@@ -16,7 +17,7 @@ except ImportError as error:
 from m3jax.models.config import Config
 from m3jax.models.decoder import forward
 from m3jax.models.layers import Parameters
-from m3jax.models.parameters import load_model
+from m3jax.models.parameters import check_parameters, load_model
 
 
 class Decoder(nnx.Module):
@@ -38,9 +39,14 @@ class Decoder(nnx.Module):
 
         Args:
           parameters: nested dict; each of its dicts becomes an `nnx.Dict`, each leaf an
-            `nnx.Param` that holds the same array.
+            `nnx.Param` that holds the same array. What is not floating-point, such as
+            the masks of some GPT-2 checkpoints, is a plain `nnx.Variable`.
           config: of the decoder.
+
+        Raises:
+          CheckpointError: names or shapes are not those of the config.
         """
+        check_parameters(parameters, config)
         self.config = config
         for name, part in parameters.items():
             setattr(self, name, _variables(part))
@@ -58,7 +64,7 @@ class Decoder(nnx.Module):
     @property
     def parameters(self) -> dict[str, Any]:
         """The nested dict of arrays, under the checkpoint's names."""
-        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self))
 
     def __call__(
         self, tokens: jax.Array, valid: jax.Array | None = None, *, dtype: Any = None
@@ -72,4 +78,5 @@ class Decoder(nnx.Module):
 def _variables(part: Any) -> Any:
     if isinstance(part, dict):
         return nnx.Dict({name: _variables(own) for name, own in part.items()})
-    return nnx.Param(part)
+    floating = jnp.issubdtype(part.dtype, jnp.floating)
+    return nnx.Param(part) if floating else nnx.Variable(part)
