@@ -15,6 +15,7 @@ import tiny_models
 import tiny_tokenizer
 
 import m3jax
+from m3jax.engine.load import load
 from m3jax.evaluation.evaluator import TaskEvaluator
 from m3jax.evaluation.tasks import load_tasks
 from m3jax.evaluation.tokenizer import FolderTokenizer, Tokenizer
@@ -93,6 +94,22 @@ def test_table_json_and_records(run, model, specs, tmp_path):
     assert "m3jax: 2 of 2 tasks: chat" in ran.err
 
 
+def test_a_model_split_over_devices_scores_alike(run, model, specs, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        m3jax, "load", lambda *given: loaded.append(load(*given)) or loaded[-1]
+    )
+    means = []
+    for mesh in ([], ["--mesh=rows=2,columns=2"]):
+        ran = run("evaluate", model, f"--tasks={specs}/tasks.json", "--json", *mesh)
+        assert ran.code == 0, ran.err
+        loss, _ = json.loads(ran.out)  # the other samples
+        means.append(loss["mean"])
+    assert means[1] == pytest.approx(means[0], abs=1e-4)
+    heads = [tree["model"]["embed_tokens"]["weight"] for tree in loaded]
+    assert [len(head.devices()) for head in heads] == [1, 4]
+
+
 def test_one_example_has_no_standard_error(run, model, specs):
     ran = run("evaluate", model, f"--tasks={specs}/tasks.json", "--limit=1")
     assert ran.out.splitlines()[1].split()[3:] == ["—", "1"]
@@ -107,6 +124,8 @@ def test_one_example_has_no_standard_error(run, model, specs):
         (["{model}", "--tasks={specs}/code.json"], 2, "--allow_code_execution"),
         (["{model}", "--tasks={specs}/tasks.json", "--limit=0"], 2, "--limit=0"),
         (["{model}", "--tasks={specs}/tasks.json", "--seed=-1"], 2, "seed=-1"),
+        (["{model}", "--tasks={specs}/ask.json", "--mesh=rows=9"], 2, "there are 8"),
+        (["{model}", "--tasks={specs}/ask.json", "--mesh=pods=2"], 2, "rows and col"),
         (["{model}", "--tasks={specs}/tasks.json", "--output=/no/where"], 2, "/no is"),
         (["{model}", "--tasks={specs}/ask.json", "--output={specs}"], 2, "is a folder"),
         (["{specs}", "--tasks={specs}/tasks.json"], 3, "neither model.safetensors"),

@@ -17,6 +17,7 @@ import m3jax
 from m3jax import prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.exploration.halving import Rung, rungs
+from m3jax.exploration.merger import Merger
 from m3jax.exploration.samplers import trial_seed
 from m3jax.exploration.space import Space
 
@@ -411,6 +412,27 @@ def test_draws_at_once_change_no_file(at_once, tmp_path):
     explore(evaluator=evaluator, output=tmp_path / "more", at_once=at_once, **options)
     assert contents(tmp_path / "more") == contents(tmp_path / "one")
     assert len(used) == min(at_once, 8)
+
+
+def test_lanes_that_share_a_merger_do_not_share_what_one_of_them_measured():
+    """Whatever a lane leaves for later draws, another may replace at any moment."""
+
+    class Replaced(Merger):
+        @property
+        def _measured(self):
+            return None, {}
+
+        @_measured.setter
+        def _measured(self, value):
+            pass
+
+    base, *models = trees()
+    recipe = m3jax.Recipe(method="ties")
+    merged = Replaced(base, models, recipe)(recipe, 3)
+    expected = m3jax.merge_params(base, models, recipe, 3)
+    np.testing.assert_array_equal(
+        merged["layer"]["weight"], expected["layer"]["weight"]
+    )
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
