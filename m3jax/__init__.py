@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 # Names are imported when they are used: `m3jax --help` must not wait for JAX.
 _HOMES = {
     "CheckpointError": "m3jax.checkpoints.errors",
-    "Dare": "m3jax.recipe",
     "Decoder": "m3jax.models.module",
     "Evaluator": "m3jax.evaluation.evaluator",
     "Execution": "m3jax.engine.prepare",
@@ -44,13 +43,23 @@ if TYPE_CHECKING:
     from m3jax.exploration.explore import explore
     from m3jax.exploration.result import Exploration
     from m3jax.models.module import Decoder
-    from m3jax.recipe import Dare, Mixup, Recipe, RecipeError
+    from m3jax.methods.dare import Dare
+    from m3jax.methods.linear import Average, TaskArithmetic
+    from m3jax.methods.ties import Ties
+    from m3jax.recipe import Mixup, Recipe, RecipeError
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'm3jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    # A submodule is looked for by `import` itself; a step is found by its class's name.
+    if name[:1].isupper():
+        from m3jax.methods import METHODS, TRANSFORMS
+
+        for step in (*METHODS.values(), *TRANSFORMS.values()):
+            if step.__name__ == name:
+                return step
+    raise AttributeError(f"module 'm3jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

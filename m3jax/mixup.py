@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 
 from m3jax import prng
 from m3jax.recipe import Mixup
+from m3jax.traced import is_traced
 
 
 def group_of(name: str, granularity: str) -> str:
@@ -36,7 +38,7 @@ def group_of(name: str, granularity: str) -> str:
 
 def draw_ratios(
     mixup: Mixup, num_models: int, names: list[str], seed: int | jax.Array
-) -> dict[str, tuple[float, ...]] | None:
+) -> dict[str, Any] | None:
     """The ratios of each group of tensors.
 
     With key = the group's key (see `m3jax.prng`) the ratios of a group are
@@ -52,6 +54,8 @@ def draw_ratios(
     if mixup.ratios is None and mixup.alpha is None:
         return None
     groups = sorted({group_of(name, mixup.granularity) for name in names} or {""})
+    if is_traced(mixup.ratios):
+        return dict.fromkeys(groups, mixup.ratios)
     if mixup.ratios is not None:
         fixed = tuple(float(np.float32(ratio)) for ratio in mixup.ratios)
         return dict.fromkeys(groups, fixed)
@@ -60,7 +64,10 @@ def draw_ratios(
     if num_models == 1:
         return dict.fromkeys(groups, (1.0,))
     whole_model = mixup.granularity == "model"
-    keys = prng.ratio_keys(prng.root_key(seed), None if whole_model else groups)
+    root = prng.root_key(seed)
+    if is_traced(root):
+        return _drawn_by_a_callback(mixup, num_models, groups, root)
+    keys = prng.ratio_keys(root, None if whole_model else groups)
     alpha = np.full(num_models, mixup.alpha, np.float64)
     with (
         jax.default_device(jax.local_devices(backend="cpu")[0]),
@@ -75,11 +82,11 @@ def draw_ratios(
 
 
 def coefficients(
-    ratios: Mapping[str, tuple[float, ...]] | None,
+    ratios: Mapping[str, Any] | None,
     names: Sequence[str],
     granularity: str,
     default: tuple[float, ...],
-) -> np.ndarray:
+) -> Any:
     """The coefficient of each of K models for each of N tensors.
 
     Args:
@@ -89,13 +96,31 @@ def coefficients(
       default: K coefficients, for tensors without a draw and where M3 is off.
 
     Returns:
-      (K, N) float32.
+      (K, N) float64.
     """
     rows = [
         default if ratios is None else ratios.get(group_of(name, granularity), default)
         for name in names
     ]
-    return np.array(rows, np.float32).reshape(-1, len(default)).T.copy()
+    if any(map(is_traced, rows)):
+        return jnp.stack([jnp.asarray(row, jnp.float32) for row in rows], axis=-1)
+    return np.array(rows, np.float64).reshape(-1, len(default)).T.copy()
+
+
+def _drawn_by_a_callback(
+    mixup: Mixup, num_models: int, groups: list[str], root: Any
+) -> dict[str, Any]:
+    """The same draws where the seed is an argument of `jax.jit` or `jax.vmap`: float64
+    is not to be had there, so the host draws."""
+
+    def draw(key: Any) -> np.ndarray:
+        drawn = draw_ratios(mixup, num_models, groups, jnp.asarray(np.asarray(key)))
+        assert drawn is not None
+        return np.array([drawn[group] for group in groups], np.float32)
+
+    shape = jax.ShapeDtypeStruct((len(groups), num_models), jnp.float32)
+    rows = jax.pure_callback(draw, shape, root, vmap_method="sequential")
+    return {group: rows[i] for i, group in enumerate(groups)}
 
 
 def _dirichlet(key: jax.Array, alpha: jax.Array) -> jax.Array:

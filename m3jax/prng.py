@@ -19,9 +19,10 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from m3jax.lazy import jax, jnp
+from m3jax.traced import is_traced
 
 RATIOS, MASKS, TRIALS = 0, 1, 2  # the first value folded into the root key
 LANES = 4  # 16-bit mask lanes that one threefry call gives
@@ -66,18 +67,23 @@ def threefry2x32(key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, A
     return high, low
 
 
-def root_key(seed: int | jax.Array) -> np.ndarray:
+def root_key(seed: int | jax.Array) -> Any:
     """`jax.random.key(seed)` as raw data, shape (2,) uint32.
 
     Args:
-      seed: 0 <= seed < 2**32, or in its place a key that `jax.random` made.
+      seed: 0 <= seed < 2**32, or in its place a key that `jax.random` made. Under
+        `jax.jit` and `jax.vmap` also an argument of theirs.
 
     Raises:
       SeedError: it is neither.
     """
-    if not isinstance(seed, jax.Array):
+    if not hasattr(seed, "aval"):
         return np.array([0, check_seed(seed)], np.uint32)
-    key = seed
+    key: Any = seed
+    if jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ():
+        if not is_traced(key):
+            return root_key(int(key))
+        return jnp.stack([jnp.zeros((), jnp.uint32), key.astype(jnp.uint32)])
     if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         if str(jax.random.key_impl(key)) != "threefry2x32":
             raise SeedError(
@@ -90,10 +96,10 @@ def root_key(seed: int | jax.Array) -> np.ndarray:
             f"an array of {key.dtype}, shape {list(key.shape)}, needs to be one key, "
             "as jax.random.key makes it"
         )
-    return np.asarray(key)
+    return key if is_traced(key) else np.asarray(key)
 
 
-def fold_in(key: np.ndarray, data: np.ndarray | int) -> np.ndarray:
+def fold_in(key: Any, data: np.ndarray | int) -> Any:
     """`jax.random.fold_in` on raw keys, elementwise over leading axes.
 
     Args:
@@ -104,9 +110,13 @@ def fold_in(key: np.ndarray, data: np.ndarray | int) -> np.ndarray:
       (..., 2) uint32.
     """
     data = np.asarray(data, np.uint32)
+    xp: Any = jnp if is_traced(key) else np
     with np.errstate(over="ignore"):  # NumPy warns where a scalar wraps around
-        words = threefry2x32((key[..., 0], key[..., 1]), (np.zeros_like(data), data))
-    return np.stack(np.broadcast_arrays(*words), axis=-1)
+        shape = np.broadcast_shapes(key.shape[:-1], data.shape)
+        words = [xp.broadcast_to(key[..., i], shape) for i in (0, 1)]
+        counters = [np.broadcast_to(c, shape) for c in (np.zeros_like(data), data)]
+        mixed = threefry2x32((words[0], words[1]), (counters[0], counters[1]))
+    return xp.stack(mixed, axis=-1)
 
 
 def name_words(names: list[str]) -> np.ndarray:
@@ -132,12 +142,19 @@ def mask_keys(root: np.ndarray, num_models: int, names: list[str]) -> np.ndarray
     return fold_in(fold_in(key, words[:, 0]), words[:, 1])
 
 
-def drop_thresholds(rates: tuple[float, ...]) -> np.ndarray:
-    """round(p · 65536) of each rate: element j is dropped iff lane[j] is below it."""
-    return np.array([round(rate * RATE_STEPS) for rate in rates], np.uint32)
+def drop_thresholds(rates: Any, xp: Any = np) -> Any:
+    """round(p · 65536) of each rate: element j is dropped iff lane[j] is below it.
+
+    Args:
+      rates: of any shape, from 0 to 1.
+      xp: `numpy`, or `jax.numpy` for rates that are traced.
+    """
+    return xp.round(xp.asarray(rates) * RATE_STEPS).astype(xp.uint32)
 
 
-def mask_lanes(keys: jax.Array, blocks: jax.Array, width: int) -> jax.Array:
+def mask_lanes(
+    keys: jax.Array, blocks: jax.Array, width: int, *, wraps: bool = False
+) -> jax.Array:
     """The 16-bit lanes that decide which elements DARE drops.
 
     Row t holds lanes [4b, 4b + width) of the stream
@@ -146,15 +163,15 @@ def mask_lanes(keys: jax.Array, blocks: jax.Array, width: int) -> jax.Array:
 
     Args:
       keys: (T, 2) uint32, the mask key of each row.
-      blocks: (T, 2) uint32, high and low word of each row's first block. The low
-        word must not wrap within a row: rows start at multiples of `width`, which
-        is a power of two.
+      blocks: (T, 2) uint32, high and low word of each row's first block.
       width: lanes in a row, a multiple of 4.
+      wraps: the low word of the block number may wrap within a row. It does not where
+        rows start at multiples of `width`, which is a power of two.
 
     Returns:
       (T, width) uint16.
     """
-    words = _mask_words(keys, blocks, width)
+    words = _mask_words(keys, blocks, width, wraps)
     # A block is 64 bits, high word first, and its lanes are little-endian: the two
     # lanes of the low word come first. Bitcast, then concatenate: XLA's CPU
     # backend vectorises this, and not a stack of the words before the bitcast.
@@ -180,7 +197,7 @@ def packed_mask(
     Args:
       keys, blocks, width: as for `mask_lanes`.
       threshold: uint32 scalar, 0 to 65536.
-      wraps: the low word of the block number may wrap within a row. Costs a tenth.
+      wraps: as for `mask_lanes`. Costs a tenth.
 
     Returns:
       (T, width / 4) uint32.

@@ -70,3 +70,4 @@ def of_numpy(dtype: np.dtype | str) -> Dtype:
 
 BFLOAT16 = DTYPES["BF16"]
 FLOAT32 = DTYPES["F32"]
+FLOAT64 = DTYPES["F64"]

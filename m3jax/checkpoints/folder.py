@@ -23,7 +23,7 @@ from m3jax.checkpoints.files import (
 from m3jax.checkpoints.float8 import dequantise
 from m3jax.checkpoints.index import check_index, read_index
 from m3jax.checkpoints.safetensors import header_of
-from m3jax.checkpoints.sources import FileTensor, Float32, Source, Stored
+from m3jax.checkpoints.sources import FileTensor, Source, Stored
 from m3jax.checkpoints.tree import KeyPath
 
 WEIGHTS = "model.safetensors"
@@ -43,7 +43,7 @@ class Checkpoint:
       location: where it lies, on this machine or in a store.
       revision: the commit of a Hugging Face repository.
       stored: tensors as the files hold them, in order of their names.
-      tensors: the tensors to merge: float8 dequantised, float64 as float32.
+      tensors: the tensors to merge: float8 dequantised.
       files: the files that hold the tensors.
       config: config.json, if there is one.
       format: ``safetensors``, ``orbax`` or ``msgpack``.
@@ -163,10 +163,7 @@ def _mergeable(
         tensors = dequantise(stored, config)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
-    return {
-        tensor: Float32(source) if source.dtype.code == "F64" else source
-        for tensor, source in tensors.items()
-    }
+    return tensors
 
 
 def _weights(folder: Location) -> tuple[list[Location], dict[str, str] | None]:

@@ -28,7 +28,7 @@ def render(
         *front,
         "---",
         "",
-        f"# Merge of {len(models)} models by {recipe.method}",
+        f"# Merge of {len(models)} models by {recipe.method.name}",
         "",
     ]
     lines += [

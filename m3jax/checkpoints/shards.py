@@ -116,6 +116,12 @@ def make_shards(tensors: list[list[Any]]) -> list[Shard]:
     ]
 
 
+def of_model(shards: Sequence[Shard]) -> list[Shard]:
+    """Those that hold the model itself, rather than other parts of the output."""
+    stem = WEIGHTS.partition(".")[0]
+    return [shard for shard in shards if shard.name.startswith(stem)]
+
+
 def index_json(shards: Sequence[Shard]) -> bytes:
     """The content of `model.safetensors.index.json`."""
     places = {name: shard.name for shard in shards for name in shard.entries}
@@ -128,5 +134,6 @@ def index_json(shards: Sequence[Shard]) -> bytes:
 
 
 def write_index(folder: OutputFolder, shards: Sequence[Shard]) -> None:
-    if len(shards) > 1:
-        folder.write(INDEX, index_json(shards))
+    own = of_model(shards)
+    if len(own) > 1:
+        folder.write(INDEX, index_json(own))

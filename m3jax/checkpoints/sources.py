@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints.dtypes import FLOAT32, Dtype
+from m3jax.checkpoints.dtypes import Dtype
 from m3jax.checkpoints.files import InputFile
 from m3jax.checkpoints.safetensors import TensorEntry
 
@@ -156,14 +156,11 @@ class WithMeanRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Float32:
-    """A tensor of another float dtype, rounded to float32: merging is done in it."""
+class Converted:
+    """A tensor in another float dtype than its own: that in which it is merged."""
 
     source: Source
-
-    @property
-    def dtype(self) -> Dtype:
-        return FLOAT32
+    dtype: Dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -178,7 +175,7 @@ class Float32:
             part = out[first : first + _BLOCK]
             block = np.empty(len(part), self.source.dtype.numpy)
             self.source.read_into(block, start + first)
-            # What float32 cannot hold becomes inf; NaN stays NaN. The check for
+            # What the dtype cannot hold becomes inf; NaN stays NaN. The check for
             # non-finite values reports both.
             with np.errstate(over="ignore", invalid="ignore"):
                 part[:] = block

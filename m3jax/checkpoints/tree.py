@@ -8,7 +8,7 @@ keys, attributes and indices, joined by ".".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from m3jax.checkpoints.errors import CheckpointError, shown
@@ -55,8 +55,12 @@ def nest(
     return _with_lists(tree)
 
 
-def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """The leaves of a pytree by name, in the order of its leaves, and its structure.
+def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Iterable[Any]], Any]]:
+    """The leaves of a pytree by name, in the order of its leaves, and what makes a
+    pytree of that structure of other leaves.
+
+    A variable of `flax.nnx` is named as its place in the module: its ``value`` has no
+    name of its own.
 
     Raises:
       CheckpointError: two leaves have one name.
@@ -67,11 +71,11 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     leaves: dict[str, Any] = {}
     for path, leaf in paths:
-        name = name_of(_part(key) for key in path)
+        name = name_of(_keys(path))
         if name in leaves:
             raise CheckpointError(f"two tensors of the pytree are named {shown(name)}")
         leaves[name] = leaf
-    return leaves, structure
+    return leaves, structure.unflatten
 
 
 def key_paths(tree: Any) -> dict[str, KeyPath]:
@@ -79,8 +83,14 @@ def key_paths(tree: Any) -> dict[str, KeyPath]:
     import jax
 
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    keys = [tuple(map(_part, path)) for path, _ in paths]
+    keys = [_keys(path) for path, _ in paths]
     return {name_of(path): path for path in keys}
+
+
+def _keys(path: Any) -> KeyPath:
+    keys = tuple(map(_part, path))
+    of_variable = len(keys) > 1 and getattr(path[-1], "name", None) == "value"
+    return keys[:-1] if of_variable else keys
 
 
 def _part(key: Any) -> str | int:

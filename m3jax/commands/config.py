@@ -11,9 +11,18 @@ from typing import Any
 from ml_collections import config_dict, config_flags
 
 from m3jax.commands.cli import UsageError
+from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.recipe.recipe import FLAT, group
 
-RECIPE_FIELDS = Recipe().to_dict()
+
+def all_fields(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's fields, and those of all steps, so that flags may name them."""
+    steps = {name: group(cls()) for name, cls in (TRANSFORMS | METHODS).items()}
+    return {**dict.fromkeys(FLAT), **steps, **recipe.to_dict()}
+
+
+RECIPE_FIELDS = all_fields(Recipe())
 
 
 def default() -> config_dict.ConfigDict:
@@ -59,7 +68,7 @@ def prepare(arguments: list[str]) -> list[str]:
     global _holder, _record
     source, rest = _take("--config", arguments)
     fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
-    config = _as_config(Recipe.from_dict(fields).to_dict())
+    config = _as_config(all_fields(Recipe.from_dict(fields)))
     known = _dotted(RECIPE_FIELDS)
     for argument in rest:
         name = argument.partition("=")[0].lstrip("-")

@@ -34,8 +34,9 @@ def plan(prepared: Prepared) -> str:
     elements = sum(item.size for item in prepared.items)
     read = prepared.read_bytes(range(len(prepared.items)))
     lines = [
-        f"method     {prepared.recipe.method}"
-        + (f" after DARE ({prepared.transform.strategy})" if _dare(prepared) else ""),
+        "method     " + " after ".join(
+            step.name for step in reversed(prepared.recipe.steps)
+        ),
         f"tensors    {len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
         f"passes     {len(passes)}: {'; '.join(passes)}",
@@ -69,10 +70,6 @@ def _memory(prepared: Prepared) -> str:
         f"({', '.join(f'{name}={count}' for name, count in mesh.shape.items())}): "
         f"{size(needed.inputs)} of the models' shards, {size(needed.working)} to work"
     )
-
-
-def _dare(prepared: Prepared) -> bool:
-    return prepared.transform.strategy is not None
 
 
 def ratios(drawn: Mapping[str, tuple[float, ...]] | None) -> str:

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.engine import draws
 from m3jax.engine import leaves as kernels
-from m3jax.engine.kernels import Transform
-from m3jax.engine.leaves import Numbers
+from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.measure import (
+    Groups,
+    completed,
+    int64_rows,
+    measure,
+    put_together,
+    stacked,
+    traced_rows,
+)
 from m3jax.engine.placement import Placement
 from m3jax.engine.trees import Leaf, align_trees
-from m3jax.methods import METHODS, dare, selection
-from m3jax.methods.method import Info, Reduction, run_statistics
+from m3jax.methods.selection import count_codes_on_host
+from m3jax.methods.step import Reduction
 from m3jax.recipe import Recipe
+from m3jax.traced import is_traced
 
 # Reading everything twice costs as little as a sample and reading it once below this.
 _SAMPLE_PAYS = 1 << 26  # elements
 _SAMPLE_STRIDE = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """The numbers of one merge: all that a seed and a recipe's numbers decide.
-
-    Every field is an array argument of the kernels: a new draw compiles nothing.
-    K models, N tensors in the order of the leaves.
-
-    Attributes:
-      coefficients: (K, N) float32.
-      scaling: s, float32.
-      keys: (K, N, 2) uint32, DARE mask keys; None without random DARE.
-      thresholds: (K,) uint32 lane thresholds of random DARE, or (K, N) float32, the
-        largest magnitudes that DARE by magnitude drops; None without DARE.
-      scales: (K,) float32, DARE's rescale factors; None without DARE.
-    """
-
-    coefficients: Any
-    scaling: Any
-    keys: Any = None
-    thresholds: Any = None
-    scales: Any = None
 
 
 def merge_params(
@@ -106,171 +94,224 @@ def merge_params(
         _check_distinct(leaves)
     if not allow_nonfinite:
         check_inputs(leaves)
-    numbers = draw(leaves, recipe, len(models), key)
-    info = measure(leaves, recipe, numbers)
-    merged = combine(leaves, recipe, numbers, info, donate=donate)
+    bench = Leaves(leaves, len(models))
+    numbers = measured(bench, recipe, key)
+    merged = combine(bench, recipe, numbers, donate=donate)
     if not allow_nonfinite:
         _check_overflow(leaves, merged)
-    return jax.tree.unflatten(structure, merged)
+    return unflatten(structure, merged)
 
 
-def draw(
-    leaves: Sequence[Leaf], recipe: Recipe, num_models: int, key: int | jax.Array
-) -> Draw:
-    """Draws the ratios and derives DARE's numbers; by magnitude they take passes.
+class Leaves:
+    """Aligned leaves in device memory; a `measure.Bench`."""
 
-    Args:
-      leaves: from `align_trees`.
-      key: a seed, or a key of `jax.random`.
-    """
-    names = [leaf.name for leaf in leaves]
-    merged = [leaf.name for leaf in leaves if leaf.merged]
-    ratios = mixup.draw_ratios(recipe.mixup, num_models, merged, key)
-    default = METHODS[recipe.method].default_coefficients(num_models)
-    granularity = recipe.mixup.granularity
-    coefficients = mixup.coefficients(ratios, names, granularity, default)
-    plain = Draw(coefficients, np.float32(recipe.scaling))
-    rates = recipe.dare.rates(num_models)
-    if rates is None:
-        return plain
-    rescale, target = recipe.dare.rescale, recipe.dare.target
-    if recipe.dare.strategy == "random":
-        drop = prng.drop_thresholds(rates)
-        return dataclasses.replace(
-            plain,
-            keys=prng.mask_keys(prng.root_key(key), num_models, names),
-            thresholds=drop,
-            scales=dare.rescale_factors(1 - drop / prng.RATE_STEPS, rescale=rescale),
-        )
-    thresholds = np.zeros((num_models, len(leaves)), np.float32)
-    for i, leaf in enumerate(leaves):
-        if leaf.merged:
-            thresholds[:, i] = run_statistics(
-                dare.magnitude_thresholds(rates, leaf.size, target=target),
-                functools.partial(_counts, leaves, [i], Transform(None, target), plain),
+    def __init__(self, leaves: Sequence[Leaf], num_models: int):
+        self.leaves = leaves
+        self.num_models = num_models
+        self.names = [leaf.name for leaf in leaves]
+        self.sizes = [leaf.size for leaf in leaves]
+        arrays = [a for leaf in leaves if leaf.merged for a in leaf.arrays]
+        self.traced = any(map(is_traced, arrays))
+
+    @property
+    def merged(self) -> list[int]:
+        """The places of the leaves that are merged rather than copied."""
+        return [i for i, leaf in enumerate(self.leaves) if leaf.merged]
+
+    def own(self, places: Sequence[int]) -> list[int]:
+        return list(places)
+
+    def reduce(
+        self,
+        program: Program,
+        depth: int,
+        numbers: Numbers,
+        groups: Groups,
+        reductions: Sequence[Reduction],
+        *,
+        everywhere: bool,
+    ) -> list[tuple[Any, ...] | None]:
+        """See `measure.Bench`."""
+        del everywhere  # every process has shards of every leaf
+        first = reductions[0]
+        size = sum(self.sizes[i] for i in groups[0])
+        if first.sample and (size < _SAMPLE_PAYS or len(groups) > 1 or self.traced):
+            return [None] * len(groups)
+        traced = any(map(is_traced, jax.tree.leaves((numbers.first(depth), numbers.keys))))
+        traced = traced or self.traced
+        on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+        on_host = on_cpu and not traced and max(self.sizes) <= kernels.MAX_COUNTED
+        arguments = stacked(reductions)
+
+        def dispatched(g: int, i: int) -> tuple[Any, ...]:
+            unit = program.unit(depth)
+            leaf = self.leaves[i].placed(unit, i)
+            placement = Placement.of(leaf.models[0])
+            axes = 1 if unit == "element" else len(placement.shape)
+            return kernels.reduce_leaf(
+                leaf.models,
+                leaf.base,
+                take(numbers.first(depth), i, axes, leaf.compute_dtype),
+                self._draw(program, depth, numbers, i, placement),
+                take(arguments, g, axes),
+                program=program,
+                depth=depth,
+                function=first.function,
+                combine=first.combine,
+                placement=placement,
+                count=not on_host,
+                stride=_SAMPLE_STRIDE if first.sample else 1,
             )
-    scales = dare.rescale_factors(1 - np.array(rates), rescale=rescale)
-    return dataclasses.replace(plain, thresholds=thresholds, scales=scales)
+
+        def fetched(parts: tuple[Any, ...]) -> list[Any]:
+            if traced:
+                return [traced_rows(h, p) for h, p in zip(first.combine, parts, strict=True)]
+            return [
+                _counted(np.asarray(part))
+                if how == "histogram" and on_host
+                else int64_rows(how, multihost(part))
+                for how, part in zip(first.combine, parts, strict=True)
+            ]
+
+        places = [(g, i) for g, own in enumerate(groups) for i in own]
+        if on_host and "histogram" in first.combine:
+            # Codes are as many as elements: one leaf's at a time.
+            results = [fetched(dispatched(g, i)) for g, i in places]
+        else:
+            results = list(map(fetched, [dispatched(g, i) for g, i in places]))
+        found: list[Any] = [None] * len(groups)
+        for (g, _), own in zip(places, results, strict=True):
+            before = found[g]
+            found[g] = (
+                own
+                if before is None
+                else [
+                    jnp.maximum(a, b) if traced and how == "max" else put_together(how, a, b)
+                    for how, a, b in zip(first.combine, before, own, strict=True)
+                ]
+            )
+        return [None if own is None else tuple(own) for own in found]
+
+    def _draw(
+        self,
+        program: Program,
+        depth: int | None,
+        numbers: Numbers,
+        i: int,
+        placement: Placement,
+    ) -> Any:
+        """Masks or lanes of leaf i, lying as it does; None where nothing is drawn."""
+        kind = program.draws(depth)
+        if not kind:
+            return None
+        thresholds = program.threshold(numbers)[:, i]
+        return kernels.draw(numbers.keys[:, i], thresholds, kind, placement=placement)
+
+    def merge(
+        self, program: Program, numbers: Numbers, i: int, *, donate: bool
+    ) -> dict[str, Any]:
+        """The parts that leaf i is merged to."""
+        whole = self.leaves[i]
+        leaf = whole.placed(program.unit(len(program.steps)), i)
+        first, *others = leaf.models
+        placement = Placement.of(first)
+        in_place = donate and first.dtype == leaf.dtype and leaf is whole
+        merge = kernels.merge_leaf_in_place if in_place else kernels.merge_leaf
+        own = numbers._replace(keys=None)
+        made = merge(
+            first,
+            tuple(others),
+            leaf.base,
+            {},
+            take(own, i, len(placement.shape), leaf.compute_dtype),
+            self._draw(program, None, numbers, i, placement),
+            program=program,
+            dtypes=leaf.kernel_dtypes,
+            placement=placement,
+        )
+        dtypes = {part: own.dtype.numpy for part, own in leaf.parts.items()}
+        return {
+            part: whole.back(values if leaf.parts[part].packed else _as(values, dtypes[part], leaf))
+            for part, values in made.items()
+        }
 
 
-def measure(leaves: Sequence[Leaf], recipe: Recipe, draw: Draw) -> Info:
-    """What the method needs to know of the whole model."""
-    method = METHODS[recipe.method]
-    if method.statistics is None:
-        return {}
-    places = [i for i, leaf in enumerate(leaves) if leaf.merged]
-    size = sum(leaf.size for leaf in leaves)
-    num_models = len(draw.coefficients)
-    statistics = method.statistics(num_models, size, recipe.trim_rate)
-    transform = Transform.of(recipe)
-    answer = functools.partial(_counts, leaves, places, transform, draw)
-    return run_statistics(statistics, answer)
+def _as(values: Any, dtype: np.dtype, leaf: Leaf) -> Any:
+    wanted = leaf.dtype if dtype == np.float64 else dtype
+    return values if values.dtype == wanted else values.astype(wanted)
+
+
+def numbers_of(bench: Leaves, recipe: Recipe, key: int | jax.Array) -> Numbers:
+    """The numbers of a merge before anything is measured; `key` is a seed or a key."""
+    merged = [bench.names[i] for i in bench.merged]
+
+    @functools.cache
+    def ratios() -> Any:
+        return mixup.draw_ratios(recipe.mixup, bench.num_models, merged, key)
+
+    program = Program.of(recipe)
+    return draws.tables(recipe, program, bench.names, bench.num_models, key, ratios)
+
+
+def measured(
+    bench: Leaves,
+    recipe: Recipe,
+    key: int | jax.Array,
+    kept: Callable[[str, Callable[[], Any]], Any] = lambda name, find: find(),
+) -> Numbers:
+    """The numbers of a merge, with all that its steps measure; see `measure.measure`."""
+    numbers = numbers_of(bench, recipe, key)
+    places = [i for i in bench.merged if bench.sizes[i]]
+    program = Program.of(recipe)
+    return completed(program, measure(bench, program, numbers, places, kept))
 
 
 def combine(
-    leaves: Sequence[Leaf],
-    recipe: Recipe,
-    draw: Draw,
-    info: Info,
-    *,
-    donate: bool = False,
-) -> list[jax.Array]:
-    """The merged leaves. Differentiable in `draw.coefficients` and `draw.scaling`.
+    bench: Leaves, recipe: Recipe, numbers: Numbers, *, donate: bool = False
+) -> list[dict[str, Any]]:
+    """The merged leaves by part; differentiable in the numbers.
 
     Args:
-      leaves, draw, info: from `align_trees`, `draw` and `measure`.
+      bench: holds the leaves.
+      recipe: whose words count; the numbers are those of `numbers`.
+      numbers: from `measured`.
       donate: reuse the memory of the leaves' arrays.
     """
-    transform = Transform.of(recipe)
+    program = Program.of(recipe)
     merged = []
-    for i, leaf in enumerate(leaves):
+    for i, leaf in enumerate(bench.leaves):
         if not leaf.merged:
-            merged.append(leaf.base)
+            merged.append({"": leaf.base})
             continue
-        first, *others = leaf.models
-        placement = Placement.of(first)
-        in_place = donate and first.dtype == leaf.dtype
-        merge = kernels.merge_leaf_in_place if in_place else kernels.merge_leaf
-        result = merge(
-            first,
-            others,
-            leaf.base,
-            _numbers(draw, i, transform, placement),
-            info,
-            draw.scaling,
-            method=recipe.method,
-            transform=transform,
-            dtype=leaf.dtype.name,
-            placement=placement,
-        )
-        merged.append(result)
+        merged.append(bench.merge(program, numbers, i, donate=donate))
         if donate:
-            for array in (first, *others, leaf.base):
+            for array in leaf.arrays:
                 if isinstance(array, jax.Array):
                     array.delete()
     return merged
 
 
-def _numbers(draw: Draw, i: int, transform: Transform, placement: Placement) -> Numbers:
-    """The numbers of leaf i, its masks drawn."""
-    coefficients = draw.coefficients[:, i]
-    if transform.strategy is None:
-        return Numbers(coefficients)
-    if transform.strategy == "magnitude":
-        return Numbers(coefficients, draw.thresholds[:, i], draw.scales)
-    masks = kernels.draw_masks(draw.keys[:, i], draw.thresholds, placement=placement)
-    return Numbers(coefficients, None, draw.scales, masks)
+def unflatten(structure: Any, merged: Sequence[dict[str, Any]]) -> Any:
+    """The merged pytree; where the method makes several parts, one by part.
+
+    A leaf that is copied is in the part "" alone, and None in the others.
+    """
+    parts = {part: None for own in merged for part in own}
+    trees = {
+        part: structure([own.get(part) for own in merged]) for part in parts
+    }
+    return trees[""] if list(trees) == [""] else trees
 
 
-def _counts(
-    leaves: Sequence[Leaf],
-    places: Sequence[int],
-    transform: Transform,
-    draw: Draw,
-    reduction: Reduction,
-) -> Any:
-    """Adds up a reduction over some leaves; int64 arrays."""
-    if reduction.sample and sum(leaves[i].size for i in places) < _SAMPLE_PAYS:
-        return None
-    on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
-    on_host = reduction.histogram and on_cpu
-
-    def dispatched(i: int) -> Any:
-        leaf = leaves[i]
-        placement = Placement.of(leaf.models[0])
-        return kernels.reduce_leaf(
-            leaf.models,
-            leaf.base,
-            _numbers(draw, i, transform, placement),
-            reduction.arguments,
-            function=reduction.function,
-            transform=transform,
-            placement=placement,
-            count=reduction.histogram and not on_host,
-            stride=_SAMPLE_STRIDE if reduction.sample else 1,
-        )
-
-    def fetched(counts: Any) -> Any:
-        if not on_host:
-            return jax.tree.map(_int64_sum, counts)
-        codes, *others = counts
-        histogram = sum(map(selection.count_codes_on_host, np.asarray(codes)))
-        return histogram, *map(_int64_sum, others)
-
-    if on_host:  # codes are as many as elements: one leaf's at a time
-        return _added(fetched(dispatched(i)) for i in places)
-    return _added(map(fetched, list(map(dispatched, places))))
+def _counted(codes: np.ndarray) -> np.ndarray:
+    return sum(map(count_codes_on_host, codes), np.zeros((), np.int64))
 
 
-def _fetched(array: jax.Array) -> np.ndarray:
+def multihost(array: jax.Array) -> np.ndarray:
     """A small array on the host, other processes' shards of it included."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _added(counts: Iterable[Any]) -> Any:
-    return functools.reduce(functools.partial(jax.tree.map, np.add), counts)
 
 
 def check_inputs(leaves: Sequence[Leaf]) -> None:
@@ -289,10 +330,16 @@ def check_inputs(leaves: Sequence[Leaf]) -> None:
             )
 
 
-def _check_overflow(leaves: Sequence[Leaf], merged: Sequence[Any]) -> None:
-    places = [i for i, leaf in enumerate(leaves) if leaf.merged]
-    finite = _are_finite([merged[i] for i in places])
-    for i, ok in zip(places, finite, strict=True):
+def _check_overflow(leaves: Sequence[Leaf], merged: Sequence[dict[str, Any]]) -> None:
+    places = [
+        (i, array)
+        for i, leaf in enumerate(leaves)
+        if leaf.merged
+        for array in merged[i].values()
+        if array.dtype != np.bool_
+    ]
+    finite = _are_finite([array for _, array in places])
+    for (i, _), ok in zip(places, finite, strict=True):
         if not ok:
             raise CheckpointError(
                 f"tensor {shown(leaves[i].name)}: a merged value overflows "
@@ -302,8 +349,10 @@ def _check_overflow(leaves: Sequence[Leaf], merged: Sequence[Any]) -> None:
 
 
 def _are_finite(arrays: Sequence[Any]) -> list[bool]:
+    if any(map(is_traced, arrays)):
+        return [True] * len(arrays)  # nobody can look
     checks = [kernels.all_finite(a, placement=Placement.of(a)) for a in arrays]
-    return [bool(np.all(_fetched(check))) for check in checks]
+    return [bool(np.all(multihost(check))) for check in checks]
 
 
 def _check_distinct(leaves: Sequence[Leaf]) -> None:
@@ -319,6 +368,3 @@ def _check_distinct(leaves: Sequence[Leaf]) -> None:
             seen.add(id(array))
 
 
-def _int64_sum(counts: jax.Array) -> np.ndarray:
-    """Adds up the parts' counts (leading axis)."""
-    return _fetched(counts).astype(np.int64).sum(axis=0)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from m3jax.checkpoints.dtypes import FLOAT32, Dtype, of_numpy
+from m3jax.checkpoints.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.sources import FirstRows, Float32, Source, WithMeanRows
-from m3jax.methods import METHODS
+from m3jax.checkpoints.sources import Converted, FirstRows, Source, WithMeanRows
+from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
 
 HEAD = "lm_head.weight"
@@ -22,30 +24,99 @@ _VOCABULARY = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """A tensor of a checkpoint, of which one of the output is made.
+
+    Attributes:
+      owner: the checkpoint.
+      name: of the tensor there.
+      source: reads it.
+    """
+
+    owner: Checkpoint
+    name: str
+    source: Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor of one part of the output.
+
+    Attributes:
+      dtype, shape: as it is written.
+      packed: it is made as bools, and written as `numpy.packbits` of them.
+    """
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    packed: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return (-(-math.prod(self.shape) // 8),) if self.packed else self.shape
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorInputs:
     """One tensor of the output and what it is made of.
 
     Attributes:
       name: in the output.
-      base: its source in the base, None where nothing needs it.
-      models: its sources in the models; empty where it is copied unseen.
-      merged: False for a tensor that is copied from the first source.
+      base: its origin in the base, None where nothing needs it.
+      models: its origins in the models; empty where it is copied unseen.
+      merged: False for a tensor that is copied from the first origin.
       dtype: of the output.
+      parts: what is made of it, by part of the output; "" is the model itself.
     """
 
     name: str
-    base: Source | None
-    models: tuple[Source, ...]
+    base: Origin | None
+    models: tuple[Origin, ...]
     merged: bool
     dtype: Dtype
+    parts: Mapping[str, Part]
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        return self.models if self.base is None else (self.base, *self.models)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return self.models if self.base is None else (self.base, *self.models)
+        return tuple(origin.source for origin in self.origins)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.sources[0].shape
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is merged in float64."""
+        return self.merged and self.models[0].source.dtype == FLOAT64
+
+    @property
+    def kernel_dtypes(self) -> tuple[tuple[str, str], ...]:
+        """What the kernel rounds each part to; wider ones are made on the host."""
+        narrow = self.dtype == FLOAT64 and not self.wide
+        return tuple(
+            (part, "bool" if own.packed else "float32" if narrow and own.dtype == FLOAT64 else own.dtype.numpy.name)
+            for part, own in self.parts.items()
+        )
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What tensors must share to stand in one chunk: what a kernel sees."""
+        if not self.merged:
+            return "copy", self.sources[0].dtype.code
+        base = self.base.source.dtype.code if self.base is not None else "-"
+        code = self.models[0].source.dtype.code
+        return "F64" if self.wide else "F32", base, code, self.kernel_dtypes
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(
+            math.prod(own.stored_shape) * own.dtype.itemsize
+            for own in self.parts.values()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +157,16 @@ def align(
     changes: dict[str, Any] = {}
     notes: list[str] = []
     tables = _untie(checkpoints, changes, notes)
-    reads_base = base is not None and (
-        METHODS[recipe.method].needs_base
-        or (recipe.dare.drop_rate is not None and recipe.dare.target == "delta")
-    )
+    reads_base = base is not None and recipe.needs_base
     _check_related(checkpoints)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
     for name in _names(checkpoints, tables, recipe, problems):
         if recipe.excludes(name):
-            source = tables[0][name]
-            source = source.source if isinstance(source, Float32) else source
-            dtype = _output_dtype(source, recipe)
-            tensors.append(TensorInputs(name, source, (), False, dtype))
+            origin = Origin(checkpoints[0], name, tables[0][name])
+            dtype = _output_dtype(origin.source, recipe)
+            parts = {"": Part(dtype, origin.source.shape)}
+            tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
         sources = [table[name] for table in tables]
         kinds = {source.dtype.kind for source in sources}
@@ -121,17 +189,19 @@ def align(
             changes["vocab_size"] = fitted[0].shape[0]
             sources = fitted
         dtype = _output_dtype(sources[0], recipe)
-        base_source, model_sources = None, sources
-        if base is not None:
-            model_sources = sources[1:]
-            base_source = sources[0] if reads_base or exact else None
-        if len({source.dtype.code for source in model_sources}) > 1:
-            model_sources = [
-                source if source.dtype == FLOAT32 else Float32(source)
-                for source in model_sources
-            ]  # a kernel's stack has one dtype
+        origins = [
+            Origin(owner, name, source)
+            for owner, source in zip(
+                checkpoints, _alike(sources, base is not None), strict=True
+            )
+        ]
+        parts = {"": Part(dtype, sources[0].shape)}
+        if not exact:
+            parts = _parts(recipe, sources[0].shape, dtype, len(models))
+        own = origins.pop(0) if base is not None else None
+        kept = own if reads_base or exact else None
         tensors.append(
-            TensorInputs(name, base_source, tuple(model_sources), not exact, dtype)
+            TensorInputs(name, kept, tuple(origins), not exact, dtype, parts)
         )
     if problems:
         raise MismatchError(problems)
@@ -142,6 +212,36 @@ def align(
             notes.append(f"exclude: {pattern!r} matches no tensor")
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _parts(
+    recipe: Recipe, shape: tuple[int, ...], dtype: Dtype, num_models: int
+) -> dict[str, Part]:
+    """What the method makes of a tensor of that shape and output dtype."""
+    made = recipe.method.outputs(Spec(shape), num_models)
+    return {
+        part: Part(
+            DTYPES["U8"] if own.packed else of_numpy(own.dtype) if own.dtype else dtype,
+            own.shape,
+            own.packed,
+        )
+        for part, own in made.items()
+    }
+
+
+def _alike(sources: list[Source], has_base: bool) -> list[Source]:
+    """The sources of a tensor as a kernel takes them: the models of one dtype, and all
+    of them float64 where one is."""
+    if any(source.dtype == FLOAT64 for source in sources):
+        return [_converted(source, FLOAT64) for source in sources]
+    base, models = sources[:has_base], sources[has_base:]
+    if len({source.dtype.code for source in models}) > 1:
+        models = [_converted(source, FLOAT32) for source in models]
+    return [*base, *models]
+
+
+def _converted(source: Source, dtype: Dtype) -> Source:
+    return source if source.dtype == dtype else Converted(source, dtype)
 
 
 def _check_related(checkpoints: list[Checkpoint]) -> None:

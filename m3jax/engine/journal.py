@@ -15,7 +15,7 @@ from m3jax.checkpoints.output import OutputFolder
 from m3jax.checkpoints.part import OutputPart
 from m3jax.engine.prepare import Prepared
 from m3jax.engine.progress import Progress
-from m3jax.methods.method import Info
+from m3jax.methods.step import Info
 
 
 class Journal:
@@ -75,12 +75,14 @@ class Journal:
             if "tensor" in entry and (entry["checked"] or not self._checked)
         }
 
-    def keep_tensor(self, name: str, checksum: str, inputs: list[str]) -> None:
+    def keep_tensor(
+        self, name: str, checksums: dict[str, str], inputs: list[str]
+    ) -> None:
         """Notes that a tensor is completely written, with what it was made of."""
         self._append(
             {
                 "tensor": name,
-                "checksum": checksum,
+                "checksums": checksums,
                 "inputs": inputs,
                 "checked": self._checked,
             }

@@ -1,7 +1,6 @@
-"""The jitted kernels for whole tensors in device memory, sharded or not.
+"""The kernel on whole tensors in device memory, sharded or not.
 
-They compute, element for element, what the kernels of the streamed merge compute, on
-each device for its own shard: nothing is gathered, and nothing is exchanged but
+Each device computes its own shard: nothing is gathered, and nothing is exchanged but
 counts. Everything that differs between draws is an array argument, so a sweep over
 ratios, rates, seeds or scaling compiles once for each shape of tensor.
 """
@@ -9,60 +8,47 @@ ratios, rates, seeds or scaling compiles once for each shape of tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from m3jax import prng
-from m3jax.engine.kernels import Transform
+from m3jax.engine import kernel
+from m3jax.engine.kernel import WIDTH, Numbers, Program
 from m3jax.engine.placement import Placement, run_starts
-from m3jax.methods import METHODS, dare, selection
+from m3jax.methods.step import Operands
 
-# Elements that one reduction counts: below the range of its int32 counters.
-_MAX_COUNTED = 1 << 30
-
-
-class Numbers(NamedTuple):
-    """What a kernel has to know of one tensor, K models.
-
-    Attributes:
-      coefficients: (K,) float32.
-      drop: (K,) float32, largest magnitudes that DARE by magnitude drops; or None.
-      scales: (K,) float32, DARE's rescale factors; or None.
-      masks: from `draw_masks`, for random DARE; or None.
-    """
-
-    coefficients: Any
-    drop: Any = None
-    scales: Any = None
-    masks: Any = None
+# Elements that one reduction counts: the int32 counters of a histogram hold them.
+MAX_COUNTED = 1 << 30
 
 
-def draw_masks(keys: Any, thresholds: Any, *, placement: Placement) -> jax.Array:
-    """Random DARE's masks of one tensor, True where an element is dropped.
+def draw(keys: Any, thresholds: Any, kind: str, *, placement: Placement) -> jax.Array:
+    """The masks or lanes of one tensor.
 
     Args:
       keys: (K, 2) uint32, the mask key of each model.
-      thresholds: (K,) uint32 lane thresholds.
+      thresholds: (K,) uint32 lane thresholds; not read for lanes.
+      kind: ``mask``: True where an element is dropped; ``lanes``.
       placement: of the tensor; the masks lie as it does.
 
     Returns:
-      (K, *shape) bool.
+      (K, *shape) bool or uint16.
     """
     # Kernels of their own: fused into one, XLA's CPU backend repeats
     # the cipher for every element of a block, and unpacks words one by one.
-    words = _draw_words(keys, thresholds, placement=placement)
-    return _unpack(words, placement=placement)
+    words = _draw_words(keys, thresholds, kind=kind, placement=placement)
+    return _unpack(words, kind=kind, placement=placement)
 
 
-@functools.partial(jax.jit, static_argnames="placement")
+@functools.partial(jax.jit, static_argnames=("kind", "placement"))
 def _draw_words(
-    keys: jax.Array, thresholds: jax.Array, *, placement: Placement
+    keys: jax.Array, thresholds: jax.Array, *, kind: str, placement: Placement
 ) -> jax.Array:
-    """(K, *runs, words) uint32: the words of `packed_mask` that hold each run."""
+    """(K, *runs, words): the words of `packed_mask`, or lanes, that hold each run."""
     slack = 0 if placement.aligned else prng.LANES - 1
     width = -(-(placement.run_size + slack) // prng.LANES) * prng.LANES
     wraps = placement.size >= prng.LANES << 32
@@ -73,6 +59,9 @@ def _draw_words(
         blocks = jnp.concatenate([high >> 2, (high << 30) | (low >> 2)], axis=-1)
 
         def one(key: jax.Array, threshold: jax.Array) -> jax.Array:
+            if kind == "lanes":
+                own = jnp.broadcast_to(key, (len(blocks), 2))
+                return prng.mask_lanes(own, blocks, width, wraps=wraps)
             return prng.packed_mask(key[None], blocks, threshold, width, wraps=wraps)
 
         words = jax.vmap(one)(keys, thresholds)
@@ -82,14 +71,17 @@ def _draw_words(
     return draw(keys, thresholds)
 
 
-@functools.partial(jax.jit, static_argnames="placement")
-def _unpack(words: jax.Array, *, placement: Placement) -> jax.Array:
-    """(K, *shape) bool from what `_draw_words` gives."""
+@functools.partial(jax.jit, static_argnames=("kind", "placement"))
+def _unpack(words: jax.Array, *, kind: str, placement: Placement) -> jax.Array:
+    """(K, *shape) bool or uint16 from what `_draw_words` gives."""
     size = placement.run_size
 
     def unpack(words: jax.Array) -> jax.Array:
-        lanes = jax.lax.bitcast_convert_type(words, jnp.uint8) != 0
-        lanes = lanes.reshape(len(words), -1, words.shape[-1] * prng.LANES)
+        lanes = words
+        if kind == "mask":
+            lanes = jax.lax.bitcast_convert_type(words, jnp.uint8) != 0
+        runs = math.prod(placement.runs_shape)
+        lanes = lanes.reshape(len(words), runs, -1)
         dropped = lanes[..., :size]
         if not placement.aligned:
             _, low = run_starts(placement)
@@ -106,102 +98,127 @@ def _merge(
     first: jax.Array,
     others: Sequence[jax.Array],
     base: jax.Array | None,
+    beside: Mapping[str, Sequence[jax.Array]],
     numbers: Numbers,
-    info: Any,
-    scaling: Any,
+    draw: jax.Array | None,
     *,
-    method: str,
-    transform: Transform,
-    dtype: str,
+    program: Program,
+    dtypes: tuple[tuple[str, str], ...],
     placement: Placement,
-) -> jax.Array:
+) -> dict[str, jax.Array]:
     """One tensor of the models, merged; sharded as they are.
 
     Args:
       first: of the first model. Its buffer may be donated.
       others: of the others.
       base: of the base, None where nothing reads it.
-      numbers: of this tensor.
-      info: what the method's statistics found.
-      scaling: s, a float32 scalar.
-      method: a name of `METHODS`.
-      transform: DARE's static choices.
-      dtype: of the result; the only rounding of the merge goes to it.
+      beside: what comes beside each model, by name.
+      numbers: of this tensor, from `kernel.take`.
+      draw: from `draw`, or None.
+      program, dtypes: as for `kernel.merge`.
       placement: of all the arrays.
+
+    Returns:
+      The parts of the output by name.
     """
 
-    def merge(
-        models: Any, base: Any, numbers: Numbers, info: Any, scaling: Any
-    ) -> jax.Array:
-        base, stack = _float32(base, models)
-        stack = _transformed(base, stack, numbers, transform)
-        coefficients = _behind(numbers.coefficients, stack)
-        merged = METHODS[method].apply(base, stack, coefficients, info, scaling)
-        return merged.astype(dtype)
+    def merge(models: Any, base: Any, beside: Any, numbers: Any, draw: Any) -> Any:
+        x = _operands(base, models, beside, dtypes[0][1])
+        return kernel.merge(x, numbers, draw, program=program, dtypes=dtypes)
 
     spec = placement.spec
-    numbers_specs = _numbers_specs(placement)
-    specs = (spec, spec, numbers_specs, P(), P())
-    merge = _on_shards(merge, placement, specs, spec)
-    models = (first, *others)
-    return merge(models, base, numbers, info, scaling)
+    shape = jax.eval_shape(merge, (first, *others), base, beside, numbers, draw)
+    by_model = len(placement.shape) + 1
+    parts = {
+        part: placement.stack_spec if array.ndim == by_model else spec
+        for part, array in shape.items()
+    }
+    specs = (spec, spec, spec, P(), placement.stack_spec)
+    on_shards = _on_shards(merge, placement, specs, parts)
+    return on_shards((first, *others), base, beside, numbers, draw)
 
 
-_STATIC = ("method", "transform", "dtype", "placement")
+_STATIC = ("program", "dtypes", "placement")
 merge_leaf = jax.jit(_merge, static_argnames=_STATIC)
 merge_leaf_in_place = jax.jit(_merge, static_argnames=_STATIC, donate_argnames="first")
 
 
 @functools.partial(
-    jax.jit, static_argnames=("function", "transform", "placement", "count", "stride")
+    jax.jit,
+    static_argnames=(
+        "program",
+        "depth",
+        "function",
+        "combine",
+        "placement",
+        "count",
+        "stride",
+    ),
 )
 def reduce_leaf(
     models: Sequence[jax.Array],
     base: jax.Array | None,
     numbers: Numbers,
+    draw: jax.Array | None,
     arguments: Any,
     *,
+    program: Program,
+    depth: int,
     function: Callable[..., Any],
-    transform: Transform,
+    combine: tuple[str, ...],
     placement: Placement,
     count: bool,
     stride: int = 1,
-) -> Any:
-    """The counts of a `Reduction` over one tensor.
+) -> tuple[Any, ...]:
+    """What a `Reduction` finds in one tensor.
 
     Args:
-      models, base, numbers, transform, placement: as for `merge_leaf`.
-      function, arguments: of the reduction.
-      count: make a histogram of the codes that `function` returns.
-      stride: of so many elements look at one, for a sample.
+      models, base, draw, placement: as for `merge_leaf`.
+      numbers, arguments: from `kernel.take`, for a flat part where the transforms
+        before it are elementwise.
+      program, depth, function, combine, count: as for `kernel.reduce`.
+      stride: of so many elements look at one, for a sample of an elementwise step.
 
     Returns:
-      A pytree of int32 counts (or of codes) with a leading axis, over which the host
-      adds up: a sum of several devices' counts might leave the range of int32.
+      For each array of the function what `kernel.reduce` gives, with the rows of all
+      shards on the leading axis.
     """
+    whole = program.unit(depth) != "element"
+    axes = len(placement.shape)
 
-    def reduce(models: Any, base: Any, numbers: Numbers, arguments: Any) -> Any:
-        base, stack = _float32(base, models)
-        stack = _transformed(base, stack, numbers, transform)
-        base = None if base is None else base.reshape(-1)
-        stack = stack.reshape(len(models), -1)
-        parts = []
-        for start in range(0, stack.shape[1], _MAX_COUNTED):
-            part = slice(start, start + _MAX_COUNTED, stride)
-            own = None if base is None else base[part]
-            valid = jnp.ones(stack[0, part].shape, bool)
-            result = function(own, stack[:, part], valid, arguments)
-            if count:
-                codes, *counts = result
-                result = selection.count_codes(codes), *counts
-            parts.append(result)
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *parts)
+    def reduce(models: Any, base: Any, numbers: Any, draw: Any, arguments: Any) -> Any:
+        x: Any = (_operands(base, models, {}, models[0].dtype.name), draw)
+        if not whole:
+            x = jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - axes], -1), x)
+        size = x[0].models.shape[-1]
+        found = []
+        for start in (0,) if whole else range(0, size, MAX_COUNTED):
+            part, own = x
+            if not whole:
+                cut = slice(start, start + MAX_COUNTED, stride)
+                part, own = jax.tree.map(lambda a: a[..., cut], x)  # noqa: B023
+            real = math.prod(part.models.shape[1:])
+            valid = jnp.arange(-(-real // WIDTH) * WIDTH, dtype=jnp.int32) < real
+            found.append(
+                kernel.reduce(
+                    part,
+                    numbers,
+                    own,
+                    arguments,
+                    valid.reshape(-1, WIDTH),
+                    program=program,
+                    depth=depth,
+                    function=function,
+                    combine=combine,
+                    count=count,
+                )
+            )
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     spec = placement.spec
-    numbers_specs = _numbers_specs(placement)
-    specs = (spec, spec, numbers_specs, P())
+    specs = (spec, spec, P(), placement.stack_spec, P())
     reduce = _on_shards(reduce, placement, specs, P(placement.splitting_axes))
-    return reduce(models, base, numbers, arguments)
+    return reduce(models, base, numbers, draw, arguments)
 
 
 @functools.partial(jax.jit, static_argnames="placement")
@@ -225,44 +242,26 @@ def _on_shards(
     )
 
 
-def _numbers_specs(placement: Placement) -> Numbers:
-    return Numbers(P(), P(), P(), placement.stack_spec)
-
-
-def _float32(
-    base: jax.Array | None, models: Sequence[jax.Array]
-) -> tuple[jax.Array | None, jax.Array]:
-    """The base, and the models on a leading axis, in float32.
-
-    The stack is made of selects: XLA fuses them with what follows, so that the stack
-    is never in memory, and the selects vanish. It writes out a concatenation.
-    """
-    shape = (len(models), *models[0].shape)
-    model = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    stack = jnp.broadcast_to(models[0].astype(jnp.float32), shape)
-    for i, values in enumerate(models[1:], start=1):
-        stack = jnp.where(model == i, values.astype(jnp.float32)[None], stack)
-    return None if base is None else base.astype(jnp.float32), stack
-
-
-def _transformed(
+def _operands(
     base: jax.Array | None,
-    stack: jax.Array,
-    numbers: Numbers,
-    transform: Transform,
-) -> jax.Array:
-    """The stack after DARE."""
-    if transform.strategy is None:
-        return stack
-    if transform.strategy == "random":
-        dropped = numbers.masks
-    else:
-        thresholds = _behind(numbers.drop, stack)
-        dropped = dare.magnitude_mask(base, stack, thresholds, target=transform.target)
-    scales = _behind(numbers.scales, stack)
-    return dare.drop_and_rescale(base, stack, dropped, scales, target=transform.target)
+    models: Sequence[jax.Array],
+    beside: Mapping[str, Sequence[jax.Array]],
+    result: str,
+) -> Operands:
+    """Base, models and what is beside them, the latter two on a leading axis.
 
+    The stacks are made of selects: XLA fuses them with what follows, so that a stack is
+    never in memory, and the selects vanish. It writes out a concatenation.
+    """
+    dtype = jnp.float64 if result == "float64" else jnp.float32
 
-def _behind(per_model: Any, stack: jax.Array) -> jax.Array:
-    """(K,) as (K, 1, ..., 1), to broadcast against the stack."""
-    return jnp.reshape(per_model, (-1,) + (1,) * (stack.ndim - 1))
+    def stack(arrays: Sequence[jax.Array]) -> jax.Array:
+        shape = (len(arrays), *arrays[0].shape)
+        model = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        stacked = jnp.broadcast_to(arrays[0].astype(dtype), shape)
+        for i, values in enumerate(arrays[1:], start=1):
+            stacked = jnp.where(model == i, values.astype(dtype)[None], stacked)
+        return stacked
+
+    own = None if base is None else base.astype(dtype)
+    return Operands(own, stack(models), {name: stack(a) for name, a in beside.items()})

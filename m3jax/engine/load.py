@@ -16,9 +16,10 @@ from jax.sharding import Mesh, Sharding
 
 from m3jax.checkpoints import boxes, tree
 from m3jax.checkpoints.boxes import Box
+from m3jax.checkpoints.dtypes import FLOAT32, FLOAT64
 from m3jax.checkpoints.errors import shown
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.sources import Source, read_whole
+from m3jax.checkpoints.sources import Converted, Source, read_whole
 from m3jax.engine.pipeline import available_cores
 from m3jax.engine.sharding_rules import by_rules
 
@@ -58,9 +59,9 @@ def load(
         `m3jax.engine.sharding_rules.by_rules` makes: each tensor has its own.
 
     Returns:
-      Arrays of the stored dtypes. float64, and float8 with the scales that stand
-      beside it, come as float32, in which they are merged. 64-bit integers come as
-      NumPy arrays unless JAX has 64 bits on: nothing loses bits.
+      Arrays of the stored dtypes. float8, with the scales that stand beside it, comes
+      as float32, in which it is merged, and so does float64 unless JAX has 64 bits
+      on. 64-bit integers then come as NumPy arrays: they lose no bits.
 
     Raises:
       CheckpointError: one line that names the file and the tensor.
@@ -68,7 +69,7 @@ def load(
     """
     with open_checkpoint(fspath(path)) as checkpoint:
         tensors = [
-            (source, _sharding_of(name, source.shape, sharding))
+            (_narrow(source), _sharding_of(name, source.shape, sharding))
             for name, source in checkpoint.tensors.items()
         ]
         # What the caller has set for its own thread, for ours too.
@@ -187,6 +188,12 @@ def _read(source: Source, box: Box) -> np.ndarray:
         source.read_into(values[place : place + count], start)
         place += count
     return values.reshape(shape)
+
+
+def _narrow(source: Source) -> Source:
+    """float64 as float32, unless JAX has 64 bits on."""
+    wide = source.dtype == FLOAT64 and not _fits(source.dtype.numpy)
+    return Converted(source, FLOAT32) if wide else source
 
 
 def _sharding_of(name: str, shape: tuple[int, ...], sharding: Any) -> Sharding | None:

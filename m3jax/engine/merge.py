@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from m3jax.checkpoints import provenance, store
 from m3jax.checkpoints.destination import check_free, local, open_output, open_writer
@@ -17,8 +18,11 @@ from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.output import OutputError, OutputFolder
 from m3jax.checkpoints.part import OutputPart, described
 from m3jax.checkpoints.shards import ShardWriter, write_index
-from m3jax.engine import agreement, plan, statistics
+from m3jax.engine import agreement
+from m3jax.engine.draws import early
 from m3jax.engine.journal import Journal
+from m3jax.engine.kernel import Numbers
+from m3jax.engine.measure import completed, measure
 from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
 from m3jax.engine.processes import ProcessError, Processes, joined
 from m3jax.engine.progress import Progress
@@ -26,8 +30,6 @@ from m3jax.engine.recorder import Recorder
 from m3jax.engine.sharded import Sharded
 from m3jax.engine.share import Share
 from m3jax.engine.streamed import Stream
-from m3jax.engine.tables import TileTables
-from m3jax.methods.method import Info
 from m3jax.recipe import Recipe
 
 
@@ -158,26 +160,25 @@ def _execute(
         processes.check()
         progress.advance(count)
 
+    share = Share.of(prepared, processes)
     stream = Stream(
         prepared.inputs.tensors,
-        TileTables(),
+        prepared.items,
+        share,
         tiles=prepared.tiles,
         threads=prepared.execution.num_threads,
+        units=prepared.units,
         devices=prepared.devices,
-        names=[checkpoint.name for checkpoint in prepared.checkpoints],
-        progress=advance,
+        advance=advance,
+        stage=lambda label, own: progress.stage(label, prepared.read_bytes(own)),
     )
-    share = Share.of(prepared, processes)
     passes = time.perf_counter()
     in_memory: Sharded | None = None
-    info: Info = {}
     if prepared.execution.executor == "sharded":
         in_memory = Sharded(prepared, processes, progress, stream.clock)
+        numbers = Numbers((), ())
     else:
-        stream.tables = statistics.dare_tables(
-            prepared, share, stream, journal, progress
-        )
-        info = statistics.method_info(prepared, share, stream, journal, progress)
+        numbers = _measured(prepared, share, stream, journal)
     writer = processes.first_then_others(
         lambda: open_writer(folder, prepared.shards, create=processes.first)
     )
@@ -185,8 +186,8 @@ def _execute(
         recorder = Recorder(prepared, writer, journal)
         resumed = recorder.recover(share.items, progress)
         if in_memory is not None:  # what is left then are tensors that are copied
-            in_memory.merge(share, recorder, writer)
-        _merge_share(prepared, share, stream, info, recorder, progress)
+            numbers = in_memory.merge(share, recorder, writer)
+        _merge_share(prepared, share, stream, numbers, recorder, progress)
         if isinstance(folder, OutputPart) and prepared.execution.fsync:
             _sync(writer, folder)
     finally:
@@ -214,11 +215,34 @@ def _execute(
     )
 
 
+def _measured(
+    prepared: Prepared, share: Share, stream: Stream, journal: Journal
+) -> Numbers:
+    """The numbers of the merge, with what its steps have to know of the models."""
+
+    def kept(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        saved = journal.statistics(name)
+        return journal.keep_statistics(name, find()) if saved is None else saved
+
+    def gathered(found: dict[str, Any]) -> dict[str, Any]:
+        """Each tensor is measured by one process, and is 0 in what others found."""
+        names = [own for own in share.processes.gather(sorted(found)) if own]
+        if share.processes.count == 1 or not names:
+            return found
+        own = tuple(found[name] for name in names[0]) if found else None
+        total = share.processes.sum(own)
+        return dict(zip(names[0], total or (), strict=True))
+
+    places = [i for i in prepared.merged if prepared.items[i].size]
+    numbers = prepared.numbers()
+    return measure(stream, prepared.program, numbers, places, kept, gathered)
+
+
 def _merge_share(
     prepared: Prepared,
     share: Share,
     stream: Stream,
-    info: Info,
+    measured: Numbers,
     recorder: Recorder,
     progress: Progress,
 ) -> None:
@@ -226,17 +250,19 @@ def _merge_share(
     left = [i for i in share.items if i not in recorder.checksums]
     if not left:
         return
-    written = sum(
-        prepared.items[i].size * prepared.inputs.tensors[i].dtype.itemsize for i in left
-    )
+    written = sum(prepared.inputs.tensors[i].written_bytes for i in left)
     progress.stage("merging", prepared.read_bytes(left) + written)
+
+    def numbers(drawn: bool) -> Numbers:
+        own = measured
+        if not drawn:
+            own = early(own, len(prepared.models), len(prepared.items))
+        return completed(prepared.program, own)
+
     stream.merge(
-        plan.cut(prepared.items, left, prepared.tiles),
-        prepared.recipe.method,
-        prepared.transform,
-        info,
-        prepared.recipe.scaling,
-        prepared.coefficients,
+        prepared.program,
+        left,
+        numbers,
         recorder,
         check_finite=not prepared.execution.allow_nonfinite,
     )

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.prng import LANES
+from m3jax.traced import is_traced
 
 REPEATED = PartitionSpec()  # every device has the whole tensor
 
@@ -40,6 +41,8 @@ class Placement:
     @classmethod
     def of(cls, array: Any) -> Placement:
         """Where `array` is. What is not a `NamedSharding` is left to XLA."""
+        if is_traced(array):
+            return cls(array.shape)
         sharding = getattr(array, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             return cls(array.shape, sharding.mesh, sharding.spec)

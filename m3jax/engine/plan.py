@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 # Elements. Small, so that a norm's few thousand weights waste little of a chunk;
 # fixed, so that no result can depend on the size of a chunk; a power of two and a
@@ -27,11 +28,13 @@ class Item:
       size: number of elements.
       signature: tensors with equal signatures may share a chunk (their dtypes).
       merged: False for a tensor that is copied.
+      shape: of the tensor.
     """
 
     size: int
-    signature: tuple[str, ...]
+    signature: tuple[Any, ...]
     merged: bool = True
+    shape: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +58,19 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Runs that are read, computed and written together."""
+    """Runs that are read, computed and written together.
 
-    signature: tuple[str, ...]
+    Attributes:
+      signature, merged: of its tensors.
+      runs: the elements; in a block a single one.
+      block: the shape of a part of one tensor that a step sees whole, (rows, columns)
+        or that of the tensor; None: the chunk is made of tiles.
+    """
+
+    signature: tuple[Any, ...]
     merged: bool
     runs: tuple[Run, ...]
+    block: tuple[int, ...] | None = None
 
     @property
     def elements(self) -> int:
@@ -105,6 +116,31 @@ def cut(items: Sequence[Item], order: Sequence[int], tiles: int) -> list[Chunk]:
             runs.append(Run(index, start, count, row))
             start, row = start + count, row + runs[-1].rows
     close()
+    return chunks
+
+
+def blocks(
+    items: Sequence[Item], order: Sequence[int], elements: int, unit: str
+) -> list[Chunk]:
+    """Cuts tensors into blocks of whole rows, or takes them whole.
+
+    Args:
+      items, order: as for `cut`.
+      elements: of a block of rows, if a row has no more.
+      unit: ``row``: blocks of a tensor are (rows, columns) of one shape, the last one
+        not full; ``matrix``: the tensor, in its own shape.
+    """
+    chunks = []
+    for index in order:
+        item = items[index]
+        shape, size = item.shape, item.size
+        if unit == "row" and size:
+            columns = item.shape[-1] if item.shape else 1
+            rows = max(1, min(elements // columns, item.size // columns))
+            shape, size = (rows, columns), rows * columns
+        for start in range(0, item.size, max(size, 1)):
+            run = Run(index, start, min(size, item.size - start), 0)
+            chunks.append(Chunk(item.signature, item.merged, (run,), shape))
     return chunks
 
 
@@ -209,6 +245,3 @@ def chunk_tiles(
     else:
         tiles = chunk_size // TILE
     return math.ceil(tiles / devices) * devices
-
-
-Progress = Callable[[int], None]  # called with the bytes read and written so far

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
@@ -19,20 +18,19 @@ from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.orbax_output import OrbaxShard
 from m3jax.checkpoints.shards import Shard, make_shards
 from m3jax.checkpoints.side_files import check_side_files
-from m3jax.engine import plan
-from m3jax.engine.inputs import MergeInputs, align
-from m3jax.engine.kernels import Transform
+from m3jax.engine import draws, plan
+from m3jax.engine.buffers import buffer_bytes
+from m3jax.engine.inputs import MergeInputs, TensorInputs, align
+from m3jax.engine.kernel import Numbers, Program
 from m3jax.engine.pipeline import available_cores
-from m3jax.engine.streamed import lane_bytes, signature
-from m3jax.methods import METHODS
-from m3jax.recipe import Recipe, parse_size
+from m3jax.recipe import Recipe, RecipeError, parse_size
 
 T = TypeVar("T")
 
 # Bytes of one thread's input buffers: large enough that the cost of a kernel call is
 # lost in them. On a CPU also small enough to stay in its caches. See benchmarks/.
-_LANE_BUDGET = 32 << 20
-_LANE_BUDGET_CPU = 8 << 20
+_BUDGET = 32 << 20
+_BUDGET_CPU = 8 << 20
 FORMATS = ("safetensors", "orbax")  # of outputs
 EXECUTORS = ("streamed", "sharded")
 
@@ -102,7 +100,7 @@ class Prepared:
         a second.
       items: the same tensors as integers.
       shards: the files to write.
-      places: for each tensor its shard.
+      places: the shard of each part of each tensor.
       tiles: of a chunk.
       devices, execution: how it is run.
     """
@@ -115,7 +113,7 @@ class Prepared:
     drawn: Future[dict[str, tuple[float, ...]] | None]
     items: tuple[plan.Item, ...]
     shards: tuple[Shard, ...]
-    places: tuple[int, ...]
+    places: Mapping[tuple[int, str], int]
     tiles: int
     devices: tuple[jax.Device, ...]
     execution: Execution
@@ -130,8 +128,8 @@ class Prepared:
         return self.drawn.result()
 
     @property
-    def transform(self) -> Transform:
-        return Transform.of(self.recipe)
+    def program(self) -> Program:
+        return Program.of(self.recipe)
 
     @property
     def merged(self) -> list[int]:
@@ -142,15 +140,10 @@ class Prepared:
     def passes(self) -> list[str]:
         """The reading passes, named; a sample is not counted."""
         names = []
-        if self.transform.strategy == "magnitude":
-            names.append("magnitudes per tensor (twice)")
-        if METHODS[self.recipe.method].statistics is not None:
-            if int(
-                sum(self.items[i].size for i in self.merged) * self.recipe.trim_rate
-            ):
-                names.append("whole-model thresholds (once or twice)")
-            if len(self.models) > 1:
-                names.append("majority sign, unless the pass before settles it")
+        for step in self.recipe.steps:
+            each = {"tensor": "per tensor", "layer": "per layer", "model": "whole model"}
+            if step.scope:
+                names.append(f"what {step.name} measures, {each[step.scope]}")
         return [*names, "merge"]
 
     def read_bytes(self, positions: Sequence[int]) -> int:
@@ -166,23 +159,38 @@ class Prepared:
         return sum(shard.size for shard in self.shards)
 
     @property
+    def units(self) -> tuple[str, ...]:
+        """What the steps have to see whole."""
+        program = self.program
+        return tuple({program.unit(d) for d in range(len(program.steps) + 1)})
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes of all buffers: inputs, results, float32 intermediates and caches."""
-        lane = sum(lane_bytes(self.inputs.tensors, self.tiles))
-        result = self.tiles * plan.TILE * 4
+        own = buffer_bytes(self.inputs.tensors, self.items, self.tiles, self.units)
         caches = sum(checkpoint.cache_bytes for checkpoint in self.checkpoints)
-        return self.execution.num_threads * (lane + result) + caches
+        if "matrix" in self.units:
+            largest = max((self.items[i].size for i in self.merged), default=0)
+            return sum(own) + 4 * largest * (len(self.models) + 2) + caches
+        result = self.tiles * plan.TILE * 4
+        return self.execution.num_threads * (sum(own) + result) + caches
 
-    def coefficients(self) -> np.ndarray:
-        """(K, N) float32: the coefficient of each model for each tensor."""
+    def numbers(self) -> Numbers:
+        """The tables of the recipe's numbers over all tensors."""
         names = [tensor.name for tensor in self.inputs.tensors]
-        granularity = self.recipe.mixup.granularity
-        default = METHODS[self.recipe.method].default_coefficients(len(self.models))
-        return mixup.coefficients(self.ratios, names, granularity, default)
+        return draws.tables(
+            self.recipe,
+            self.program,
+            names,
+            len(self.models),
+            self.seed,
+            lambda: self.ratios,
+        )
 
-    def mask_keys(self) -> np.ndarray:
-        names = [tensor.name for tensor in self.inputs.tensors]
-        return prng.mask_keys(prng.root_key(self.seed), len(self.models), names)
+
+def written_name(name: str, part: str) -> str:
+    """The name, in the output, of what is made of a tensor for a part of it."""
+    return f"{name}.{part}" if part else name
 
 
 @contextlib.contextmanager
@@ -232,27 +240,27 @@ def _plan(
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
-    described = [(t.name, t.dtype, t.shape) for t in tensors]
-    if (execution.output_format or first.format) == "orbax":
-        shards: list[Shard] = [OrbaxShard(described, first.paths)]
-    else:
-        groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
-        shards = make_shards([[described[i] for i in g] for g in groups])
+    shards = _shards(tensors, sizes, recipe, execution.output_format, first)
     by_name = {tensor.name: tensor for tensor in tensors}
-    order = [(i, name) for i, shard in enumerate(shards) for name in shard.entries]
-    inputs = dataclasses.replace(
-        inputs, tensors=tuple(by_name[name] for _, name in order)
-    )
+    order = [name for s in shards for name in s.entries if name in by_name]
+    inputs = dataclasses.replace(inputs, tensors=tuple(by_name[n] for n in order))
+    holder = {name: i for i, shard in enumerate(shards) for name in shard.entries}
+    places = {
+        (i, part): holder[written_name(tensor.name, part)]
+        for i, tensor in enumerate(inputs.tensors)
+        for part in tensor.parts
+    }
     items = tuple(
-        plan.Item(math.prod(t.shape), signature(t), t.merged) for t in inputs.tensors
+        plan.Item(math.prod(t.shape), t.signature, t.merged, t.shape)
+        for t in inputs.tensors
     )
     merged_names = [t.name for t in inputs.tensors if t.merged]
     devices = tuple(execution.devices or jax.local_devices())
     tiles = plan.chunk_tiles(
         execution.chunk_size,
-        sum(lane_bytes(inputs.tensors, 1)) // plan.TILE,
+        sum(buffer_bytes(inputs.tensors, items, 1)) // plan.TILE,
         len(devices),
-        _LANE_BUDGET_CPU if devices[0].platform == "cpu" else _LANE_BUDGET,
+        _BUDGET_CPU if devices[0].platform == "cpu" else _BUDGET,
     )
     # A small model needs no chunk larger than itself.
     whole = sum(-(-item.size // plan.TILE) for item in items)
@@ -268,11 +276,40 @@ def _plan(
         ),
         items=items,
         shards=tuple(shards),
-        places=tuple(place for place, _ in order),
+        places=places,
         tiles=tiles,
         devices=devices,
         execution=execution,
     )
+
+
+def _shards(
+    tensors: Sequence[TensorInputs],
+    sizes: Sequence[int],
+    recipe: Recipe,
+    output_format: str | None,
+    first: Checkpoint,
+) -> list[Shard]:
+    """The files of the output: the model's, then one for each other part of it."""
+    described = [(t.name, t.parts[""].dtype, t.parts[""].shape) for t in tensors]
+    others: dict[str, list[Any]] = {}
+    for tensor in tensors:
+        for part, own in tensor.parts.items():
+            if part:
+                name = written_name(tensor.name, part)
+                others.setdefault(part, []).append((name, own.dtype, own.stored_shape))
+    if (output_format or first.format) == "orbax":
+        if others:
+            raise RecipeError(
+                f"method={recipe.method.name!r} writes files beside the model: give "
+                "--output_format=safetensors"
+            )
+        return [OrbaxShard(described, first.paths)]
+    groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
+    return [
+        *make_shards([[described[i] for i in g] for g in groups]),
+        *(Shard(f"{part}.safetensors", own) for part, own in others.items()),
+    ]
 
 
 def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:

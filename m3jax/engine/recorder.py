@@ -12,9 +12,9 @@ import xxhash
 from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.engine.journal import Journal
-from m3jax.engine.prepare import Prepared
+from m3jax.engine.prepare import Prepared, written_name
 from m3jax.engine.progress import Progress
-from m3jax.engine.streamed import Emit
+from m3jax.engine.streamed import Emit, Parts
 
 _BLOCK = 8 << 20  # bytes that are read back at a time
 
@@ -33,39 +33,48 @@ class Recorder(Emit):
         self._journal = journal
         self._running: dict[int, list[Any]] = {}
         self._input_checksums: dict[int, list[str]] = {}
-        self.checksums: dict[int, str] = {}
-        self._left = collections.Counter(prepared.places)  # tensors of each file
+        self.checksums: dict[int, dict[str, str]] = {}
+        # Tensors of each file that are still to come.
+        self._left = collections.Counter(prepared.places.values())
         for i, item in enumerate(prepared.items):
             if item.size == 0:
-                sources = prepared.inputs.tensors[i].sources
+                tensor = prepared.inputs.tensors[i]
                 empty = xxhash.xxh3_128().hexdigest()
-                self._finish(i, empty, [empty] * len(sources))
+                parts = dict.fromkeys(tensor.parts, empty)
+                self._finish(i, parts, [empty] * len(tensor.sources))
 
-    def write(self, item: int, start: int, values: np.ndarray) -> None:
-        entry = self._entry(item)
-        offset = entry.start + start * entry.dtype.itemsize
-        self._writer.write(self._prepared.places[item], offset, values)
+    def write(self, item: int, part: str, start: int, values: np.ndarray) -> None:
+        entry = self._entry(item, part)
+        packed = self._prepared.inputs.tensors[item].parts[part].packed
+        offset = start // 8 if packed else start * entry.dtype.itemsize
+        place = self._prepared.places[item, part]
+        self._writer.write(place, entry.start + offset, values)
 
     def record(
-        self, item: int, start: int, values: np.ndarray, inputs: list[np.ndarray]
+        self, item: int, start: int, parts: Parts, inputs: list[np.ndarray]
     ) -> None:
-        parts = [values, *inputs]
-        running = self._running.setdefault(item, [xxhash.xxh3_128() for _ in parts])
-        for checksum, part in zip(running, parts, strict=True):
-            checksum.update(part.view(np.uint8))
-        if start + len(values) == self._prepared.items[item].size:
+        arrays = [*parts.values(), *inputs]
+        running = self._running.setdefault(item, [xxhash.xxh3_128() for _ in arrays])
+        for checksum, array in zip(running, arrays, strict=True):
+            checksum.update(array.view(np.uint8))
+        if start + len(inputs[0]) == self._prepared.items[item].size:
             digests = [c.hexdigest() for c in self._running.pop(item)]
-            self.keep(item, digests[0], digests[1:])
+            made = dict(zip(parts, digests, strict=False))
+            self.keep(item, made, digests[len(made) :])
 
-    def keep(self, item: int, checksum: str, inputs: list[str]) -> None:
+    def keep(self, item: int, checksums: dict[str, str], inputs: list[str]) -> None:
         """Notes that a tensor is completely written, with what it was made of."""
         name = self._prepared.inputs.tensors[item].name
-        self._journal.keep_tensor(name, checksum, inputs)
-        self._finish(item, checksum, inputs)
+        self._journal.keep_tensor(name, checksums, inputs)
+        self._finish(item, checksums, inputs)
 
-    def checksum_on_disk(self, item: int) -> str:
-        """Of what is written of a tensor."""
-        return self._checksum_on_disk(item, np.empty(_BLOCK, np.uint8))
+    def checksums_on_disk(self, item: int, block: np.ndarray | None = None) -> Any:
+        """Of what is written of a tensor, by part."""
+        block = np.empty(_BLOCK, np.uint8) if block is None else block
+        return {
+            part: self._checksum_on_disk(item, part, block)
+            for part in self._prepared.inputs.tensors[item].parts
+        }
 
     def recover(self, items: Sequence[int], progress: Progress) -> int:
         """Takes over the journalled tensors whose bytes are still what was written.
@@ -84,13 +93,13 @@ class Recorder(Emit):
         ]
         if not written:
             return 0
-        sizes = [self._entry(i).stop - self._entry(i).start for i, _ in written]
+        sizes = [tensors[i].written_bytes for i, _ in written]
         progress.stage("checking what was written", sum(sizes))
         block = np.empty(min(_BLOCK, max(sizes)), np.uint8)
         count = 0
         for (i, entry), size in zip(written, sizes, strict=True):
-            if self._checksum_on_disk(i, block) == entry["checksum"]:
-                self._finish(i, entry["checksum"], entry["inputs"])
+            if self.checksums_on_disk(i, block) == entry["checksums"]:
+                self._finish(i, entry["checksums"], entry["inputs"])
                 count += 1
             progress.advance(size)
         return count
@@ -101,47 +110,57 @@ class Recorder(Emit):
 
     def add(self, records: list[Any]) -> None:
         """Takes over what another process has found."""
-        for item, checksum, inputs in records:
-            self._finish(item, checksum, inputs)
+        for item, checksums, inputs in records:
+            self._finish(item, checksums, inputs)
 
     def named_checksums(self) -> dict[str, str]:
         """The checksum of each tensor, by its name, in the output's order."""
         tensors = self._prepared.inputs.tensors
-        return {tensors[i].name: c for i, c in sorted(self.checksums.items())}
+        return {
+            written_name(tensors[i].name, part): checksum
+            for i, own in sorted(self.checksums.items())
+            for part, checksum in own.items()
+        }
 
     def input_checksums(self) -> list[str | None]:
         """Per checkpoint, one checksum over those of the tensors read from it."""
         checkpoints = self._prepared.checkpoints
-        lines: list[list[str]] = [[] for _ in checkpoints]
+        lines: dict[int, list[str]] = {id(own): [] for own in checkpoints}
         for i, digests in self._input_checksums.items():
             tensor = self._prepared.inputs.tensors[i]
-            copied = not tensor.merged and len(digests) == 1
-            first = 0 if copied else len(checkpoints) - len(digests)
-            for place, digest in enumerate(digests, start=first):
-                lines[place].append(f"{tensor.name} {digest}\n")
+            # Of a tensor that is copied unseen, the first origin alone was hashed.
+            for origin, digest in zip(tensor.origins, digests, strict=False):
+                lines[id(origin.owner)].append(f"{origin.name} {digest}\n")
         return [
             xxhash.xxh3_128("".join(sorted(own)).encode()).hexdigest() if own else None
-            for own in lines
+            for own in lines.values()
         ]
 
-    def _finish(self, item: int, checksum: str, inputs: list[str]) -> None:
+    def _finish(
+        self, item: int, checksums: dict[str, str], inputs: list[str]
+    ) -> None:
         known = item in self.checksums
-        self.checksums[item] = checksum
+        self.checksums[item] = checksums
         self._input_checksums[item] = inputs
-        place = self._prepared.places[item]
-        self._left[place] -= not known
-        if not (known or self._left[place]):
-            self._writer.complete(place)
+        if known:
+            return
+        for part in checksums:
+            place = self._prepared.places[item, part]
+            self._left[place] -= 1
+            if not self._left[place]:
+                self._writer.complete(place)
 
-    def _entry(self, item: int) -> Any:
-        shard = self._prepared.shards[self._prepared.places[item]]
-        return shard.entries[self._prepared.inputs.tensors[item].name]
+    def _entry(self, item: int, part: str) -> Any:
+        shard = self._prepared.shards[self._prepared.places[item, part]]
+        name = self._prepared.inputs.tensors[item].name
+        return shard.entries[written_name(name, part)]
 
-    def _checksum_on_disk(self, item: int, block: np.ndarray) -> str:
-        entry = self._entry(item)
+    def _checksum_on_disk(self, item: int, part: str, block: np.ndarray) -> str:
+        entry = self._entry(item, part)
         checksum = xxhash.xxh3_128()
+        place = self._prepared.places[item, part]
         for offset in range(entry.start, entry.stop, len(block)):
-            part = block[: min(len(block), entry.stop - offset)]
-            self._writer.read(self._prepared.places[item], offset, part)
-            checksum.update(part)
+            read = block[: min(len(block), entry.stop - offset)]
+            self._writer.read(place, offset, read)
+            checksum.update(read)
         return checksum.hexdigest()

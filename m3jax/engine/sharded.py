@@ -20,12 +20,14 @@ import xxhash
 
 from m3jax.checkpoints import boxes, sources
 from m3jax.checkpoints.boxes import Box
-from m3jax.checkpoints.dtypes import Dtype
+from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.checkpoints.sources import Source
 from m3jax.engine import checks, in_memory
-from m3jax.engine.inputs import TensorInputs
+from m3jax.engine.inputs import Part, TensorInputs
+from m3jax.engine.in_memory import multihost
+from m3jax.engine.kernel import Numbers
 from m3jax.engine.load import num_threads, read_tensor
 from m3jax.engine.pipeline import Clock
 from m3jax.engine.prepare import Prepared
@@ -70,12 +72,16 @@ class Sharded:
         self._leaves: list[Leaf] = []
         progress.stage("loading", prepared.read_bytes(self._items))
 
+        self._wide = any(prepared.inputs.tensors[i].wide for i in self._items)
+
         def load(n: int) -> Leaf:
             tensor = prepared.inputs.tensors[self._items[n]]
             sharding = by_axes(mesh, tensor.shape)
-            arrays = [read_tensor(source, sharding) for source in self._watched[n]]
+            with jax.enable_x64(self._wide):  # of this thread
+                arrays = [read_tensor(source, sharding) for source in self._watched[n]]
             base = None if tensor.base is None else arrays.pop(0)
-            return Leaf(tensor.name, base, tuple(arrays), True, _kernel_dtype(tensor))
+            parts, dtype = _kernel_parts(tensor)
+            return Leaf(tensor.name, base, tuple(arrays), True, dtype, parts)
 
         pool = concurrent.futures.ThreadPoolExecutor(num_threads())
         with _explained(), clock.stage("loading"), pool:
@@ -86,13 +92,16 @@ class Sharded:
 
     def merge(
         self, share: Share, recorder: Recorder, writer: ShardWriter | OrbaxWriter
-    ) -> None:
+    ) -> Numbers:
         """Merges the tensors that are not written yet, and writes them.
 
         Args:
           share: the tensors whose checksums this process finds out.
           recorder: receives the results.
           writer: of the output's files.
+
+        Returns:
+          What the steps have measured.
 
         Raises:
           CheckpointError: a merged value overflows.
@@ -101,27 +110,28 @@ class Sharded:
         done = set().union(*self._processes.gather(list(recorder.checksums)))
         left = [n for n, i in enumerate(self._items) if i not in done]
         if not left:
-            return
-        num_models = len(self._prepared.models)
-        with _explained(), self._clock.stage("computing"):
-            draw = in_memory.draw(self._leaves, recipe, num_models, seed)
-            info = in_memory.measure(self._leaves, recipe, draw)
+            return Numbers((), ())
+        bench = in_memory.Leaves(self._leaves, len(self._prepared.models))
+        x64 = jax.enable_x64(self._wide)
+        with _explained(), self._clock.stage("computing"), x64:
+            numbers = in_memory.measured(bench, recipe, seed)
         self._progress.stage(
             "merging", sum(self._output_bytes(self._items[n]) for n in left)
         )
-        with _explained(), self._clock.stage("computing"):
-            merged = in_memory.combine(self._leaves, recipe, draw, info, donate=True)
+        x64 = jax.enable_x64(self._wide)
+        with _explained(), self._clock.stage("computing"), x64:
+            merged = in_memory.combine(bench, recipe, numbers, donate=True)
             jax.block_until_ready(merged)
         pool = concurrent.futures.ThreadPoolExecutor(num_threads())
         with self._clock.stage("writing"), pool:
             for _ in pool.map(lambda n: self._write(n, merged[n], recorder), left):
                 self._processes.check()
-        if self._processes.count == 1:
-            return
-        writer.sync()
-        self._processes.barrier()
-        with self._clock.stage("hashing"):
-            self._hash(set(share.items) & {self._items[n] for n in left}, recorder)
+        if self._processes.count > 1:
+            writer.sync()
+            self._processes.barrier()
+            with self._clock.stage("hashing"):
+                self._hash(set(share.items) & {self._items[n] for n in left}, recorder)
+        return numbers
 
     def _hash(self, items: set[int], recorder: Recorder) -> None:
         """Finds out checksums of tensors whose parts several processes have written."""
@@ -129,31 +139,45 @@ class Sharded:
             if item in items:
                 self._processes.check()
                 inputs = [source.checksum() for source in watched]
-                recorder.keep(item, recorder.checksum_on_disk(item), inputs)
+                recorder.keep(item, recorder.checksums_on_disk(item), inputs)
 
-    def _write(self, n: int, array: jax.Array, recorder: Recorder) -> None:
-        """Writes this process's part of a tensor; all of it, if there is only one."""
+    def _write(self, n: int, parts: dict[str, Any], recorder: Recorder) -> None:
+        """Writes this process's share of a tensor; all of it, if there is only one."""
         item = self._items[n]
+        checksums = {
+            part: self._write_part(item, part, array, recorder)
+            for part, array in parts.items()
+        }
+        if self._processes.count == 1:  # then the pieces are all there is, in order
+            inputs = [watched.checksum() for watched in self._watched[n]]
+            recorder.keep(item, checksums, inputs)
+
+    def _write_part(
+        self, item: int, part_name: str, array: jax.Array, recorder: Recorder
+    ) -> str:
         tensor = self._prepared.inputs.tensors[item]
+        spec = tensor.parts[part_name]
         checksum = xxhash.xxh3_128()
+        if spec.packed:  # a byte may hold elements of several shards
+            whole = np.packbits(multihost(array))
+            if self._processes.first:
+                recorder.write(item, part_name, 0, whole)
+            return xxhash.xxh3_128(whole).hexdigest()
         for box, values in pieces(array):
-            values = values.astype(tensor.dtype.numpy, copy=False)
+            values = values.astype(spec.dtype.numpy, copy=False)
             done = 0
-            for start, count in boxes.runs(box, tensor.shape):
+            for start, count in boxes.runs(box, spec.shape):
                 part = values[done : done + count]
                 if not self._prepared.execution.allow_nonfinite:
                     checks.check_overflow(part, start, tensor)
-                recorder.write(item, start, part)
+                recorder.write(item, part_name, start, part)
                 done += count
             checksum.update(values.view(np.uint8))
             self._progress.advance(values.nbytes)
-        if self._processes.count == 1:  # then the pieces are all there is, in order
-            inputs = [watched.checksum() for watched in self._watched[n]]
-            recorder.keep(item, checksum.hexdigest(), inputs)
+        return checksum.hexdigest()
 
     def _output_bytes(self, item: int) -> int:
-        tensor = self._prepared.inputs.tensors[item]
-        return self._prepared.items[item].size * tensor.dtype.itemsize
+        return self._prepared.inputs.tensors[item].written_bytes
 
 
 class Watched:
@@ -248,7 +272,7 @@ class DeviceMemory:
 def device_memory(prepared: Prepared) -> DeviceMemory:
     """What the sharded executor needs on each device."""
     mesh = mesh_of(prepared)
-    random = prepared.transform.strategy == "random"
+    random = bool(prepared.program.draws())
     passes = len(prepared.passes) > 1
     inputs = working = 0
     for i in loaded_items(prepared):
@@ -256,7 +280,7 @@ def device_memory(prepared: Prepared) -> DeviceMemory:
         shard = math.prod(by_axes(mesh, tensor.shape).shard_shape(tensor.shape))
         models = len(tensor.models)
         inputs += shard * sum(source.dtype.itemsize for source in tensor.sources)
-        result = _kernel_dtype(tensor)
+        _, result = _kernel_parts(tensor)
         if result != tensor.models[0].dtype.numpy:  # no model's place fits it
             inputs += shard * result.itemsize
         # Masks as words and as bools; codes to count, and a result, of 32 bits.
@@ -278,17 +302,19 @@ def loaded_items(prepared: Prepared) -> list[int]:
 def _watched(prepared: Prepared, item: int) -> list[Watched]:
     """The sources of a tensor, watched."""
     tensor = prepared.inputs.tensors[item]
-    names = [checkpoint.name for checkpoint in prepared.checkpoints]
     finite = not prepared.execution.allow_nonfinite
     return [
-        Watched(source, tensor, name, finite)
-        for source, name in zip(
-            tensor.sources, names[-len(tensor.sources) :], strict=True
-        )
+        Watched(origin.source, tensor, origin.owner.name, finite)
+        for origin in tensor.origins
     ]
 
 
-def _kernel_dtype(tensor: TensorInputs) -> np.dtype:
-    """Of what the kernel returns; float64 is made of float32 on the host."""
-    wide = tensor.dtype.code == "F64"
-    return np.dtype(np.float32) if wide else tensor.dtype.numpy
+def _kernel_parts(tensor: TensorInputs) -> tuple[dict[str, Part], np.dtype]:
+    """The parts as the kernel makes them, and the model's dtype among them: float64
+    that is made of float32 becomes so on the host."""
+    dtypes = {part: np.dtype(name) for part, name in tensor.kernel_dtypes}
+    parts = {
+        part: own if own.packed else dataclasses.replace(own, dtype=of_numpy(dtypes[part]))
+        for part, own in tensor.parts.items()
+    }
+    return parts, dtypes[""]

@@ -46,13 +46,12 @@ def share_out(prepared: Prepared, count: int) -> list[range]:
     if count == 1:
         return [range(len(prepared.items))]
     sizes = [
-        prepared.read_bytes([i]) + item.size * tensor.dtype.itemsize
-        for i, (item, tensor) in enumerate(
-            zip(prepared.items, prepared.inputs.tensors, strict=True)
-        )
+        prepared.read_bytes([i]) + tensor.written_bytes
+        for i, tensor in enumerate(prepared.inputs.tensors)
     ]
     by_tensor = plan.share_out(sizes, count)
-    by_file = _whole_files(sizes, prepared.places, count)
+    places = tuple(prepared.places[i, ""] for i in range(len(prepared.items)))
+    by_file = _whole_files(sizes, places, count)
     slowest = [
         max(sum(sizes[i] for i in run) for run in shares)
         for shares in (by_file, by_tensor)

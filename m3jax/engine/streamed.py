@@ -1,154 +1,283 @@
-"""The streamed executor: chunks flow from files through a kernel to files.
+"""The streamed executor: chunks flow from files through the kernel to files.
 
-Each of a few threads owns one lane of buffers, allocated once and aligned so that
-JAX on CPU uses them without a copy. It reads a chunk's runs into them, runs the
-kernel, and hands the result on; while one thread computes, others read and write.
+Each of a few threads owns buffers, allocated once and aligned so that JAX on CPU uses
+them without a copy. It reads a chunk's runs into them, runs the kernel, and hands the
+result on; while one thread computes, others read and write.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m3jax.checkpoints.dtypes import DTYPES
-from m3jax.engine import checks, kernels
+from m3jax.engine import checks, leaves
+from m3jax.engine import tiles as on_tiles
+from m3jax.engine.buffers import Buffers, buffer_bytes, view
 from m3jax.engine.inputs import TensorInputs
+from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.measure import Groups, int64_rows, put_together, stacked
 from m3jax.engine.pipeline import Clock, for_each
-from m3jax.engine.plan import TILE, Chunk
-from m3jax.engine.tables import TileTables
-from m3jax.methods import METHODS
-from m3jax.methods.method import Reduction
+from m3jax.engine.placement import Placement
+from m3jax.engine.plan import TILE, Chunk, Item, blocks, cut, sample
+from m3jax.engine.share import Share
 from m3jax.methods.selection import count_codes_on_host
+from m3jax.methods.step import Reduction
 
-_ALIGNMENT = 64  # bytes; what XLA's CPU backend asks of memory it uses in place
+# A sample of 4 Mi elements finds a threshold to within a tenth of a histogram's
+# window; it is worth its reads only if reading everything takes far longer.
+_SAMPLE_TILES = 4096
+_SAMPLE_PAYS = 16  # times the sample
 
-
-class Lane:
-    """The buffers of one thread, reused for every chunk.
-
-    Attributes:
-      base: bytes of the base's part of a chunk.
-      stack: bytes of all models' parts.
-    """
-
-    def __init__(self, base_bytes: int, stack_bytes: int):
-        self.base = _aligned(base_bytes)
-        self.stack = _aligned(stack_bytes)
+Parts = Mapping[str, np.ndarray]  # of the output, by name
 
 
 class Emit:
     """Receives what a merging pass makes. The methods are called from many threads."""
 
-    def write(self, item: int, start: int, values: np.ndarray) -> None:
-        """Elements [start, start + len(values)) of tensor `item`, any order."""
+    def write(self, item: int, part: str, start: int, values: np.ndarray) -> None:
+        """Elements [start, start + len(values)) of a tensor's part, any order."""
 
     def record(
-        self, item: int, start: int, values: np.ndarray, inputs: list[np.ndarray]
+        self, item: int, start: int, parts: Parts, inputs: list[np.ndarray]
     ) -> None:
         """The same with the inputs it was made of; in order within a tensor."""
 
 
 class Stream:
-    """Executes passes over the tensors of a merge."""
+    """Executes passes over the tensors of a merge; a `measure.Bench`."""
+
+    traced = False
 
     def __init__(
         self,
         tensors: Sequence[TensorInputs],
-        tables: TileTables,
+        items: Sequence[Item],
+        share: Share,
         *,
         tiles: int,
         threads: int,
+        units: Sequence[str] = ("element",),
         devices: Sequence[jax.Device],
-        names: Sequence[str],
-        progress: Callable[[int], None] = lambda count: None,
+        advance: Callable[[int], None] = lambda count: None,
+        stage: Callable[[str, Sequence[int]], None] = lambda label, places: None,
     ):
         """
         Args:
-          tensors: the tensors of the output.
-          tables: per-tensor numbers that become `kernels.Tiles`.
+          tensors, items: of the output.
+          share: which of the tensors this process measures.
           tiles: of a chunk, a multiple of the number of devices.
-          threads: number of lanes.
+          threads: that work at once, each with buffers of its own.
+          units: that are worked on: elements, rows, matrices.
           devices: over which a chunk's tiles are shared out.
-          names: of the checkpoints in the order of `TensorInputs.sources`, for errors.
-          progress: is called with the number of bytes read or written.
+          advance: is called with the number of bytes read or written.
+          stage: is called with the name of a pass and the tensors that it reads.
         """
         self.clock = Clock()
+        self.names = [tensor.name for tensor in tensors]
+        self.sizes = [item.size for item in items]
+        self.num_models = _num_models(tensors)
         self._tensors = tensors
-        self.tables = tables
+        self._items = items
+        self._share = share
         self._tiles = tiles
-        self._names = names
-        self._progress = progress
-        self._mesh = Mesh(np.array(devices), (kernels.AXIS,))
+        self._advance = advance
+        self._stage = stage
+        self._passes = 0
+        self._devices = devices
+        self._mesh = Mesh(np.array(devices), (on_tiles.AXIS,))
         # One CPU device shares the host's memory: NumPy takes over what it does better.
         self._on_host = len(devices) == 1 and devices[0].platform == "cpu"
-        base_bytes, stack_bytes = lane_bytes(tensors, tiles)
-        self._lanes = [Lane(base_bytes, stack_bytes) for _ in range(threads)]
+        sizes = buffer_bytes(tensors, items, tiles, units)
+        count = 1 if "matrix" in units else threads
+        self._buffers = [Buffers(*sizes) for _ in range(count)]
+
+    def own(self, places: Sequence[int]) -> list[int]:
+        items = set(self._share.items)
+        return [i for i in places if i in items and self.sizes[i]]
 
     def reduce(
         self,
-        chunks: Sequence[Chunk],
-        reduction: Reduction,
-        transform: kernels.Transform,
-    ) -> Any:
-        """Adds up a reduction over all chunks; int64 arrays, or None without chunks."""
-        total: list[Any] = [None]
+        program: Program,
+        depth: int,
+        numbers: Numbers,
+        groups: Groups,
+        reductions: Sequence[Reduction],
+        *,
+        everywhere: bool,
+    ) -> list[tuple[Any, ...] | None]:
+        """See `measure.Bench`."""
+        first = reductions[0]
+        read = [self.own(places) for places in groups]
+        order = [i for places in read for i in places]
+        slots = np.zeros(len(self._tensors), np.int64)
+        for g, places in enumerate(read):
+            slots[places] = g
+        chunks = self._chunks(program, depth, groups, order, sampled=first.sample)
+        if chunks is None:
+            return [None] * len(groups)
+        if not first.sample:
+            self._passes += 1
+            self._stage(f"measuring, pass {self._passes}", order)
+        tables = numbers.first(depth)
+        arguments = stacked(reductions)
+        found: list[list[Any]] = [[None] * len(first.combine) for _ in groups]
         lock = threading.Lock()
-        mesh = self._mesh if self._mesh.size > 1 else None
-        on_host = self._on_host
-        kernel = kernels.reduce_kernel(
-            reduction.function,
-            transform,
-            mesh,
-            count=reduction.histogram and not on_host,
+        host_counts = self._on_host
+
+        def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
+            base, models = self._fill(chunk, buffers)
+            with self.clock.stage("computing"), _x64(chunk):
+                if chunk.block is None:
+                    item, tile, counts = on_tiles.tiles_of(chunk, self._tiles)
+                    kernel = on_tiles.reduce_tiles(
+                        program,
+                        depth,
+                        first.function,
+                        first.combine,
+                        self._mesh if self._mesh.size > 1 else None,
+                        not host_counts,
+                    )
+                    draw = self._draw(program, depth, numbers, item, tile)
+                    result = kernel(
+                        *self._placed(base, models),
+                        take(tables, item, 1, _compute(chunk)),
+                        draw,
+                        take(arguments, slots[item], 1, np.float32),
+                        counts,
+                    )
+                else:
+                    result = self._reduce_block(
+                        chunk, base, models, program, depth, numbers, arguments, slots, first
+                    )
+                pieces = [
+                    (int(slots[run.item]), _rows(run, chunk)) for run in chunk.runs
+                ]
+                parts = [
+                    self._per_group(how, np.asarray(part), pieces)
+                    for how, part in zip(first.combine, result, strict=True)
+                ]
+            with lock:
+                for j, (how, own) in enumerate(zip(first.combine, parts, strict=True)):
+                    for g, value in own.items():
+                        before = found[g][j]
+                        found[g][j] = (
+                            value if before is None else put_together(how, before, value)
+                        )
+
+        for_each(chunks, self._buffers, work, self.clock)
+        answers = [tuple(own) if own[0] is not None else None for own in found]
+        if not everywhere or self._share.processes.count == 1:
+            return list(answers)
+        return [self._over_processes(first.combine, own) for own in answers]
+
+    def _chunks(
+        self,
+        program: Program,
+        depth: int,
+        groups: Groups,
+        order: Sequence[int],
+        *,
+        sampled: bool,
+    ) -> list[Chunk] | None:
+        """The chunks of a reading pass; None: a sample would not pay."""
+        unit = program.unit(depth)
+        if sampled:
+            size = sum(self.sizes[i] for i in groups[0])
+            small = size < _SAMPLE_PAYS * _SAMPLE_TILES * TILE
+            if small or len(groups) > 1 or unit != "element":
+                return None
+            wanted = -(-_SAMPLE_TILES // self._share.processes.count)
+            return sample(self._items, order, self._tiles, wanted)
+        if unit != "element":
+            return blocks(self._items, order, self._tiles * TILE, unit)
+        if self._on_host:
+            return cut(self._items, order, self._tiles)
+        # A device makes one histogram of a chunk: its tiles are of one group.
+        own = [self.own(places) for places in groups]
+        return [c for places in own for c in cut(self._items, places, self._tiles)]
+
+    def _reduce_block(
+        self,
+        chunk: Chunk,
+        base: Any,
+        models: Any,
+        program: Program,
+        depth: int,
+        numbers: Numbers,
+        arguments: Any,
+        slots: np.ndarray,
+        reduction: Reduction,
+    ) -> tuple[Any, ...]:
+        (run,) = chunk.runs
+        axes = len(chunk.block or ())
+        return leaves.reduce_leaf(
+            tuple(models),
+            base,
+            take(numbers.first(depth), run.item, axes),
+            self._block_draw(program, depth, numbers, chunk),
+            take(arguments, int(slots[run.item]), axes),
+            program=program,
+            depth=depth,
+            function=reduction.function,
+            combine=reduction.combine,
+            placement=Placement(chunk.block or ()),
+            count=not self._on_host,
         )
 
-        def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
-            base, stack = self._fill(chunk, lane)
-            with self.clock.stage("computing"):
-                tiles = self.tables.tiles(chunk, self._tiles, transform)
-                counts = kernel(*self._placed(base, stack, tiles), reduction.arguments)
-                if reduction.histogram and on_host:
-                    codes, *others = counts
-                    histogram = count_codes_on_host(np.asarray(codes)[0])
-                    counts = histogram, *map(_int64_sum, others)
-                else:
-                    counts = jax.tree.map(_int64_sum, counts)
-            with lock:
-                total[0] = (
-                    counts
-                    if total[0] is None
-                    else jax.tree.map(np.add, total[0], counts)
-                )
+    def _per_group(
+        self, how: str, part: np.ndarray, pieces: list[tuple[int, slice]]
+    ) -> dict[int, Any]:
+        """What a chunk gives to each group of which it holds rows."""
+        found: dict[int, Any] = {}
+        if how == "histogram" and not self._on_host:
+            return {pieces[0][0]: int64_rows(how, part)}
+        for g, rows in _joined(pieces):
+            value = (
+                count_codes_on_host(part[0][:, rows])
+                if how == "histogram"
+                else int64_rows(how, part[rows])
+            )
+            found[g] = value if g not in found else put_together(how, found[g], value)
+        return found
 
-        for_each(chunks, self._lanes, work, self.clock)
-        return total[0]
+    def _over_processes(
+        self, combine: tuple[str, ...], own: tuple[Any, ...] | None
+    ) -> tuple[Any, ...] | None:
+        processes = self._share.processes
+        if "max" not in combine:
+            return processes.sum(own)  # type: ignore[arg-type, return-value]
+        gathered = [
+            [np.asarray(part, np.float64).tolist() for part in own] if own else None
+        ]
+        parts = [p[0] for p in processes.gather(gathered) if p[0]]
+        return tuple(
+            np.max([np.array(p[j], np.float32) for p in parts], axis=0)
+            for j in range(len(combine))
+        )
 
     def merge(
         self,
-        chunks: Sequence[Chunk],
-        method: str,
-        transform: kernels.Transform,
-        info: Any,
-        scaling: float,
-        coefficients: Callable[[], np.ndarray],
+        program: Program,
+        order: Sequence[int],
+        numbers: Callable[[bool], Numbers],
         emit: Emit,
         *,
         check_finite: bool,
     ) -> None:
-        """Merges (or copies) all chunks and hands the results to `emit`.
+        """Merges (or copies) tensors and hands the results to `emit`.
 
         Args:
-          chunks: the work.
-          method, transform: static choices of the kernel.
-          info: what the method's statistics found.
-          scaling: s.
-          coefficients: gives the (K, N) coefficients; asked after compiling, so that
-            drawing them can go on meanwhile.
+          program: what is done to those that are merged.
+          order: the tensors' places.
+          numbers: gives the program's tables; with False, as they are before the
+            ratios are drawn. Compiling goes on meanwhile.
           emit: receives the results.
           check_finite: refuse values that are not finite.
 
@@ -156,193 +285,259 @@ class Stream:
           CheckpointError: naming the tensor and the model that hold a non-finite
             value (`check_finite`), or differ in a tensor that is copied.
         """
-
-        def compute(
-            chunk: Chunk, base: Any, stack: Any, values: np.ndarray
-        ) -> np.ndarray:
-            kernel = kernels.merge_kernel(method, transform, chunk.signature[2])
-            tiles = self.tables.tiles(chunk, self._tiles, transform, values)
-            placed = self._placed(base, stack, tiles)
-            return np.asarray(kernel(*placed, info, np.float32(scaling))).reshape(-1)
-
+        unit = program.unit(len(program.steps))
+        merged = [i for i in order if self._items[i].merged]
+        if unit == "element":
+            chunks = cut(self._items, order, self._tiles)
+        else:
+            copied = [i for i in order if not self._items[i].merged]
+            chunks = blocks(self._items, merged, self._tiles * TILE, unit)
+            chunks += cut(self._items, copied, self._tiles)
         with self.clock.stage("compiling"):
-            for chunk in {c.signature: c for c in chunks if c.merged}.values():
-                views = self._views(chunk, self._lanes[0])
-                models = len(views[1])
-                compute(
-                    chunk, *views, np.zeros((models, len(self._tensors)), np.float32)
-                )
-            table = coefficients()
-
-        result_shows = METHODS[method].shows_nonfinite and transform.strategy is None
+            first = {(c.signature, c.block): c for c in chunks if c.merged}
+            if first:
+                early = numbers(False)
+                # A block's program is compiled with its first block: they may be many.
+                for chunk in first.values():
+                    if chunk.block is None:
+                        views = self._views(chunk, self._buffers[0])
+                        self._compute(program, chunk, *views, early)
+            tables = numbers(True) if first else Numbers((), ())
+        result_shows = program.method.shows_nonfinite and not program.transforms
         check_inputs = check_finite and not result_shows
 
-        def work(chunk: Chunk, lane: Lane, turn: Any) -> None:
+        def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
             if not chunk.merged:
-                self._copy(chunk, lane, turn, emit)
+                self._copy(chunk, buffers, turn, emit)
                 return
-            base, stack = self._fill(chunk, lane)
+            base, models = self._fill(chunk, buffers)
             if check_inputs:
                 with self.clock.stage("checking"):
-                    self._check_inputs(chunk, base, stack)
+                    self._check_inputs(chunk, base, models)
             with self.clock.stage("computing"):
-                merged = compute(chunk, base, stack, table)
+                parts = self._compute(program, chunk, base, models, tables)
             if check_finite:
                 with self.clock.stage("checking"):
-                    self._check_result(chunk, base, stack, merged)
-            for run in chunk.runs:
-                values = self._as_output(run.item, merged[run.elements])
+                    self._check_result(chunk, base, models, parts)
+            outputs = [
+                {part: self._of_run(run, part, v) for part, v in parts.items()}
+                for run in chunk.runs
+            ]
+            for run, output in zip(chunk.runs, outputs, strict=True):
                 with self.clock.stage("writing"):
-                    emit.write(run.item, run.start, values)
-                self._progress(values.nbytes)
+                    for part, values in output.items():
+                        emit.write(run.item, part, run.start, values)
+                self._advance(sum(values.nbytes for values in output.values()))
             with turn(), self.clock.stage("hashing"):
-                for run in chunk.runs:
-                    inputs = [part.reshape(-1)[run.elements] for part in stack]
+                for run, output in zip(chunk.runs, outputs, strict=True):
+                    inputs = [part.reshape(-1)[run.elements] for part in models]
                     if base is not None:
                         inputs.insert(0, base.reshape(-1)[run.elements])
-                    values = self._as_output(run.item, merged[run.elements])
-                    emit.record(run.item, run.start, values, inputs)
+                    emit.record(run.item, run.start, output, inputs)
 
-        for_each(chunks, self._lanes, work, self.clock)
+        for_each(chunks, self._buffers, work, self.clock)
 
-    def _fill(self, chunk: Chunk, lane: Lane) -> tuple[np.ndarray | None, np.ndarray]:
-        """Reads a chunk: base (T, TILE) or None, and stack (K, T, TILE)."""
-        base, stack = self._views(chunk, lane)
+    def _compute(
+        self, program: Program, chunk: Chunk, base: Any, models: Any, tables: Numbers
+    ) -> dict[str, np.ndarray]:
+        """The parts of the output that a chunk makes, flat."""
+        dtypes = chunk.signature[-1]
+        with _x64(chunk):
+            if chunk.block is None:
+                item, tile, _ = on_tiles.tiles_of(chunk, self._tiles)
+                draw = self._draw(program, None, tables, item, tile)
+                kernel = on_tiles.merge_tiles(program, dtypes)
+                numbers = take(tables._replace(keys=None), item, 1, _compute(chunk))
+                made = kernel(*self._placed(base, models), numbers, draw)
+            else:
+                (run,) = chunk.runs
+                made = leaves.merge_leaf(
+                    models[0],
+                    tuple(models[1:]),
+                    base,
+                    {},
+                    take(
+                        tables._replace(keys=None),
+                        run.item,
+                        len(chunk.block),
+                        _compute(chunk),
+                    ),
+                    self._block_draw(program, None, tables, chunk),
+                    program=program,
+                    dtypes=dtypes,
+                    placement=Placement(chunk.block),
+                )
+            return {part: np.asarray(own).reshape(-1) for part, own in made.items()}
+
+    def _fill(self, chunk: Chunk, buffers: Buffers) -> tuple[Any, np.ndarray]:
+        """Reads a chunk: base or None, and the models on a leading axis."""
+        base, models = self._views(chunk, buffers)
         with self.clock.stage("reading"):
             for run in chunk.runs:
                 tensor = self._tensors[run.item]
                 if tensor.base is not None and base is not None:
-                    tensor.base.read_into(base.reshape(-1)[run.elements], run.start)
-                for part, model in zip(stack, tensor.models, strict=True):
-                    model.read_into(part.reshape(-1)[run.elements], run.start)
+                    own = base.reshape(-1)[run.elements]
+                    tensor.base.source.read_into(own, run.start)
+                for part, model in zip(models, tensor.models, strict=True):
+                    own = part.reshape(-1)[run.elements]
+                    model.source.read_into(own, run.start)
         sources = self._tensors[chunk.runs[0].item].sources
-        itemsizes = sum(source.dtype.itemsize for source in sources)
-        self._progress(chunk.elements * itemsizes)
-        return base, stack
+        self._advance(chunk.elements * sum(s.dtype.itemsize for s in sources))
+        return base, models
 
-    def _views(self, chunk: Chunk, lane: Lane) -> tuple[np.ndarray | None, np.ndarray]:
-        """The lane's buffers as the arrays that a chunk of this signature fills."""
+    def _views(self, chunk: Chunk, buffers: Buffers) -> tuple[Any, np.ndarray]:
+        """The buffers as the arrays that a chunk of this signature fills."""
         first = self._tensors[chunk.runs[0].item]
-        shape = (self._tiles, TILE)
+        shape = (self._tiles, TILE) if chunk.block is None else chunk.block
         stack_shape = (len(first.models), *shape)
-        stack = _view(lane.stack, first.models[0].dtype.numpy, stack_shape)
+        stack = view(buffers.stack, first.models[0].source.dtype.numpy, stack_shape)
         if first.base is None:
             return None, stack
-        return _view(lane.base, first.base.dtype.numpy, shape), stack
+        return view(buffers.base, first.base.source.dtype.numpy, shape), stack
 
-    def _placed(
-        self, base: np.ndarray | None, stack: np.ndarray, tiles: kernels.Tiles
-    ) -> tuple[Any, Any, Any]:
-        """The kernel's arguments on the devices; NumPy as it is where there is one."""
+    def _placed(self, base: Any, models: np.ndarray) -> tuple[Any, Any]:
+        """The arrays on the devices; NumPy as it is where there is one."""
         if self._mesh.size == 1:
-            if tiles.keys is not None and self._on_host:
-                masks = kernels.mask_kernel()(tiles.keys, tiles.blocks, tiles.drop)
-                dropped = np.asarray(masks).view(np.bool_)
-                tiles = tiles._replace(
-                    keys=None, blocks=None, drop=None, dropped=dropped
-                )
-            return base, stack, tiles
-        over_tiles = NamedSharding(self._mesh, kernels.TILES)
-        over_stack = NamedSharding(self._mesh, kernels.STACK_TILES)
+            return base, models
+        over_tiles = NamedSharding(self._mesh, on_tiles.TILES)
+        over_stack = NamedSharding(self._mesh, on_tiles.STACK_TILES)
         return (
             None if base is None else jax.device_put(base, over_tiles),
-            jax.device_put(stack, over_stack),
-            tiles,
+            jax.device_put(models, over_stack),
         )
 
-    def _copy(self, chunk: Chunk, lane: Lane, turn: Any, emit: Emit) -> None:
+    def _draw(
+        self,
+        program: Program,
+        depth: int | None,
+        numbers: Numbers,
+        item: np.ndarray,
+        tile: np.ndarray,
+    ) -> Any:
+        """Masks or lanes of tiles, or on several devices what they are made of."""
+        kind = program.draws(depth)
+        if not kind:
+            return None
+        made_of = on_tiles.keys_and_blocks(
+            numbers.keys, program.threshold(numbers), item, tile
+        )
+        if self._on_host:
+            return on_tiles.drawn_beforehand(kind, made_of)
+        keys, blocks_, thresholds = made_of
+        if self._mesh.size > 1:  # along the tiles, as everything else
+            over = NamedSharding(self._mesh, PartitionSpec(None, on_tiles.AXIS))
+            first = NamedSharding(self._mesh, on_tiles.TILES)
+            keys, thresholds = jax.device_put((keys, thresholds), over)
+            blocks_ = jax.device_put(blocks_, first)
+        return keys, blocks_, thresholds
+
+    def _block_draw(
+        self, program: Program, depth: int | None, numbers: Numbers, chunk: Chunk
+    ) -> Any:
+        """Masks or lanes of a block, (K, *block), on the host."""
+        kind = program.draws(depth)
+        if not kind:
+            return None
+        assert chunk.block is not None
+        (run,) = chunk.runs
+        first, last = run.start // TILE, -(-(run.start + run.count) // TILE)
+        threshold = program.threshold(numbers)
+        parts = []
+        for start in range(first, last, self._tiles):
+            tile = np.arange(start, start + self._tiles, dtype=np.uint64)
+            item = np.full(self._tiles, run.item)
+            made_of = on_tiles.keys_and_blocks(numbers.keys, threshold, item, tile)
+            drawn = on_tiles.drawn_beforehand(kind, made_of)
+            parts.append(drawn.reshape(len(drawn), -1))
+        offset = run.start - first * TILE
+        whole = np.concatenate(parts, axis=1)[:, offset : offset + run.count]
+        return whole.reshape(len(whole), *chunk.block)
+
+    def _copy(self, chunk: Chunk, buffers: Buffers, turn: Any, emit: Emit) -> None:
         for run in chunk.runs:  # a copied chunk may hold many small tensors
             tensor = self._tensors[run.item]
-            first, *others = tensor.sources
-            names = self._read_names(tensor)
-            values = _view(lane.base, first.dtype.numpy, (self._tiles * TILE,))
-            values = values[run.elements]
+            first, *others = tensor.origins
+            dtype = first.source.dtype.numpy
+            values = view(buffers.base, dtype, (self._tiles * TILE,))[run.elements]
             with self.clock.stage("reading"):
-                first.read_into(values, run.start)
-                for place, other in enumerate(others, start=1):
-                    theirs = _view(lane.stack, first.dtype.numpy, (run.count,))
-                    other.read_into(theirs, run.start)
-                    pair = names[0], names[place]
+                first.source.read_into(values, run.start)
+                for other in others:
+                    theirs = view(buffers.stack, dtype, (run.count,))
+                    other.source.read_into(theirs, run.start)
+                    pair = first.owner.name, other.owner.name
                     checks.check_equal(values, theirs, run.start, tensor, pair)
-            self._progress(values.nbytes * (1 + len(others)))
-            values = self._as_output(run.item, values)
+            self._advance(values.nbytes * (1 + len(others)))
+            values = values.astype(tensor.dtype.numpy, copy=False)
             with self.clock.stage("writing"):
-                emit.write(run.item, run.start, values)
-            self._progress(values.nbytes)
+                emit.write(run.item, "", run.start, values)
+            self._advance(values.nbytes)
         with turn(), self.clock.stage("hashing"):
             for run in chunk.runs:
-                first = self._tensors[run.item].sources[0]
-                values = _view(lane.base, first.dtype.numpy, (self._tiles * TILE,))
+                tensor = self._tensors[run.item]
+                dtype = tensor.sources[0].dtype.numpy
+                values = view(buffers.base, dtype, (self._tiles * TILE,))
                 values = values[run.elements]
-                emit.record(
-                    run.item, run.start, self._as_output(run.item, values), [values]
-                )
+                output = {"": values.astype(tensor.dtype.numpy, copy=False)}
+                emit.record(run.item, run.start, output, [values])
 
-    def _as_output(self, item: int, values: np.ndarray) -> np.ndarray:
-        return values.astype(self._tensors[item].dtype.numpy, copy=False)
+    def _of_run(self, run: Any, part: str, values: np.ndarray) -> np.ndarray:
+        """What is written of a part: of the output's dtype, packed where it is."""
+        spec = self._tensors[run.item].parts[part]
+        own = values[run.elements] if len(values) != math.prod(spec.shape) else values
+        if spec.packed:
+            return np.packbits(own)
+        return own.astype(spec.dtype.numpy, copy=False)
 
     def _check_inputs(
-        self, chunk: Chunk, base: np.ndarray | None, stack: np.ndarray
+        self, chunk: Chunk, base: np.ndarray | None, models: np.ndarray
     ) -> None:
-        parts = [*([] if base is None else [base]), *stack]
+        parts = [*([] if base is None else [base]), *models]
         for run in chunk.runs:
             tensor = self._tensors[run.item]
-            for name, part in zip(self._read_names(tensor), parts, strict=True):
+            for origin, part in zip(tensor.origins, parts, strict=True):
                 values = part.reshape(-1)[run.elements]
-                checks.check_finite(values, run.start, tensor, name)
+                checks.check_finite(values, run.start, tensor, origin.owner.name)
 
     def _check_result(
-        self,
-        chunk: Chunk,
-        base: np.ndarray | None,
-        stack: np.ndarray,
-        merged: np.ndarray,
+        self, chunk: Chunk, base: np.ndarray | None, models: np.ndarray, parts: Parts
     ) -> None:
         for run in chunk.runs:
-            values = merged[run.elements]
-            if checks.has_nonfinite(values):
-                self._check_inputs(chunk, base, stack)  # which may be the reason
-                checks.check_overflow(values, run.start, self._tensors[run.item])
+            for merged in parts.values():
+                if merged.dtype == np.bool_:
+                    continue
+                values = merged[run.elements]
+                if checks.has_nonfinite(values):
+                    self._check_inputs(chunk, base, models)  # may be the reason
+                    checks.check_overflow(values, run.start, self._tensors[run.item])
 
-    def _read_names(self, tensor: TensorInputs) -> list[str]:
-        """Names of the checkpoints that the tensor's sources belong to."""
-        return list(self._names[-len(tensor.sources) :])
+
+def _num_models(tensors: Sequence[TensorInputs]) -> int:
+    return max((len(tensor.models) for tensor in tensors), default=0)
 
 
-def lane_bytes(tensors: Sequence[TensorInputs], tiles: int) -> tuple[int, int]:
-    """Bytes of a lane's base and stack buffers for chunks of `tiles` tiles."""
-    base = stack = 1
-    for tensor in tensors:
-        first = tensor.sources[0].dtype.itemsize
-        if tensor.merged:
-            models = sum(model.dtype.itemsize for model in tensor.models)
-            base = max(base, first if tensor.base is not None else 0)
+def _rows(run: Any, chunk: Chunk) -> slice:
+    """The rows of what a reduction gives that are of a run."""
+    return slice(run.row, run.row + run.rows) if chunk.block is None else slice(None)
+
+
+def _joined(pieces: Sequence[tuple[int, slice]]) -> list[tuple[int, slice]]:
+    """Neighbouring rows of one group as one piece."""
+    found: list[tuple[int, slice]] = []
+    for g, rows in pieces:
+        if found and found[-1][0] == g and found[-1][1].stop == rows.start:
+            found[-1] = (g, slice(found[-1][1].start, rows.stop))
         else:
-            models = first
-            base = max(base, first)
-        stack = max(stack, models)
-    return base * tiles * TILE, stack * tiles * TILE
+            found.append((g, rows))
+    return found
 
 
-def signature(tensor: TensorInputs) -> tuple[str, ...]:
-    """What tensors must share to stand in one chunk: the dtypes a kernel sees."""
-    if not tensor.merged:
-        return "copy", tensor.sources[0].dtype.code
-    wide = DTYPES["F32"].numpy.name if tensor.dtype.code == "F64" else None
-    base = tensor.base.dtype.code if tensor.base is not None else "-"
-    return base, tensor.models[0].dtype.code, wide or tensor.dtype.numpy.name
+def _compute(chunk: Chunk) -> Any:
+    """The dtype of a chunk's arithmetic."""
+    return np.float64 if chunk.signature[0] == "F64" else np.float32
 
 
-def _view(buffer: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    return buffer[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
-
-
-def _int64_sum(counts: jax.Array) -> np.ndarray:
-    """Adds up the devices' counts (leading axis)."""
-    return np.asarray(counts).astype(np.int64).sum(axis=0)
-
-
-def _aligned(size: int) -> np.ndarray:
-    buffer = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size]
+def _x64(chunk: Chunk) -> Any:
+    """64 bits, for chunks that are merged in float64."""
+    if chunk.signature[0] == "F64":
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from m3jax.checkpoints import tree
 from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.sources import FirstRows, Float32, Source, WithMeanRows
-from m3jax.engine.inputs import align
+from m3jax.checkpoints.sources import Converted, FirstRows, Source, WithMeanRows
+from m3jax.engine.inputs import Part, TensorInputs, align
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.traced import is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Leaf:
       models: one array per model, sharded alike; none where `merged` is False.
       merged: False for a tensor that is copied: `base` then is the result.
       dtype: of the result.
+      parts: what is made of it, by part of the output.
     """
 
     name: str
@@ -39,10 +41,71 @@ class Leaf:
     models: tuple[Any, ...]
     merged: bool
     dtype: np.dtype
+    parts: Mapping[str, Part]
 
     @property
     def size(self) -> int:
         return math.prod(self.models[0].shape) if self.merged else 0
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        own = () if self.base is None else (self.base,)
+        return (*self.models, *own)
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Of the arithmetic: float64 where an array has it and JAX has 64 bits on."""
+        wide = any(array.dtype == np.float64 for array in self.models)
+        return np.float64 if wide and _x64() else np.float32
+
+    @property
+    def kernel_dtypes(self) -> tuple[tuple[str, str], ...]:
+        """What the kernel rounds each part to."""
+        narrow = self.compute_dtype == np.float32
+        names = {
+            part: "bool" if own.packed else own.dtype.numpy.name
+            for part, own in self.parts.items()
+        }
+        return tuple(
+            (part, "float32" if narrow and name == "float64" else name)
+            for part, name in names.items()
+        )
+
+    def placed(self, unit: str, i: int) -> Leaf:
+        """The leaf with its arrays where a step of that unit can see what it has to.
+
+        Rows lie on one device each; a matrix lies on one device as a whole, another
+        for each leaf i, or, where several processes share it, on every device.
+        """
+        first = self.models[0]
+        sharding = getattr(first, "sharding", None) if not is_traced(first) else None
+        leaf = self
+        if unit == "row" and not first.shape:
+            leaf = leaf._with(lambda array: jnp.reshape(array, (1,)))
+        if unit == "element" or not isinstance(sharding, NamedSharding):
+            return leaf
+        where: Any = NamedSharding(sharding.mesh, PartitionSpec())
+        if unit == "row":
+            spec = [*sharding.spec, *[None] * (len(first.shape) - len(sharding.spec))]
+            where = NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1]))
+        elif jax.process_count() == 1:
+            where = sharding.mesh.devices.flat[i % sharding.mesh.size]
+        return leaf._with(lambda array: jax.device_put(array, where))
+
+    def back(self, values: Any) -> Any:
+        """What was made of the placed leaf, where this one's arrays are."""
+        first = self.models[0]
+        values = values.reshape(first.shape) if values.size == first.size else values
+        sharding = None if is_traced(first) else getattr(first, "sharding", None)
+        same = values.shape == first.shape and not is_traced(values)
+        if same and isinstance(sharding, NamedSharding) and values.sharding != sharding:
+            return jax.device_put(values, sharding)
+        return values
+
+    def _with(self, change: Callable[[Any], Any]) -> Leaf:
+        base = None if self.base is None else change(self.base)
+        models = tuple(map(change, self.models))
+        return dataclasses.replace(self, base=base, models=models)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +135,12 @@ class ArraySource:
 
 def align_trees(
     base: Any | None, models: Sequence[Any], recipe: Recipe
-) -> tuple[tuple[Leaf, ...], Any]:
-    """The leaves of the result in the order of the first pytree, and its structure.
+) -> tuple[tuple[Leaf, ...], Callable[[Any], Any]]:
+    """The leaves of the result in the order of the first pytree, and what makes the
+    pytree of them.
+
+    What is no array of numbers (functions, random keys, words) is taken from the first
+    pytree; it has to be equal in all, unless it is excluded.
 
     Raises:
       CheckpointError: naming the leaves that are missing, extra, of another shape or
@@ -83,70 +150,106 @@ def align_trees(
     trees = [tree.flatten(model) for model in models]
     if base is not None:
         names, trees = ["base", *names], [tree.flatten(base), *trees]
+    order, structure = trees[0]
     checkpoints = [
         Checkpoint(
             name=name,
             location=Path(name),
             revision=None,
             stored={},
-            tensors=_sources(name, leaves),
+            tensors={n: ArraySource(leaf) for n, leaf in own.items() if _merges(leaf)},
             files=(),
             config=None,
         )
-        for name, (leaves, _) in zip(names, trees, strict=True)
+        for name, (own, _) in zip(names, trees, strict=True)
     ]
-    first = None if base is None else checkpoints[0]
-    others = checkpoints if base is None else checkpoints[1:]
-    inputs = align(first, others, recipe)
-    by_name = {tensor.name: tensor for tensor in inputs.tensors}
-    order, structure = trees[0]
-    leaves = []
-    for name in order:
-        tensor = by_name[name]
-        arrays = _alike([_array(source) for source in tensor.sources])
-        if not tensor.merged:
-            _check_equal(name, names, arrays)
-        dtype = _result_dtype(tensor.dtype, recipe)
-        if not tensor.merged:
-            leaves.append(Leaf(name, arrays[0], (), False, dtype))
-        elif 0 in tensor.shape:
-            leaves.append(Leaf(name, jnp.asarray(arrays[0], dtype), (), False, dtype))
-        else:
-            own = None if tensor.base is None else arrays.pop(0)
-            leaves.append(Leaf(name, own, tuple(arrays), True, dtype))
-    return tuple(leaves), structure
+    others = {name for name, leaf in order.items() if not _merges(leaf)}
+    _check_others(others, names, [own for own, _ in trees], recipe)
+    by_name: dict[str, TensorInputs] = {}
+    if others != set(order):
+        first = None if base is None else checkpoints[0]
+        inputs = align(first, checkpoints[base is not None :], recipe)
+        by_name = {tensor.name: tensor for tensor in inputs.tensors}
+    return tuple(
+        _leaf(by_name[name], names, recipe)
+        if name in by_name
+        else Leaf(name, leaf, (), False, np.dtype(object), {})
+        for name, leaf in order.items()
+    ), structure
 
 
-def _sources(who: str, leaves: Mapping[str, Any]) -> dict[str, Source]:
-    sources: dict[str, Source] = {}
+def _leaf(tensor: TensorInputs, names: Sequence[str], recipe: Recipe) -> Leaf:
+    arrays = _alike([_array(source) for source in tensor.sources])
+    dtype = _result_dtype(tensor.dtype, recipe)
+    if not tensor.merged:
+        _check_equal(tensor.name, names, arrays)
+        return Leaf(tensor.name, arrays[0], (), False, dtype, tensor.parts)
+    if 0 in tensor.shape:
+        empty = jnp.asarray(arrays[0], dtype)
+        return Leaf(tensor.name, empty, (), False, dtype, tensor.parts)
+    own = None if tensor.base is None else arrays.pop(0)
+    return Leaf(tensor.name, own, tuple(arrays), True, dtype, tensor.parts)
+
+
+def _merges(leaf: Any) -> bool:
+    """Whether it is an array of numbers that a checkpoint could hold."""
+    try:
+        return hasattr(leaf, "shape") and bool(of_numpy(leaf.dtype))
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+def _check_others(
+    others: set[str],
+    names: Sequence[str],
+    trees: Sequence[Mapping[str, Any]],
+    recipe: Recipe,
+) -> None:
+    """Raises CheckpointError where what cannot be merged differs."""
     problems = []
-    for name, leaf in leaves.items():
-        try:
-            sources[name] = ArraySource(leaf)
-            kind = sources[name].dtype.kind
-        except (AttributeError, TypeError, ValueError):
-            kind = None
-        if kind is None:
-            what = getattr(leaf, "dtype", type(leaf).__name__)
-            problems.append(
-                f"{who}: {shown(name)} is {what}; needs an array of numbers"
-            )
-        elif kind == "float8":
-            problems.append(
-                f"{who}: {shown(name)} is {leaf.dtype}: codes without their scales; "
-                "dequantise it first, as m3jax.load does"
-            )
+    for name in sorted(others):
+        if recipe.excludes(name):
+            continue
+        for who, own in zip(names[1:], trees[1:], strict=True):
+            if name not in own or not _equal(trees[0][name], own[name]):
+                leaf = trees[0][name]
+                what = getattr(leaf, "dtype", type(leaf).__name__)
+                problems.append(
+                    f"{shown(name)} ({what}) is no array of numbers, and differs "
+                    f"between {names[0]} and {who}; exclude it to take the former's"
+                )
+                break
+    for who, own in zip(names, trees, strict=True):
+        problems += [
+            f"{who}: {shown(name)} is {leaf.dtype}: codes without their scales; "
+            "dequantise it first, as m3jax.load does"
+            for name, leaf in own.items()
+            if _merges(leaf) and of_numpy(leaf.dtype).kind == "float8"
+        ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError("; ".join(problems[:3]) + more)
-    return sources
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if hasattr(a, "dtype") and jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        if getattr(b, "dtype", None) != a.dtype:
+            return False
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+        return is_traced(a) or is_traced(b) or np.array_equal(a, b)
+    if a is b:
+        return True
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except (TypeError, ValueError):
+        return False
 
 
 def _array(source: Source) -> Any:
     """The array that a source stands for; kernels make it float32 by themselves."""
     if isinstance(source, ArraySource):
         return source.array
-    if isinstance(source, Float32):
+    if isinstance(source, Converted):
         return _array(source.source)
     if isinstance(source, FirstRows):
         array = _array(source.source)
@@ -154,7 +257,8 @@ def _array(source: Source) -> Any:
     assert isinstance(source, WithMeanRows)
     array = _array(source.source)
     shape = (source.rows - array.shape[0], *array.shape[1:])
-    mean = np.broadcast_to(source.mean.reshape(1, *shape[1:]), shape)
+    row = jnp.mean(array, axis=0) if is_traced(array) else source.mean
+    mean = jnp.broadcast_to(row.reshape(1, *shape[1:]), shape)
     return _placed_as(array, jnp.concatenate([jnp.asarray(array), mean]))
 
 
@@ -184,6 +288,8 @@ def _alike(arrays: list[Any]) -> list[Any]:
 def _check_equal(name: str, names: Sequence[str], arrays: Sequence[Any]) -> None:
     """Raises CheckpointError unless a tensor that is copied is the same everywhere."""
     for other_name, other in zip(names[1:], arrays[1:], strict=False):
+        if is_traced(arrays[0]) or is_traced(other):
+            continue  # nobody can look
         if not np.array_equal(np.asarray(arrays[0]), np.asarray(other)):
             raise CheckpointError(
                 f"tensor {shown(name)} ({arrays[0].dtype}) differs between {names[0]} "
@@ -194,7 +300,7 @@ def _check_equal(name: str, names: Sequence[str], arrays: Sequence[Any]) -> None
 
 def _result_dtype(dtype: Dtype, recipe: Recipe) -> np.dtype:
     """The dtype itself, or what JAX makes of it where 64 bits are off."""
-    if dtype.code != "F64" or jax.config.read("jax_enable_x64"):
+    if dtype.code != "F64" or _x64():
         return dtype.numpy
     if recipe.dtype == "float64":
         raise RecipeError(
@@ -202,3 +308,7 @@ def _result_dtype(dtype: Dtype, recipe: Recipe) -> np.dtype:
             "arrays in memory"
         )
     return np.dtype(np.float32)
+
+
+def _x64() -> bool:
+    return bool(jax.config.read("jax_enable_x64"))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import jax
 
 from m3jax import mixup
 from m3jax.engine import in_memory
 from m3jax.engine.trees import align_trees
-from m3jax.methods.method import Info
+from m3jax.methods.step import Info
 from m3jax.models.layers import Parameters
 from m3jax.recipe import Recipe
 
@@ -35,32 +33,45 @@ class Merger:
           RecipeError, CheckpointError: as `m3jax.merge_params` does.
         """
         recipe.check(num_models=len(models), has_base=base is not None)
-        self._leaves, self._structure = align_trees(base, models, recipe)
-        in_memory.check_inputs(self._leaves)
-        self._num_models = len(models)
-        self._names = [leaf.name for leaf in self._leaves if leaf.merged]
-        self._measured: tuple[Any, Info] = (None, {})
+        leaves, self._structure = align_trees(base, models, recipe)
+        in_memory.check_inputs(leaves)
+        self._bench = in_memory.Leaves(leaves, len(models))
+        self._names = [leaf.name for leaf in leaves if leaf.merged]
+        self._measured: dict[str, tuple[Any, Info]] = {}
 
     def __call__(self, recipe: Recipe, seed: int) -> Parameters:
         """The merged parameters: bit for bit those of `m3jax.merge_params`.
 
         NaN and infinity in them are left for the evaluator to find.
         """
-        numbers = in_memory.draw(self._leaves, recipe, self._num_models, seed)
-        info = self._info(recipe, seed, numbers)
-        merged = in_memory.combine(self._leaves, recipe, numbers, info)
-        return jax.tree.unflatten(self._structure, merged)
+        what = self._reads(recipe, seed)
+
+        def kept(name: str, find: Callable[[], Info]) -> Info:
+            before, info = self._measured.get(name, (None, {}))
+            if before != what:  # another draw may replace it meanwhile
+                info = find()
+                self._measured[name] = (what, info)
+            return info
+
+        numbers = in_memory.measured(self._bench, recipe, seed, kept)
+        merged = in_memory.combine(self._bench, recipe, numbers)
+        return in_memory.unflatten(self._structure, merged)
 
     def ratios(self, recipe: Recipe, seed: int) -> Ratios | None:
         """The ratios of a draw, for each group of tensors; None where M3 is off."""
-        return mixup.draw_ratios(recipe.mixup, self._num_models, self._names, seed)
+        count = self._bench.num_models
+        return mixup.draw_ratios(recipe.mixup, count, self._names, seed)
 
-    def _info(self, recipe: Recipe, seed: int, numbers: in_memory.Draw) -> Info:
-        """What the method measures; draws that differ in ratios alone share it."""
-        masked = recipe.dare.drop_rate is not None and recipe.dare.strategy == "random"
-        what = (recipe.trim_rate, recipe.dare, seed if masked else None)
-        measured, info = self._measured  # another lane may replace it meanwhile
-        if measured != what:
-            info = in_memory.measure(self._leaves, recipe, numbers)
-            self._measured = (what, info)
-        return info
+    def _reads(self, recipe: Recipe, seed: int) -> Any:
+        """All that statistics depend on; draws that differ in nothing else share them.
+
+        What a method measures may depend on its weights, unless it says otherwise.
+        """
+        drawn = any(step.draws for step in recipe.transforms)
+        method = recipe.method
+        weighs = method.weighs_statistics
+        numbers = {name: getattr(method, name) for name in method.fields()}
+        for name in () if weighs else ("weights", "scaling"):
+            numbers.pop(name, None)
+        own = (recipe.mixup, seed) if weighs else None
+        return numbers, recipe.transforms, seed if drawn else None, own

@@ -1,14 +1,15 @@
 """The mathematics of merging: pure functions on the arrays of one tensor.
 
-A method is a `Method`; `METHODS` lists them by the name a recipe uses. To add one,
-write its file and name it here.
+Every module of this folder is imported, and registers the steps that it holds: to add
+a method, write its file. `METHODS` and `TRANSFORMS` are the steps by name.
 """
 
-from m3jax.methods import linear, ties
-from m3jax.methods.method import Method
+import importlib
+import pkgutil
 
-METHODS: dict[str, Method] = {
-    "average": linear.AVERAGE,
-    "task_arithmetic": linear.TASK_ARITHMETIC,
-    "ties": ties.TIES,
-}
+from m3jax.methods.step import METHODS, TRANSFORMS, Method, Step, Transform
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "TRANSFORMS", "Method", "Step", "Transform"]

@@ -2,75 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from m3jax.lazy import jnp
+from m3jax.methods.fields import choice, number
+from m3jax.methods.selection import (
+    delta_codes,
+    kth_smallest,
+    magnitudes,
+    weight_codes,
+)
+from m3jax.methods.step import (
+    Info,
+    Numbers,
+    Operands,
+    Problem,
+    Statistics,
+    Transform,
+    register,
+)
+from m3jax.prng import RATE_STEPS, drop_thresholds
 
-from m3jax.methods.method import Reduction
-from m3jax.methods.selection import delta_codes, kth_smallest, weight_codes
 
-
-def drop_and_rescale(
-    base: Any,
-    stack: jax.Array,
-    dropped: jax.Array,
-    scales: jax.Array,
-    *,
-    target: str,
-) -> jax.Array:
+@register("dare")
+class Dare(Transform):
     """θ0 + τ'_i, where τ'_i is 0 where dropped and c_i τ_i elsewhere.
+
+    An element is dropped with probability p_i; c_i = 1/(1 − p_i), or 1. By
+    ``magnitude``, the k = int(n · p) smallest |τ_i| of each tensor are dropped, and all
+    that equal the k-th. p = 1 drops everything and does not divide.
 
     Source: arXiv 2311.03099. Agrees with the authors' `mask_merging`; mergekit
     rescales by the ratio of L1 norms per tensor instead of 1/(1 − p).
-
-    Args:
-      base: θ0, float32; not read with target ``weights``.
-      stack: θ_i, (K, ...) float32.
-      dropped: (K, ...) bool.
-      scales: c_i, float32, broadcasts against the stack: 1/(1 − p_i), or 1.
-      target: ``delta`` masks τ_i = θ_i − θ0; ``weights`` gives 0 or c_i θ_i.
-
-    Returns:
-      The models to merge, (K, ...) float32.
     """
-    if target == "weights":
-        return jnp.where(dropped, 0.0, stack * scales)
-    # The select between product and sum also keeps XLA from contracting the two, so
-    # that every kernel that recomputes this sees the same bits.
-    return base[None] + jnp.where(dropped, 0.0, (stack - base[None]) * scales)
+
+    drop_rate: Any = number(
+        None,
+        "p, share that is dropped, one number or one per model; None: off",
+        low=0.0,
+        high=1.0,
+        per_model=True,
+        optional=True,
+        search=(0.0, 0.9),
+    )
+    rescale: Any = choice(True, "multiply what is kept by 1/(1 − p)")
+    strategy: Any = choice(
+        "random",
+        "what is dropped: `random`, or by `magnitude` (per tensor, smallest first)",
+        ("random", "magnitude"),
+    )
+    target: Any = choice(
+        "delta",
+        "mask the task vectors (`delta`) or the `weights` themselves",
+        ("delta", "weights"),
+    )
+
+    @property
+    def on(self) -> bool:
+        return self.drop_rate is not None
+
+    @property
+    def draws(self) -> str:  # type: ignore[override]
+        return "mask" if self.strategy == "random" else ""
+
+    @property
+    def scope(self) -> str:  # type: ignore[override]
+        return "tensor" if self.strategy == "magnitude" else ""
+
+    @property
+    def needs_base(self) -> bool:  # type: ignore[override]
+        return self.target == "delta"
+
+    def measure(self, problem: Problem) -> Statistics:
+        function = delta_codes if self.target == "delta" else weight_codes
+        rates = problem.numbers["drop_rate"]
+        # A rank of 0 drops nothing: no magnitude is at most −1.
+        found = yield from kth_smallest(function, rates, problem, none=-1)
+        return {"thresholds": found}
+
+    def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
+        rates = numbers["drop_rate"]
+        kept = 1 - rates
+        if self.strategy == "random":
+            threshold = drop_thresholds(rates, xp)
+            kept = 1 - threshold / RATE_STEPS
+            info = {"threshold": threshold}
+        scale = 1 / xp.where(kept > 0, kept, 1.0) if self.rescale else 1 + 0 * kept
+        return {**info, "scale": scale}
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
+        values = x.models if self.target == "weights" else x.deltas
+        dropped = draw if draw is not None else _small(values, info)
+        # The select between product and sum also keeps XLA from contracting the two,
+        # so that every kernel that recomputes this sees the same bits.
+        kept = jnp.where(dropped, 0.0, values * info["scale"])
+        return x._replace(
+            models=kept if self.target == "weights" else x.base[None] + kept
+        )
 
 
-def rescale_factors(kept_shares: np.ndarray, *, rescale: bool) -> np.ndarray:
-    """1/(1 − p_i) as float32, given 1 − p_i; 1 where nothing is kept."""
-    if not rescale:
-        return np.ones_like(kept_shares, np.float32)
-    return (1 / np.where(kept_shares > 0, kept_shares, 1.0)).astype(np.float32)
-
-
-def magnitude_thresholds(
-    rates: tuple[float, ...], size: int, *, target: str
-) -> Generator[Reduction, Any, np.ndarray]:
-    """Per model, the k-th smallest magnitude of ONE tensor, k = int(n · p).
-
-    Entries up to and including it are dropped; k = 0 gives −1, which drops nothing.
-
-    Returns:
-      (K,) float32.
-    """
-    ranks = [int(size * rate) for rate in rates]
-    if not any(ranks):
-        return np.full(len(ranks), -1, np.float32)
-    function = delta_codes if target == "delta" else weight_codes
-    found = yield from kth_smallest(function, [max(rank, 1) for rank in ranks], size)
-    return np.where(np.array(ranks) > 0, found, np.float32(-1))
-
-
-def magnitude_mask(
-    base: Any, stack: jax.Array, thresholds: jax.Array, *, target: str
-) -> jax.Array:
-    """Where |τ_i| (or |θ_i|, with target ``weights``) is at most its threshold."""
-    values = stack if target == "weights" else stack - base[None]
-    return jnp.abs(values) <= thresholds
+def _small(values: Any, info: Numbers) -> Any:
+    return magnitudes(values) <= info["thresholds"].astype(jnp.float32)

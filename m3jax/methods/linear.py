@@ -2,73 +2,49 @@
 
 from __future__ import annotations
 
-import jax
+from typing import Any
 
-from m3jax.methods.method import Info, Method, rounded_product, sum_over_models
+from m3jax.methods.fields import number, weights
+from m3jax.methods.step import (
+    Method,
+    Numbers,
+    Operands,
+    register,
+    rounded_product,
+    sum_over_models,
+)
 
 
-def average(
-    base: jax.Array | None,
-    stack: jax.Array,
-    coefficients: jax.Array,
-    info: Info,
-    scaling: jax.Array,
-) -> jax.Array:
+@register("average")
+class Average(Method):
     """Weighted mean of the models: Σ λ_i θ_i; without M3, λ_i = 1/K.
 
     Source: model soups, arXiv 2203.05482; with λ drawn, M3, arXiv 2502.15434. Agrees
     with the authors' `average_merging` and with mergekit's `linear`.
-
-    Args:
-      base: not used.
-      stack: (K, ...) float32.
-      coefficients: λ, (K, ...) float32, broadcasts against the stack.
-      info: not used.
-      scaling: not used: the average has no task vector to scale.
-
-    Returns:
-      The merged tensor, float32.
     """
-    del base, info, scaling
-    return sum_over_models(rounded_product(stack, coefficients))
+
+    weights: Any = weights(lambda num_models: 1 / num_models, mean=True)
+    needs_base = False
+    shows_nonfinite = True
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        return sum_over_models(rounded_product(x.models, p["weights"]))
 
 
-def task_arithmetic(
-    base: jax.Array,
-    stack: jax.Array,
-    coefficients: jax.Array,
-    info: Info,
-    scaling: jax.Array,
-) -> jax.Array:
+@register("task_arithmetic")
+class TaskArithmetic(Method):
     """Base plus the sum of scaled task vectors: θ0 + s Σ λ_i τ_i; without M3, λ_i = 1.
 
     Source: arXiv 2212.04089; with λ drawn, M3, arXiv 2502.15434. Agrees with the
     authors' `task_arithmetic`, and with mergekit's `task_arithmetic` of weight s.
-
-    Args:
-      base: θ0, float32.
-      stack: θ_i, (K, ...) float32.
-      coefficients: λ, (K, ...) float32, broadcasts against the stack.
-      info: not used.
-      scaling: s, a float32 scalar.
-
-    Returns:
-      The merged tensor, float32.
     """
-    del info
-    total = sum_over_models(rounded_product(stack - base[None], coefficients))
-    return base + rounded_product(total, scaling)
 
+    weights: Any = weights(lambda num_models: 1.0)
+    scaling: Any = number(
+        1.0, "s, multiplies the merged task vector", search=(0.5, 1.5)
+    )
+    shows_nonfinite = True
 
-AVERAGE = Method(
-    apply=average,
-    default_coefficient=lambda num_models: 1 / num_models,
-    needs_base=False,
-    shows_nonfinite=True,
-)
-TASK_ARITHMETIC = Method(
-    apply=task_arithmetic,
-    default_coefficient=lambda num_models: 1.0,
-    needs_base=True,
-    shows_nonfinite=True,
-)
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        total = sum_over_models(rounded_product(x.deltas, p["weights"]))
+        return x.base + rounded_product(total, p["scaling"])

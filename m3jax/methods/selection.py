@@ -14,17 +14,17 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from m3jax.methods.method import Reduction
+from m3jax.lazy import jax, jnp
+from m3jax.traced import is_traced
+from m3jax.methods.step import Numbers, Operands, Problem, Reduction
 
 # Counters per model. Codes of 16 bits then say where a value falls, two of them
 # standing for "below" and "above". Two histograms resolve every magnitude up to
 # infinity, and as a window around a sampled threshold they span ±0.2 to 0.4 % of it.
 BINS = (1 << 16) - 2
-_BELOW, _ABOVE = BINS, BINS + 1
+_BELOW, ABOVE = BINS, BINS + 1
 _END = 0x7F800001  # one past the pattern of infinity
 
 
@@ -35,24 +35,26 @@ class Window(NamedTuple):
     shift: np.ndarray  # (K,) int32
 
 
-def magnitude_codes(values: jax.Array, valid: jax.Array, window: Window) -> jax.Array:
+def magnitudes(values: jax.Array) -> jax.Array:
+    """|x| in float32, in which magnitudes are compared whatever the inputs are."""
+    return jnp.abs(values).astype(jnp.float32)
+
+
+def magnitude_codes(values: jax.Array, window: Numbers) -> jax.Array:
     """Which bin of a window the magnitude of each value falls into.
 
     Args:
       values: (K, ...) float32.
-      valid: bool, the shape of one model's values; others are not to be counted.
-      window: where the bins lie.
+      window: ``low`` and ``shift`` of `Window`, ready to broadcast.
 
     Returns:
-      (K, ...) uint16: the bin, or `BINS` below the window, `BINS` + 1 above it and
-      where not valid.
+      (K, ...) uint16: the bin, or `BINS` below the window, `BINS` + 1 above it.
     """
-    per_model = (-1,) + (1,) * (values.ndim - 1)
-    low, shift = (jnp.reshape(field, per_model) for field in window)
-    bits = jax.lax.bitcast_convert_type(jnp.abs(values), jnp.int32)
-    bins = jnp.right_shift(bits - low, jnp.broadcast_to(shift, bits.shape))
-    codes = jnp.where(bits < low, _BELOW, jnp.where(bins < BINS, bins, _ABOVE))
-    return jnp.where(valid[None], codes, _ABOVE).astype(jnp.uint16)
+    bits = jax.lax.bitcast_convert_type(magnitudes(values), jnp.int32)
+    shift = jnp.broadcast_to(window["shift"], bits.shape)
+    bins = jnp.right_shift(bits - window["low"], shift)
+    codes = jnp.where(bins < BINS, bins, ABOVE)
+    return jnp.where(bits < window["low"], _BELOW, codes).astype(jnp.uint16)
 
 
 def count_codes(codes: jax.Array) -> jax.Array:
@@ -65,7 +67,7 @@ def count_codes(codes: jax.Array) -> jax.Array:
     def count(codes: jax.Array) -> jax.Array:
         zeros = jnp.zeros(BINS + 2, jnp.int32)
         where = codes.reshape(-1).astype(jnp.int32)
-        return zeros.at[where].add(1, mode="promise_in_bounds")[:_ABOVE]
+        return zeros.at[where].add(1, mode="promise_in_bounds")[:ABOVE]
 
     return jnp.stack([count(codes[i]) for i in range(codes.shape[0])])
 
@@ -80,30 +82,25 @@ def count_codes_on_host(codes: np.ndarray) -> np.ndarray:
             count[:BINS] = np.bincount(own[np.flatnonzero(inside)], minlength=BINS)
             count[_BELOW] = np.count_nonzero(own == _BELOW)
         else:
-            count[:] = np.bincount(own, minlength=BINS + 2)[:_ABOVE]
+            count[:] = np.bincount(own, minlength=BINS + 2)[:ABOVE]
     return counts
 
 
-def delta_codes(
-    base: jax.Array, stack: jax.Array, valid: jax.Array, window: Window
-) -> tuple[jax.Array]:
-    """`magnitude_codes` of the task vectors: a `Reduction` that makes a histogram."""
-    return (magnitude_codes(stack - base[None], valid, window),)
+def delta_codes(x: Operands, window: Numbers) -> tuple[jax.Array]:
+    """`magnitude_codes` of the task vectors, for a `Reduction` to a histogram."""
+    return (magnitude_codes(x.deltas, window),)
 
 
-def weight_codes(
-    base: jax.Array | None, stack: jax.Array, valid: jax.Array, window: Window
-) -> tuple[jax.Array]:
+def weight_codes(x: Operands, window: Numbers) -> tuple[jax.Array]:
     """`magnitude_codes` of the models' own weights, likewise."""
-    del base
-    return (magnitude_codes(stack, valid, window),)
+    return (magnitude_codes(x.models, window),)
 
 
 class Beside(NamedTuple):
     """What the pass that found the answer has counted beside it.
 
     Attributes:
-      counts: of the function's second part, with `guess` for the answer.
+      counts: the sum of the function's second array, with ``guess`` for the answer.
       between: how many magnitudes lie between the guess and the answer, so that they
         are on another side of the one than of the other; zeros do not count.
     """
@@ -113,14 +110,15 @@ class Beside(NamedTuple):
 
 
 def kth_smallest(
-    function: Any, ranks: list[int], size: int
-) -> Generator[Reduction, Any, np.ndarray]:
-    """The ranks[i]-th smallest magnitude (from 1) of model i's `size` values.
+    function: Any, rates: Any, problem: Problem, none: float = 0.0
+) -> Generator[Reduction, Any, Any]:
+    """The k-th smallest magnitude of each model in a group of n elements, k = int(n·r).
 
     Args:
       function: `delta_codes` or `weight_codes`.
-      ranks: per model, 1 <= rank <= size.
-      size: the number of values of each model.
+      rates: r, () or (K,), from 0 to 1.
+      problem: the group.
+      none: the answer where k = 0.
 
     Yields:
       The reading passes it needs: usually a sample and one pass, at most a sample
@@ -129,20 +127,23 @@ def kth_smallest(
     Returns:
       (K,) float32; a rank among NaNs gives infinity.
     """
-    found, _ = yield from kth_smallest_and(function, None, ranks, size)
+    found, _ = yield from kth_smallest_and(function, None, rates, problem, none)
     return found
 
 
 def kth_smallest_and(
-    function: Any, function_at_guess: Any, ranks: list[int], size: int
-) -> Generator[Reduction, Any, tuple[np.ndarray, Beside | None]]:
+    function: Any,
+    function_at_guess: Any,
+    rates: Any,
+    problem: Problem,
+    none: float = 0.0,
+) -> Generator[Reduction, Any, tuple[Any, Beside | None]]:
     """`kth_smallest`, counting something else in the same pass.
 
     Args:
-      function, ranks, size: as for `kth_smallest`.
-      function_at_guess: (base, stack, valid, (window, guess)) -> (codes, counts),
-        where `guess`, (K,) float32, is what the sample says of the answer; None
-        counts nothing else.
+      function, rates, problem, none: as for `kth_smallest`.
+      function_at_guess: (operands, window and ``guess``) -> codes and integers, where
+        ``guess`` is what the sample says of the answer; None counts nothing else.
 
     Yields:
       The same reading passes.
@@ -151,44 +152,72 @@ def kth_smallest_and(
       The answer, and what was counted; None where the answer took more than one pass
       over everything.
     """
-    rank = np.array(ranks, np.int64)
-    low = np.zeros(len(rank), np.int64)  # the answer's pattern is in [low, high)
-    high = np.full(len(rank), _END, np.int64)
+    if problem.traced or is_traced(rates):
+        found = yield from _in_two_passes(function, rates, problem, none)
+        return found, None
+    count = problem.num_models
+    rank = (np.broadcast_to(rates, count) * problem.size).astype(np.int64)
+    absent = np.float32(none)
+    if not rank.any():
+        return np.full(count, absent), None
+    asked, rank = rank, np.maximum(rank, 1)
+    low = np.zeros(count, np.int64)  # the answer's pattern is in [low, high)
+    high = np.full(count, _END, np.int64)
     whole = _covering(low, high)
-    sample = yield Reduction(function, whole, histogram=True, sample=True)
+    sample = yield Reduction(function, whole._asdict(), ("histogram",), sample=True)
     window, guess = whole, None
     if sample is not None:
-        window, guess = _guess(sample[0], rank / size)
+        window, guess = _guess(sample[0], rank / problem.size)
     if function_at_guess is None:
         guess = None
     while True:
         beside = None
         if guess is None:
-            (counts,) = yield Reduction(function, window, histogram=True)
+            (counts,) = yield Reduction(function, window._asdict(), ("histogram",))
         else:
-            arguments = window, guess.view(np.float32)
+            arguments = {**window._asdict(), "guess": guess.view(np.float32)}
             counts, beside = yield Reduction(
-                function_at_guess, arguments, histogram=True
+                function_at_guess, arguments, ("histogram", "sum")
             )
-        for i, count in enumerate(counts):
+        for i, bins in enumerate(counts):
             first, shift = int(window.low[i]), int(window.shift[i])
-            below = int(count[_BELOW])
+            below = int(bins[_BELOW])
             if rank[i] <= below:
                 high[i] = min(high[i], first)
                 continue
-            place = int(np.searchsorted(below + np.cumsum(count[:BINS]), rank[i]))
+            place = int(np.searchsorted(below + np.cumsum(bins[:BINS]), rank[i]))
             low[i] = min(max(low[i], first + (place << shift)), high[i] - 1)
             if place < BINS:
                 high[i] = min(high[i], first + ((place + 1) << shift))
         if np.all(high - low == 1):
             found = low.astype(np.int32)
+            answer = np.where(asked > 0, found.view(np.float32), absent)
             if guess is None:
-                return found.view(np.float32), None
+                return answer, None
             lows = window.low.tolist()
             spans = zip(lows, guess.tolist(), found.tolist(), strict=True)
             between = sum(map(_between, counts, spans))
-            return found.view(np.float32), Beside(beside, between)
+            return answer, Beside(beside, between)
         window, guess = _covering(low, high), None
+
+
+def _in_two_passes(
+    function: Any, rates: Any, problem: Problem, none: float
+) -> Generator[Reduction, Any, Any]:
+    """The same under a transformation: one histogram of 2^15 patterns a bin, and one
+    of single patterns in the bin that holds the answer."""
+    rank = jnp.floor(jnp.asarray(rates) * problem.size)
+    rank = jnp.broadcast_to(rank.astype(jnp.int32), (problem.num_models,))
+    low = jnp.zeros(problem.num_models, jnp.int32)
+    for shift in (15, 0):
+        window = {"low": low, "shift": jnp.full_like(low, shift)}
+        (counts,) = yield Reduction(function, window, ("histogram",))
+        total = counts[:, _BELOW:] + jnp.cumsum(counts[:, :BINS], axis=1)
+        place = jnp.sum(total < jnp.maximum(rank, 1)[:, None], axis=1, dtype=jnp.int32)
+        low = low + (place << shift)
+    low = jnp.minimum(low, _END - 1)  # a rank among NaNs
+    found = jax.lax.bitcast_convert_type(low, jnp.float32)
+    return jnp.where(rank > 0, found, jnp.float32(none))
 
 
 def _covering(low: np.ndarray, high: np.ndarray) -> Window:

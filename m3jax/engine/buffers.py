@@ -1,0 +1,65 @@
+"""The memory of the threads that stream: allocated once, aligned, reused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from m3jax.engine.inputs import TensorInputs
+from m3jax.engine.plan import TILE, Item
+
+_ALIGNMENT = 64  # bytes; what XLA's CPU backend asks of memory it uses in place
+
+
+class Buffers:
+    """The memory of one thread, reused for every chunk.
+
+    Attributes:
+      base: bytes of the base's part of a chunk.
+      stack: bytes of all models' parts.
+    """
+
+    def __init__(self, base_bytes: int, stack_bytes: int):
+        self.base = _aligned(base_bytes)
+        self.stack = _aligned(stack_bytes)
+
+
+def buffer_bytes(
+    tensors: Sequence[TensorInputs],
+    items: Sequence[Item],
+    tiles: int,
+    units: Sequence[str] = ("element",),
+) -> tuple[int, int]:
+    """Bytes of a thread's base and stack buffers.
+
+    Args:
+      tensors, items: of the merge.
+      tiles: of a chunk.
+      units: that are worked on; rows and matrices may need more than a chunk.
+    """
+    base = stack = 1
+    for tensor, item in zip(tensors, items, strict=True):
+        elements = tiles * TILE
+        if "matrix" in units and item.merged:
+            elements = max(elements, item.size)
+        elif "row" in units and item.merged and item.shape:
+            elements = max(elements, 8 * item.shape[-1])
+        first = tensor.sources[0].dtype.itemsize
+        own = first if not tensor.merged or tensor.base is not None else 0
+        models = sum(m.source.dtype.itemsize for m in tensor.models)
+        base = max(base, own * elements)
+        stack = max(stack, (models if tensor.merged else first) * elements)
+    return base, stack
+
+
+def view(buffer: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The first bytes of a buffer as an array."""
+    return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    buffer = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size]

@@ -1,0 +1,202 @@
+"""The one kernel: what a recipe does to arrays, whatever they are parts of.
+
+Both benches call it: tiles of files (`engine.tiles`) and leaves in device memory
+(`engine.leaves`). Everything that differs between tensors, draws and models is an
+array argument, so a program compiles once for its words and a shape of arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax.methods.selection import ABOVE, count_codes
+from m3jax.methods.step import UNITS, Method, Operands, Step, Transform
+from m3jax.recipe import Recipe
+
+WIDTH = 1024  # elements whose integers an int32 can sum up; the columns of a tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is done to some tensors, in words: numbers are arguments of the kernel."""
+
+    transforms: tuple[Transform, ...]
+    method: Method
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Program:
+        transforms: Any = tuple(step.static for step in recipe.transforms)
+        method: Any = recipe.method.static
+        return cls(transforms, method)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return (*self.transforms, self.method)
+
+    def unit(self, depth: int) -> str:
+        """What the first `depth` steps have to see whole."""
+        return max((s.unit for s in self.steps[:depth]), key=UNITS.index, default="element")
+
+    def draws(self, depth: int | None = None) -> str:
+        """The random numbers that the first `depth` transforms take, or ""."""
+        return "".join(step.draws for step in self.transforms[:depth])
+
+    def threshold(self, numbers: Numbers) -> Any:
+        """(K, N) uint32: the lanes below are masked; zeros for a step of lanes."""
+        place = next(i for i, step in enumerate(self.transforms) if step.draws)
+        zeros = np.zeros(numbers.keys.shape[:2], np.uint32)
+        return numbers.info[place].get("threshold", zeros)
+
+
+class Numbers(NamedTuple):
+    """The numbers of a merge: one carrier from the recipe to the kernel.
+
+    As tables over N tensors each array is (N,), or (K, N) if it differs between the K
+    models; `take` makes of them what the kernel gets for a part of a tensor.
+
+    Attributes:
+      p: per step, its parameters by name.
+      info: per step, what was measured and derived.
+      keys: (K, N, 2) uint32, the mask keys; None where nothing is drawn, and in what
+        `take` gives.
+    """
+
+    p: tuple[Mapping[str, Any], ...]
+    info: tuple[Mapping[str, Any], ...] = ()
+    keys: Any = None
+
+    def first(self, depth: int) -> Numbers:
+        """Those of the first steps, which have no gaps, for a reduction."""
+        return Numbers(self.p[:depth], self.info[:depth])
+
+
+def take(tables: Any, items: Any, ndim: int, dtype: Any = np.float32) -> Any:
+    """The numbers of some tensors, ready to broadcast against parts of them.
+
+    Args:
+      tables: a pytree of (N,) and (K, N) arrays.
+      items: the tensor's place, or the place of each row of a (T, WIDTH) part, (T,).
+      ndim: axes of the part behind those of `items`.
+      dtype: of real numbers, and of the 64-bit integers that the host counts; bit
+        patterns keep theirs.
+
+    Returns:
+      The pytree with (*items.shape, 1, …) and (K, *items.shape, 1, …) arrays.
+    """
+
+    def one(table: Any) -> Any:
+        values = table[..., items]
+        if values.dtype == np.int64 or jnp.issubdtype(values.dtype, jnp.floating):
+            values = values.astype(dtype)
+        return values.reshape((*values.shape, *(1,) * ndim))
+
+    return jax.tree.map(one, tables)
+
+
+def merge(
+    x: Operands,
+    numbers: Numbers,
+    draw: Any,
+    *,
+    program: Program,
+    dtypes: tuple[tuple[str, str], ...],
+) -> dict[str, jax.Array]:
+    """One part of a tensor, merged: the only code that applies a recipe to arrays.
+
+    Args:
+      x: base (...) and models (K, ...), of any float dtype.
+      numbers: from `take`.
+      draw: masks or lanes, (K, ...), of the transform that draws; or None.
+      program: what to do.
+      dtypes: of each part of the output; the only rounding of the merge goes to it.
+
+    Returns:
+      The parts of the output by name; "" is the merged model.
+    """
+    x = _transformed(_wide(x, _compute_dtype(dtypes)), numbers, draw, program, None)
+    merged = program.method.apply(x, numbers.p[-1], numbers.info[-1])
+    parts = merged if isinstance(merged, Mapping) else {"": merged}
+    return {part: parts[part].astype(dtype) for part, dtype in dtypes}
+
+
+def reduce(
+    x: Operands,
+    numbers: Numbers,
+    draw: Any,
+    arguments: Any,
+    valid: jax.Array,
+    *,
+    program: Program,
+    depth: int,
+    function: Callable[..., tuple[Any, ...]],
+    combine: tuple[str, ...],
+    count: bool,
+) -> tuple[jax.Array, ...]:
+    """What a `Reduction` finds in one part, for the host to put together.
+
+    Args:
+      x, numbers, draw, program: as for `merge`.
+      arguments: of the reduction, ready to broadcast.
+      valid: (R, WIDTH) bool, in the order of the part's elements: which are real.
+      depth: of the step that measures: the transforms before it are applied.
+      function, combine: of the reduction.
+      count: make histograms here; otherwise the codes are returned.
+
+    Returns:
+      For each array of the function: sums and maxima of each row, (R, ...); a
+      histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH).
+    """
+    wide = x.models.dtype == jnp.float64
+    x = _wide(x, jnp.float64 if wide else jnp.float32)
+    x = _transformed(x, numbers, draw, program, depth)
+    shape = x.models.shape[1:]
+
+    def rows(part: jax.Array) -> jax.Array:
+        lead = part.shape[: part.ndim - len(shape)]
+        flat = jnp.broadcast_to(part, (*lead, *shape)).reshape(*lead, -1)
+        missing = valid.size - flat.shape[-1]
+        if missing:
+            flat = jnp.pad(flat, (*((0, 0),) * len(lead), (0, missing)))
+        return flat.reshape(*lead, *valid.shape)
+
+    def combined(part: jax.Array, how: str) -> jax.Array:
+        part = rows(part)
+        if how == "histogram":
+            codes = jnp.where(valid, part, jnp.uint16(ABOVE))
+            return count_codes(codes)[None] if count else codes[None]
+        real = jnp.where(valid, part, jnp.zeros((), part.dtype))
+        summed = (
+            jnp.max(real, axis=-1)
+            if how == "max"
+            else jnp.sum(real, axis=-1, dtype=jnp.float32)
+            if how == "float"
+            else jnp.sum(real, axis=-1, dtype=jnp.int32)
+        )
+        return jnp.moveaxis(summed, -1, 0)
+
+    parts = function(x, arguments)
+    return tuple(combined(*pair) for pair in zip(parts, combine, strict=True))
+
+
+def _transformed(
+    x: Operands, numbers: Numbers, draw: Any, program: Program, depth: int | None
+) -> Operands:
+    """The operands after the first `depth` transforms."""
+    for i, step in enumerate(program.transforms[:depth]):
+        own = draw if step.draws else None
+        x = step.apply(x, numbers.p[i], numbers.info[i], own)
+    return x
+
+
+def _compute_dtype(dtypes: tuple[tuple[str, str], ...]) -> Any:
+    return jnp.float64 if dtypes[0][1] == "float64" else jnp.float32
+
+
+def _wide(x: Operands, dtype: Any) -> Operands:
+    return jax.tree.map(lambda array: array.astype(dtype), x)

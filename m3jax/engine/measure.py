@@ -1,0 +1,279 @@
+"""What the steps of a merge have to know of the models before it: reading passes.
+
+One driver for both benches. Each group of tensors (every tensor, every layer, or the
+whole model) has a generator of its own; those that ask for the same thing at the same
+time share a reading pass, so that small tensors cost little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax.engine.kernel import Numbers, Program
+from m3jax.methods.selection import BINS
+from m3jax.methods.step import Problem, Reduction, namespace
+from m3jax.mixup import group_of
+
+Groups = list[list[int]]  # the places of the tensors of each group
+# Bytes of counters that a pass may hold: so many groups are measured together.
+_COUNTERS = 64 << 20
+_TOGETHER = 4096  # groups, at most
+
+
+class Bench(Protocol):
+    """Where the arrays are.
+
+    Attributes:
+      names, sizes: of all tensors.
+      num_models: K.
+      traced: the arrays are arguments of a transformation of JAX.
+    """
+
+    names: Sequence[str]
+    sizes: Sequence[int]
+    num_models: int
+    traced: bool
+
+    def own(self, places: Sequence[int]) -> list[int]:
+        """Those of the tensors that this process looks at."""
+        ...
+
+    def reduce(
+        self,
+        program: Program,
+        depth: int,
+        numbers: Numbers,
+        groups: Groups,
+        reductions: Sequence[Reduction],
+        *,
+        everywhere: bool,
+    ) -> list[tuple[Any, ...] | None]:
+        """Performs one reading pass; the reductions differ in their arguments alone.
+
+        Args:
+          program: its first `depth` transforms are applied, with `numbers`.
+          groups: of tensors.
+          reductions: of each group.
+          everywhere: add up over all processes.
+
+        Returns:
+          What each group's reduction asks for; None: everything is to be read.
+        """
+        ...
+
+
+def measure(
+    bench: Bench,
+    program: Program,
+    numbers: Numbers,
+    places: Sequence[int],
+    kept: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
+    gathered: Callable[[Any], Any] = lambda table: table,
+) -> Numbers:
+    """Runs the statistics of a program's steps in order, and derives their numbers.
+
+    Args:
+      bench: where the tensors are.
+      program: what is done to them.
+      numbers: tables of the parameters. A table may be a function that gives it.
+      places: of the program's tensors.
+      kept: (name, find) -> what `find` gives, or what it gave in an interrupted run.
+      gathered: puts together what the processes have found of their own tensors.
+
+    Returns:
+      The numbers with `info` filled in.
+    """
+    info: list[Mapping[str, Any]] = []
+    for depth in range(len(program.steps)):
+        so_far = numbers._replace(info=tuple(info))
+
+        def find(depth: int = depth, so_far: Numbers = so_far) -> dict[str, Any]:
+            return _found(bench, program, depth, so_far, places, gathered)
+
+        scope = program.steps[depth].scope
+        found = kept(f"step {depth}", find) if scope else {}
+        info.append(found)
+        if depth < len(program.transforms):
+            info[-1] = derived(program, depth, so_far, found)
+    return numbers._replace(info=tuple(info))
+
+
+def derived(
+    program: Program, depth: int, numbers: Numbers, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A step's `info` from its parameters and what it measured; tables."""
+    parameters = {name: table_of(own) for name, own in numbers.p[depth].items()}
+    xp = namespace(parameters, found)
+    with np.errstate(all="ignore"):
+        return program.steps[depth].derive(parameters, dict(found), xp)
+
+
+def table_of(table: Any) -> Any:
+    """The table itself, or what the function in its place gives."""
+    return table() if callable(table) else table
+
+
+def completed(program: Program, numbers: Numbers) -> Numbers:
+    """The numbers with all tables there, and what the method derives of them."""
+    p = tuple({n: table_of(own) for n, own in step.items()} for step in numbers.p)
+    numbers = numbers._replace(p=p)
+    last = derived(program, len(p) - 1, numbers, numbers.info[-1])
+    return numbers._replace(info=(*numbers.info[:-1], last))
+
+
+def _found(
+    bench: Bench,
+    program: Program,
+    depth: int,
+    numbers: Numbers,
+    places: Sequence[int],
+    gathered: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """What one step's statistics find: tables over all tensors."""
+    step = program.steps[depth]
+    alone = step.scope == "tensor"
+    groups = grouped(step.scope, bench.names, bench.own(places) if alone else places)
+    infos: list[Any] = [None] * len(groups)
+    for batch in _batches(len(groups), bench.num_models):
+        live, asked = {}, {}
+        for g in batch:
+            problem = Problem(
+                num_models=bench.num_models,
+                size=sum(bench.sizes[i] for i in groups[g]),
+                numbers=_OfGroup(numbers.p[depth], groups[g]),
+                traced=bench.traced,
+            )
+            live[g] = step.measure(problem)
+
+        def send(g: int, value: Any) -> None:
+            try:
+                asked[g] = live[g].send(value)  # noqa: B023
+            except StopIteration as stop:
+                infos[g] = stop.value
+                asked.pop(g, None)  # noqa: B023
+
+        for g in batch:
+            send(g, None)
+        while asked:
+            together = _alike(asked)
+            answers = bench.reduce(
+                program,
+                depth,
+                numbers,
+                [groups[g] for g in together],
+                [asked[g] for g in together],
+                everywhere=not alone,
+            )
+            for g, answer in zip(together, answers, strict=True):
+                send(g, answer)
+    tables = _spread(groups, infos, len(bench.names))
+    return gathered(tables) if alone else tables
+
+
+def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:
+    """The tensors at `places`, by group of a scope."""
+    if scope == "tensor":
+        return [[i] for i in places]
+    if scope == "model":
+        return [list(places)]
+    groups: dict[str, list[int]] = {}
+    for i in places:
+        groups.setdefault(group_of(names[i], "layer"), []).append(i)
+    return list(groups.values())
+
+
+def _batches(count: int, num_models: int) -> Iterator[range]:
+    size = min(_TOGETHER, max(1, _COUNTERS // (8 * BINS * num_models)))
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def _alike(asked: Mapping[int, Reduction]) -> list[int]:
+    """The groups that ask for the same as the first of them."""
+    first = next(iter(asked.values()))
+    what = (first.function, first.combine, first.sample)
+    return [g for g, r in asked.items() if (r.function, r.combine, r.sample) == what]
+
+
+def _spread(
+    groups: Groups, infos: Sequence[Mapping[str, Any]], count: int
+) -> dict[str, Any]:
+    """Tables over tensors, (N,) or (K, N), of what was found for groups of them."""
+    if not infos:
+        return {}
+    group_of_tensor = np.zeros(count, np.int64)
+    for g, places in enumerate(groups):
+        group_of_tensor[places] = g
+    known = np.zeros(count, bool)
+    known[[i for places in groups for i in places]] = True
+    xp = namespace(*infos)
+
+    def spread(name: str) -> Any:
+        values = xp.stack([xp.asarray(info[name]) for info in infos])[group_of_tensor]
+        values = xp.moveaxis(values, 0, -1)
+        return xp.where(known, values, xp.zeros((), values.dtype))
+
+    return {name: spread(name) for name in infos[0]}
+
+
+class _OfGroup(Mapping[str, Any]):
+    """A step's parameters for a group of tensors: () or (K,), NaN where they differ."""
+
+    def __init__(self, tables: Mapping[str, Any], places: Sequence[int]):
+        self._tables = tables
+        self._places = places
+
+    def __getitem__(self, name: str) -> Any:
+        table = table_of(self._tables[name])
+        first = table[..., self._places[0]] if self._places else table[..., 0]
+        if isinstance(table, np.ndarray) and len(self._places) > 1:
+            own = table[..., np.array(self._places)]
+            same = np.all(own == first[..., None], axis=-1)
+            return np.where(same, first, math.nan)
+        return first
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+
+def stacked(reductions: Sequence[Reduction]) -> dict[str, Any]:
+    """The arguments of several groups: (G,) and (J, G) tables."""
+    xp = namespace(*[reduction.arguments for reduction in reductions])
+    names = reductions[0].arguments
+    return {
+        name: xp.stack([xp.asarray(r.arguments[name]) for r in reductions], axis=-1)
+        for name in names
+    }
+
+
+def put_together(how: str, a: Any, b: Any) -> Any:
+    """What two parts of a group make together."""
+    return np.maximum(a, b) if how == "max" else a + b
+
+
+def int64_rows(how: str, rows: Any) -> Any:
+    """The sum, or the maximum, of what `kernel.reduce` found in each row; exact."""
+    rows = np.asarray(rows)
+    return rows.max(axis=0) if how == "max" else rows.astype(np.int64).sum(axis=0)
+
+
+def traced_rows(how: str, rows: Any) -> Any:
+    """The same under a transformation: float32 sums, whose sign and small values are
+    exact; histograms are int32."""
+    if how == "max":
+        return rows.max(axis=0)
+    if how == "float":
+        return rows.sum(axis=0)
+    if how == "histogram":
+        return rows.sum(axis=0, dtype=jnp.int32)
+    low = jnp.sum(rows & 0xFFFF, axis=0, dtype=jnp.int32)
+    high = jnp.sum(rows >> 16, axis=0, dtype=jnp.int32) + (low >> 16)
+    return high.astype(jnp.float32) * 65536 + (low & 0xFFFF).astype(jnp.float32)

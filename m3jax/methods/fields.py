@@ -1,0 +1,134 @@
+"""The parameters of a step: what each may be, said once.
+
+Checks, flags, search ranges, the docs table and m3jax.json follow from what stands
+here. A number may also be given by model, by rules on tensor names, or as a gradient
+over the layers: see `m3jax.recipe.values`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from m3jax.traced import is_traced
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One parameter of a step.
+
+    Attributes:
+      help: what it means, with its unit.
+      default: where the recipe says nothing.
+    """
+
+    help: str
+    default: Any
+
+    @property
+    def allowed(self) -> str:
+        """What a value may be, for errors and the docs."""
+        raise NotImplementedError
+
+    def fits(self, value: Any) -> bool:
+        """Whether one value, of one tensor and one model, is allowed."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Number(Field):
+    """A number of float64.
+
+    Attributes:
+      low, high: bounds, both allowed.
+      search: the range that an exploration takes where it is told none.
+      per_model: it may differ between the models; the kernel then gets (K, N).
+      optional: None is allowed, and means "off".
+      integer: it has to be one.
+    """
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    search: tuple[float, float] | None = None
+    per_model: bool = False
+    optional: bool = False
+    integer: bool = False
+
+    @property
+    def allowed(self) -> str:
+        finite = (abs(self.low) < float("inf"), abs(self.high) < float("inf"))
+        kind = "an integer" if self.integer else "a number"
+        return {
+            (False, False): f"{kind.replace('a ', 'a finite ')}",
+            (True, False): f"{kind.replace('a ', 'a finite ')}, {self.low:g} or more",
+            (True, True): f"{kind} from {self.low:g} to {self.high:g}",
+            (False, True): f"{kind.replace('a ', 'a finite ')}, {self.high:g} or less",
+        }[finite]
+
+    def fits(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if isinstance(value, (bool, str, bytes)) or getattr(value, "shape", ()) != ():
+            return False
+        if is_traced(value):
+            return True
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return False
+        whole = not self.integer or number.is_integer()
+        return whole and self.low <= number <= self.high and abs(number) < float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(Number):
+    """λ, the coefficient of each model: M3 draws it where it is on.
+
+    Attributes:
+      equal: K -> the coefficient of each model where the recipe gives none.
+      mean: M3's ratios have to sum to 1, since the method does not divide by the sum.
+    """
+
+    mean: bool = False
+    equal: Callable[[int], float] = lambda num_models: 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Field):
+    """One of a few words (or `True` and `False`); a kernel is compiled for each."""
+
+    options: tuple[Any, ...] = (True, False)
+
+    @property
+    def allowed(self) -> str:
+        if self.options == (True, False):
+            return "True or False"
+        return "one of " + ", ".join(map(str, self.options))
+
+    def fits(self, value: Any) -> bool:
+        return any(type(value) is type(o) and value == o for o in self.options)
+
+
+def number(default: float | None, help: str, **settings: Any) -> Any:
+    """A field of a step that holds a number; the settings are those of `Number`."""
+    return _field(Number(help, default, **settings))
+
+
+def weights(equal: Callable[[int], float], **settings: Any) -> Any:
+    """The field of a step that M3's ratios go to; `equal` as in `Weights`."""
+    text = "λ, one per model; None: equal, or drawn by M3"
+    return _field(
+        Weights(text, None, per_model=True, optional=True, equal=equal, **settings)
+    )
+
+
+def choice(default: Any, help: str, options: tuple[Any, ...] = (True, False)) -> Any:
+    """A field of a step that holds one of a few words."""
+    return _field(Choice(help, default, options))
+
+
+def _field(described: Field) -> Any:
+    return dataclasses.field(
+        default=described.default, metadata={"field": described}, kw_only=True
+    )

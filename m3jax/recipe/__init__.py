@@ -1,0 +1,8 @@
+"""The recipe of a merge: what is done to the tensors, apart from which files."""
+
+from m3jax.recipe.mixup import Mixup
+from m3jax.recipe.problems import RecipeError
+from m3jax.recipe.recipe import Recipe, parse_size
+from m3jax.recipe.values import Gradient, Rules
+
+__all__ = ["Gradient", "Mixup", "Recipe", "RecipeError", "Rules", "parse_size"]

@@ -1,0 +1,294 @@
+"""The recipe of a merge: what is done to the tensors, apart from which files.
+
+A recipe is plain data. It holds no path and no seed, so one recipe serves any
+set of models, and the pair (recipe, seed) fixes every number of a merge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import InitVar
+from typing import Any
+
+import numpy as np
+
+from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
+from m3jax.methods.fields import Weights
+from m3jax.traced import is_traced
+from m3jax.recipe import values
+from m3jax.recipe.mixup import Mixup
+from m3jax.recipe.problems import Problems, RecipeError, plain
+
+VOCABULARIES = ("error", "mean", "truncate")
+DTYPES = ("input", "float32", "float16", "bfloat16", "float64")
+# Fields of methods that may stand in the recipe itself, as in version 0.1.
+FLAT = {"scaling": 1.0, "trim_rate": 0.5}
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the merged numbers, apart from inputs and seed.
+
+    Attributes:
+      method: a method with its parameters, such as ``m3jax.Ties(trim_rate=0.5)``, or
+        its name: then with its defaults.
+      transforms: what is done to the models before, in this order.
+      mixup: how the ratios are found.
+      exclude: regular expressions (``re.match``) of tensors taken from the base.
+      vocabulary: what to do about different vocabulary sizes: ``error``,
+        ``mean`` (append mean rows) or ``truncate``.
+      dtype: dtype of the output; ``input`` keeps each tensor's own.
+      max_shard_size: of an output file, in bytes or as text such as ``5GB``.
+      scaling, trim_rate: of the method, for a method that is given by its name.
+      dare: a transform, put behind `transforms` if it is on.
+      without_effect: fields that were given and that the method does not have.
+
+    Raises:
+      RecipeError: naming each wrong field, its value and what is allowed.
+    """
+
+    method: Any = "average"
+    transforms: tuple[Transform, ...] = ()
+    mixup: Mixup = dataclasses.field(default_factory=Mixup)
+    exclude: tuple[str, ...] = ()
+    vocabulary: str = "error"
+    dtype: str = "input"
+    max_shard_size: int | str = "5GB"
+    scaling: InitVar[Any] = None
+    trim_rate: InitVar[Any] = None
+    dare: InitVar[Transform | None] = None
+    without_effect: tuple[str, ...] = dataclasses.field(
+        default=(), init=False, compare=False, repr=False
+    )
+
+    def __post_init__(self, scaling: Any, trim_rate: Any, dare: Any) -> None:
+        problems = Problems()
+        flat = {"scaling": scaling, "trim_rate": trim_rate}
+        self._set("method", self._method(problems, flat))
+        transforms = (*self.transforms, *(() if dare is None else (dare,)))
+        if all(isinstance(step, Transform) for step in transforms):
+            on = tuple(_parsed(step) for step in transforms if step.on)
+            self._set("transforms", on)
+        else:
+            problems.add("transforms", transforms, "transforms, such as m3jax.Dare()")
+        problems.raise_if_any()
+        self._set("exclude", plain(self.exclude))
+        self._check_fields(problems)
+        problems.raise_if_any()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _method(self, problems: Problems, flat: dict[str, Any]) -> Any:
+        """The method with the flat fields in it; notes those without effect."""
+        method = self.method
+        if isinstance(method, str):
+            if method not in METHODS:
+                problems.choice("method", method, tuple(METHODS))
+                return method
+            method = METHODS[method]()
+        if not isinstance(method, Method):
+            problems.add("method", method, "a method or its name")
+            return method
+        given = {name: own for name, own in flat.items() if own is not None}
+        fields = method.fields()
+        own = {name: value for name, value in given.items() if name in fields}
+        self._set("without_effect", tuple(n for n in given if n not in fields))
+        return _parsed(dataclasses.replace(method, **own))
+
+    def _check_fields(self, problems: Problems) -> None:
+        self.mixup.check(problems)
+        problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
+        problems.choice("dtype", self.dtype, DTYPES)
+        for step in self.steps:
+            for name, field in step.fields().items():
+                label = name if name in FLAT else f"{step.name}.{name}"
+                values.check(label, getattr(step, name), field, problems)
+        names = [step.name for step in self.transforms]
+        if len(set(names)) < len(names):
+            problems.add("transforms", names, "each transform once")
+        if sum(bool(step.draws) for step in self.transforms) > 1:
+            problems.add("transforms", names, "one transform that draws, at most")
+        problems.patterns("exclude", self.exclude)
+        try:
+            parse_size(self.max_shard_size)
+        except ValueError:
+            problems.add("max_shard_size", self.max_shard_size, "such as 5GB or 200MB")
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is done to the models: the transforms, then the method."""
+        return (*self.transforms, self.method)
+
+    @property
+    def needs_base(self) -> bool:
+        return any(step.needs_base for step in self.steps)
+
+    def transform(self, name: str) -> Any:
+        """The transform of that name; None without it."""
+        return next((step for step in self.transforms if step.name == name), None)
+
+    def check(self, *, num_models: int, has_base: bool) -> None:
+        """Raises RecipeError where the recipe does not fit this set of models."""
+        problems = Problems()
+        if num_models < 1:
+            problems.add("models", num_models, "at least one model")
+        each = f"one number per model, {num_models} here"
+        if values.wrong_length(self.mixup.ratios, num_models):
+            problems.add("mixup.ratios", self.mixup.ratios, each)
+        for step in self.steps:
+            for name in step.fields():
+                value = getattr(step, name)
+                if values.wrong_length(value, num_models):
+                    problems.add(f"{step.name}.{name}", value, each)
+        self._check_ratios(problems)
+        if not has_base:
+            for step in self.steps:
+                if step.needs_base:
+                    what = "method" if step is self.method else "transforms"
+                    problems.add(what, step.name, "a base: give --base")
+            if self.exclude:
+                problems.add("exclude", self.exclude, "a base: give --base")
+        problems.raise_if_any()
+
+    def _check_ratios(self, problems: Problems) -> None:
+        name, mixup = self.method.name, self.mixup
+        field = self.method.fields().get("weights")
+        if not mixup.on or problems:
+            return
+        if not isinstance(field, Weights):
+            allowed = f"None: method {name} has no ratios"
+            what = "alpha" if mixup.ratios is None else "ratios"
+            problems.add(f"mixup.{what}", getattr(mixup, what), allowed)
+        elif self.method.weights is not None:
+            problems.add(
+                f"{name}.weights",
+                self.method.weights,
+                "mixup.alpha=None and no mixup.ratios, which would take their place",
+            )
+        elif isinstance(mixup.ratios, tuple):
+            low, total = min(mixup.ratios), sum(mixup.ratios)
+            if low < field.low:
+                allowed = f"no negative number for {name}"
+                problems.add("mixup.ratios", mixup.ratios, allowed)
+            if field.mean and abs(total - 1) > 1e-5:
+                allowed = f"a sum of 1 for method {name}"
+                problems.add("mixup.ratios", mixup.ratios, allowed)
+
+    def excludes(self, name: str) -> bool:
+        """Whether tensor `name` is taken from the base unmerged."""
+        return any(re.match(pattern, name) for pattern in self.exclude)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested dicts of JSON values, every field present.
+
+        A step's parameters stand under its name.
+        """
+        return {
+            "method": self.method.name,
+            "transforms": tuple(step.name for step in self.transforms),
+            **{step.name: group(step) for step in self.steps},
+            "mixup": dataclasses.asdict(self.mixup),
+            "exclude": self.exclude,
+            "vocabulary": self.vocabulary,
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_size,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
+        """A recipe from nested mappings, lists standing for tuples.
+
+        Raises:
+          RecipeError: for an unknown field (by its dotted name) or a bad value.
+        """
+        own = {field.name for field in dataclasses.fields(cls) if field.init}
+        groups = {**TRANSFORMS, **METHODS}
+        _check_known("", fields, {*own, *FLAT, *groups})
+        method = fields.get("method", "average")
+        problems = Problems()
+        problems.choice("method", method, tuple(METHODS))
+        problems.raise_if_any()
+        for name, group_fields in fields.items():
+            if name in groups:
+                _check_known(f"{name}.", group_fields, set(groups[name].fields()))
+        for name in METHODS:
+            if name != method and name in fields:
+                _check_unset(name, fields[name], method)
+        steps = {name: groups[name](**fields[name]) for name in fields if name in groups}
+        order = [*fields.get("transforms", ())]
+        _check_known("transforms: ", order, set(TRANSFORMS))
+        order += [name for name in TRANSFORMS if name not in order]
+        known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
+        mixup = fields.get("mixup", {})
+        _check_known("mixup.", mixup, {f.name for f in dataclasses.fields(Mixup)})
+        return cls(
+            **{name: plain(own) for name, own in fields.items() if name in known}
+            | {
+                "method": steps.get(method, method),
+                "transforms": tuple(steps[name] for name in order if name in steps),
+                "mixup": Mixup(**mixup),
+            }
+        )
+
+
+def group(step: Step) -> dict[str, Any]:
+    """The parameters of a step as JSON values."""
+    return {name: values.as_json(getattr(step, name)) for name in step.fields()}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as ``5GB``, ``200 MB`` or ``1000000`` (decimal units).
+
+    Raises:
+      ValueError: if it is not a positive size.
+    """
+    text = str(size).strip().upper()
+    unit = next((u for u in _UNITS if text.endswith(u)), "")
+    value = float(text.removesuffix(unit)) * _UNITS.get(unit, 1)
+    if isinstance(size, bool) or not 1 <= value < 2**62:
+        raise ValueError(f"not a size: {size!r}")
+    return int(value)
+
+
+def _parsed(step: Any) -> Any:
+    parsed = {name: values.parse(getattr(step, name)) for name in step.fields()}
+    return dataclasses.replace(step, **parsed)
+
+
+def _check_known(prefix: str, fields: Any, known: set[str]) -> None:
+    """Raises RecipeError for a field that is unknown here, saying where it is known."""
+    if not isinstance(fields, (Mapping, list, tuple)):
+        raise RecipeError(f"recipe field {prefix[:-1]!r} must be a group of fields")
+    for name in fields:
+        if name in known:
+            continue
+        homes = [step for step, cls in METHODS.items() if name in cls.fields()]
+        where = (
+            f"; it is a field of {', '.join(f'{home}.{name}' for home in homes)}"
+            if homes
+            else f"; known: {', '.join(prefix + own for own in sorted(known))}"
+        )
+        raise RecipeError(f"unknown recipe field {prefix + str(name)!r}{where}")
+
+
+def _check_unset(name: str, fields: Mapping[str, Any], method: str) -> None:
+    """Raises RecipeError if a field of another method than the chosen one is set."""
+    defaults = group(METHODS[name]())
+    for field, value in fields.items():
+        if not _same(value, defaults[field]):
+            homes = [own for own, cls in METHODS.items() if field in cls.fields()]
+            raise RecipeError(
+                f"{name}.{field}={value!r}: the method is {method}; of the methods, "
+                f"{', '.join(homes)} have {field!r}"
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if is_traced(a) or is_traced(b):
+        return a is b
+    return bool(np.array_equal(plain(a), plain(b))) if a is not None else b is None
