@@ -281,7 +281,12 @@ def combine(
     merged = []
     for i, leaf in enumerate(bench.leaves):
         if not leaf.merged:
-            merged.append({"": leaf.base})
+            others = {
+                part: jnp.zeros(own.shape, bool if own.packed else own.dtype.numpy)
+                for part, own in leaf.parts.items()
+                if part
+            }
+            merged.append({"": leaf.base, **others})
             continue
         merged.append(bench.merge(program, numbers, i, donate=donate))
         if donate:

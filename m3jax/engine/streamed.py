@@ -330,7 +330,8 @@ class Stream:
                 self._advance(sum(values.nbytes for values in output.values()))
             with turn(), self.clock.stage("hashing"):
                 for run, output in zip(chunk.runs, outputs, strict=True):
-                    inputs = [part.reshape(-1)[run.elements] for part in models]
+                    flat = models.reshape(len(models), -1)
+                    inputs = [part[run.elements] for part in flat]
                     if base is not None:
                         inputs.insert(0, base.reshape(-1)[run.elements])
                     emit.record(run.item, run.start, output, inputs)
@@ -378,9 +379,9 @@ class Stream:
                 if tensor.base is not None and base is not None:
                     own = base.reshape(-1)[run.elements]
                     tensor.base.source.read_into(own, run.start)
-                for part, model in zip(models, tensor.models, strict=True):
-                    own = part.reshape(-1)[run.elements]
-                    model.source.read_into(own, run.start)
+                flat = models.reshape(len(models), -1)
+                for part, model in zip(flat, tensor.models, strict=True):
+                    model.source.read_into(part[run.elements], run.start)
         sources = self._tensors[chunk.runs[0].item].sources
         self._advance(chunk.elements * sum(s.dtype.itemsize for s in sources))
         return base, models
@@ -491,11 +492,12 @@ class Stream:
     def _check_inputs(
         self, chunk: Chunk, base: np.ndarray | None, models: np.ndarray
     ) -> None:
-        parts = [*([] if base is None else [base]), *models]
+        parts = [] if base is None else [base.reshape(-1)]
+        parts += list(models.reshape(len(models), -1))
         for run in chunk.runs:
             tensor = self._tensors[run.item]
             for origin, part in zip(tensor.origins, parts, strict=True):
-                values = part.reshape(-1)[run.elements]
+                values = part[run.elements]
                 checks.check_finite(values, run.start, tensor, origin.owner.name)
 
     def _check_result(

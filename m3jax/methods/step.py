@@ -186,11 +186,13 @@ class Method(Step):
     Attributes:
       shows_nonfinite: NaN or infinity anywhere in the inputs makes the element NaN or
         infinite, so that a look at the result tells whether the inputs are finite.
+      num_models: how many models it merges; None: any number.
       records: what of `info` goes to m3jax.json, found for the whole model.
       weighs_statistics: what `measure` finds depends on the weights or the scaling.
     """
 
     shows_nonfinite: ClassVar[bool] = False
+    num_models: ClassVar[int | None] = None
     records: ClassVar[tuple[str, ...]] = ()
     weighs_statistics: ClassVar[bool] = False
 

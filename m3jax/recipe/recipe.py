@@ -137,6 +137,10 @@ class Recipe:
         problems = Problems()
         if num_models < 1:
             problems.add("models", num_models, "at least one model")
+        wanted = self.method.num_models
+        if wanted not in (None, num_models):
+            allowed = f"{wanted} models for method {self.method.name}"
+            problems.add("models", num_models, allowed)
         each = f"one number per model, {num_models} here"
         if values.wrong_length(self.mixup.ratios, num_models):
             problems.add("mixup.ratios", self.mixup.ratios, each)

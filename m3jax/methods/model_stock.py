@@ -1,0 +1,83 @@
+"""Model Stock: between the base and the experts' mean, as far as their angle says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from m3jax.lazy import jnp
+from m3jax.methods.fields import choice
+from m3jax.methods.step import (
+    Info,
+    Method,
+    Numbers,
+    Operands,
+    Problem,
+    Statistics,
+    register,
+    rounded_product,
+    sum_over_models,
+)
+from m3jax.methods.sums import deltas, gram, row_sums
+
+
+@register("model_stock")
+class ModelStock(Method):
+    """θ0 + t · mean τ_i with t = K c / (1 + (K − 1) c).
+
+    c is the mean cosine between two task vectors, of the tensor or (`by_row`) of each of
+    its rows; a task vector of 0 has cosine 0 with every other, and where the task vectors cancel
+    out t is 0. K = 1 gives θ_1.
+
+    Source: arXiv 2403.19522. Agrees with mergekit's `model_stock`.
+    """
+
+    by_row: Any = choice(False, "an angle for each row instead of each tensor")
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        return "row" if self.by_row else "element"
+
+    @property
+    def scope(self) -> str:  # type: ignore[override]
+        return "" if self.by_row else "tensor"
+
+    def measure(self, problem: Problem) -> Statistics:
+        products = yield from gram(deltas, problem)
+        return {"products": products.reshape(-1)}
+
+    def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
+        if self.by_row:
+            return {}
+        count = int(len(info["products"]) ** 0.5)
+        products = [[info["products"][i * count + j] for j in range(count)] for i in range(count)]
+        return {"share": _share(products, xp)}
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        count = x.models.shape[0]
+        share = info.get("share")
+        if share is None:
+            tau = x.deltas
+            products = [[row_sums(a * b) for b in tau] for a in tau]
+            share = _share(products, jnp)
+        mean = sum_over_models(rounded_product(x.deltas, jnp.asarray(1 / count, x.models.dtype)))
+        return x.base + rounded_product(mean, share)
+
+
+def _share(products: list[list[Any]], xp: Any) -> Any:
+    """t, from the dot products of the task vectors."""
+    count = len(products)
+    cosines = [
+        _cosine(products[i][j], products[i][i], products[j][j], xp)
+        for i in range(count)
+        for j in range(i)
+    ]
+    if not cosines:
+        return xp.ones_like(products[0][0])
+    mean = sum(cosines) / len(cosines)
+    below = 1 + (count - 1) * mean  # 0 where the task vectors cancel out
+    return xp.where(below > 0, count * mean / xp.where(below > 0, below, 1.0), 0.0)
+
+
+def _cosine(dot: Any, first: Any, second: Any, xp: Any) -> Any:
+    norm = xp.sqrt(first) * xp.sqrt(second)
+    return xp.where(norm > 0, dot / xp.where(norm > 0, norm, 1.0), 0.0)

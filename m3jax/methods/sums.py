@@ -1,0 +1,143 @@
+"""Exact sums over a tensor or a model: L1, L2, dot products, Gram matrices.
+
+Floating-point sums depend on their order, and so on chunks, shards and devices. Here
+each float32 term is split into integers of 20 bits under a bound on the largest term;
+they add up as int64, in any order, to the same bits on any hardware. Terms of less
+than 2^-60 of the largest are lost. Under a transformation of the caller's
+(`jax.jit`, …) the sums are plain float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+
+from m3jax.lazy import jax, jnp
+from m3jax.methods.step import Numbers, Operands, Problem, Reduction
+
+Terms = Callable[[Operands], Any]  # float32 terms of J sums, (J, ...)
+_BITS, _LIMBS = 20, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Largest:
+    terms: Terms
+
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
+        del arguments
+        return (jnp.abs(self.terms(x)).astype(jnp.float32),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    terms: Terms
+
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
+        del arguments
+        return (self.terms(x).astype(jnp.float32),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limbs:
+    terms: Terms
+
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array, ...]:
+        left = self.terms(x).astype(jnp.float32) * arguments["unit"]  # |left| <= 1
+        limbs = []
+        for _ in range(_LIMBS):
+            left = left * (1 << _BITS)
+            limb = jnp.round(left)
+            limbs.append(limb.astype(jnp.int32))
+            left = left - limb  # exact: both have the same last bit at the least
+        return tuple(limbs)
+
+
+def exact_sums(
+    terms: Terms, problem: Problem
+) -> Generator[Reduction, Any, Any]:
+    """Σ over a group's elements of each of J terms.
+
+    Args:
+      terms: operands -> (J, ...) terms; a function of a module.
+      problem: the group.
+
+    Yields:
+      Two reading passes: the largest terms, then the sums.
+
+    Returns:
+      (J,) float64, each rounded once; NaN where a term is not finite.
+    """
+    if problem.traced:
+        (sums,) = yield Reduction(_Plain(terms), {}, ("float",))
+        return sums
+    (largest,) = yield Reduction(_Largest(terms), {}, ("max",))
+    _, exponents = np.frexp(largest)  # largest <= 2^exponent
+    exponents = np.clip(exponents, -125, 127)
+    unit = np.ldexp(np.float32(1), -exponents).astype(np.float32)
+    limbs = yield Reduction(_Limbs(terms), {"unit": unit}, ("sum",) * _LIMBS)
+    sums = []
+    for j, exponent in enumerate(exponents.tolist()):
+        if not np.isfinite(largest[j]):
+            sums.append(math.nan)
+            continue
+        total = sum(int(limb[j]) << _BITS * (_LIMBS - 1 - i) for i, limb in enumerate(limbs))
+        sums.append(math.ldexp(total, exponent - _BITS * _LIMBS))
+    return np.array(sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    vectors: Terms
+
+    def __call__(self, x: Operands) -> jax.Array:
+        v = self.vectors(x).astype(jnp.float32)
+        count = v.shape[0]
+        return jnp.stack([v[i] * v[j] for i in range(count) for j in range(i, count)])
+
+
+def gram(vectors: Terms, problem: Problem) -> Generator[Reduction, Any, Any]:
+    """The (J, J) dot products ⟨v_i, v_j⟩ of J vectors over a group's elements."""
+    upper = yield from exact_sums(_Products(vectors), problem)
+    count = int(math.isqrt(8 * len(upper) + 1) - 1) // 2
+    rows, columns = np.triu_indices(count)
+    place = np.zeros((count, count), np.int64)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    return upper[place]
+
+
+def row_sums(terms: Any) -> Any:
+    """Σ over the last axis, which is seen whole; (..., 1) float32.
+
+    The same bits wherever a row lies: integers of 12 bits under the row's largest term
+    add up as int32. Rows have at most 2^18 elements.
+    """
+    bits, limbs = 12, 4
+    terms = terms.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(terms), axis=-1, keepdims=True)
+    # The power of two at or below the largest, from its bits; twice that is the bound.
+    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    exponent = jnp.clip(exponent - 126, -125, 127)
+    unit = jax.lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
+    left, total = terms * unit, jnp.zeros_like(largest)
+    for i in range(1, limbs + 1):
+        left = left * (1 << bits)
+        limb = jnp.round(left)
+        left = left - limb
+        counted = jnp.sum(limb.astype(jnp.int32), axis=-1, keepdims=True)
+        total = total + counted.astype(jnp.float32) * 2.0 ** (-bits * i)
+    scale = jax.lax.bitcast_convert_type((127 + exponent) << 23, jnp.float32)
+    return jnp.where(jnp.isfinite(largest), total * scale, largest * jnp.nan)
+
+
+def deltas(x: Operands) -> jax.Array:
+    """The task vectors, (K, ...)."""
+    return x.deltas
+
+
+def weights(x: Operands) -> jax.Array:
+    """The models' own weights, (K, ...)."""
+    return x.models
