@@ -12,6 +12,7 @@ import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from command_line import Run
 from hypothesis import given
@@ -25,8 +26,6 @@ from m3jax.checkpoints.dtypes import DTYPES
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.orbax_output import Chunks
 from m3jax.checkpoints.tree import flatten
-
-ocp = pytest.importorskip("orbax.checkpoint")
 
 GRID = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
 SEED = 11
@@ -475,7 +474,7 @@ class TestMerge:
 
 
 def test_nnx_state(tmp_path: Path):
-    nnx = pytest.importorskip("flax.nnx")
+    from flax import nnx
 
     class Model(nnx.Module):
         def __init__(self, seed: int):

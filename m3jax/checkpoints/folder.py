@@ -107,6 +107,8 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
             stored, paths, cache, files = orbax.read_item(item)
         else:
             kind, stored, files = _open_files(location, is_folder, stack)
+            if kind == "msgpack":
+                cache = flax_msgpack.memory(files[0])
         stored = dict(sorted(stored.items()))
         tensors = _mergeable(name, stored, config) if mergeable else dict(stored)
         stack.pop_all()
