@@ -20,6 +20,7 @@ from fsspec.registry import known_implementations
 from interruptions import RECIPES, Merge, write_models
 
 import m3jax
+from m3jax.checkpoints import files as checkpoint_files
 from m3jax.checkpoints import store
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
@@ -166,7 +167,7 @@ def test_save_and_load(staging):
 
 
 def test_long_reads_are_cut_into_requests(remote, monkeypatch, local):
-    monkeypatch.setattr(store, "_REQUEST", 1000)
+    monkeypatch.setattr(checkpoint_files, "_REQUEST", 1000)
     reads = fail_at(monkeypatch, "cat_file")
     with open_checkpoint("memory://models/a") as checkpoint:
         file = checkpoint.files[0]
@@ -382,7 +383,7 @@ def test_an_index_that_leads_out(remote):
 
 def test_a_package_that_is_missing(monkeypatch):
     missing = {"class": "no_such_package.FileSystem", "err": "install it"}
-    for scheme, hint in (("gs", r"m3jax\[gcs\]"), ("s3", r"m3jax\[s3\]"), ("az", "it")):
+    for scheme, hint in (("gs", r"\.\[gcs\]'"), ("s3", r"\.\[s3\]'"), ("az", "it")):
         monkeypatch.setitem(known_implementations, scheme, missing)
         with pytest.raises(CheckpointError, match=f"install '?{hint}"):
             open_checkpoint(f"{scheme}://bucket/model")

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location, exists, is_plain_name, read_small
+from m3jax.checkpoints.files import Location, exists, read_small
 from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.names import is_plain_name
 from m3jax.checkpoints.orbax import ITEM
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.provenance import CHECKSUM, FORMAT

@@ -6,7 +6,7 @@ no reading of byte ranges; its paths are accepted, since `os.fspath` gives their
 A `StorePath` does what this package needs of a `pathlib.Path`. A folder is listed
 once. What a store lists is not trusted: an entry whose name could lead out of the
 folder is as good as absent. There are no links, and every read asks for its bytes by
-offset, so a file is read from many threads at once.
+offset, so a file is read from many threads at once (`files.StoreFile`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import logging
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile, Location, is_plain_name
+from m3jax.checkpoints.names import is_plain_name
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 # An object of this name says that an output has begun; it is removed after the last
@@ -31,14 +31,6 @@ _LOCAL = ("file", "local")
 _NO_STORES = ("http", "https")  # they list no folders
 # Of m3jax's own extras; for other schemes fsspec says what to install.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-# The most precise facts come first; the first that is known decides.
-_VERSIONS = (
-    *("generation", "etag", "ETag", "content_md5", "blob_id"),
-    *("mtime", "LastModified", "last_modified", "updated", "modified", "created"),
-)
-# Bytes of one request. Requests of a read run at the same time where the store's
-# library can do that; smaller ones would wait for their answers more than they read.
-_REQUEST = 8 << 20
 
 
 class StoreError(OSError):
@@ -68,7 +60,7 @@ def parse(path: str) -> Location:
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(scheme)
         reason = (
-            f"its package is not installed: pip install 'm3jax[{extra}]'"
+            f"its package is not installed: pip install '.[{extra}]' from a checkout"
             if extra and isinstance(error, ImportError)
             else " ".join(str(error).split())
         )
@@ -146,9 +138,6 @@ class StorePath:
             for name, entry in self._entries.items()
         }
 
-    def open(self) -> StoreFile:
-        return StoreFile(self)
-
     def info(self) -> dict[str, Any] | None:
         """What fsspec knows of it as of now, None if there is no such thing."""
         with asked(self, "found"):
@@ -180,6 +169,10 @@ class StorePath:
         return entries
 
 
+# On this machine, or in an object store; `parse` tells which.
+Location: TypeAlias = Path | StorePath
+
+
 def locate(path: StorePath) -> StorePath:
     """The path, once it is known to be a folder or a file.
 
@@ -201,68 +194,6 @@ def locate(path: StorePath) -> StorePath:
 def is_unfinished(names: Collection[str]) -> bool:
     """Whether a folder of these files is one that m3jax has begun and not finished."""
     return PARTIAL in names and _RECORD not in names
-
-
-class StoreFile(InputFile):
-    """A file of a store; see `InputFile`."""
-
-    path: StorePath
-
-    def __init__(self, path: StorePath):
-        self.path = path
-        self._facts = self._ask()
-        if self._facts.get("type") != "file":
-            raise CheckpointError(f"{path}: is no file")
-        size = self._facts.get("size")
-        if type(size) is not int or size < 0:
-            raise CheckpointError(
-                f"{path}: the store says its size is {shown(size)}; copy the file here"
-            )
-        self._size = size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    @property
-    def version(self) -> str:
-        """The store's tag or time of the last change; empty where it has neither."""
-        return next(
-            (f"{key} {self._facts[key]}" for key in _VERSIONS if self._facts.get(key)),
-            "",
-        )
-
-    def read_into(self, out: memoryview, offset: int) -> None:
-        stop = offset + len(out)
-        starts = list(range(offset, stop, _REQUEST))
-        stops = [*starts[1:], stop][: len(starts)]
-        with asked(self.path, "read"):
-            parts = self.path.file_system.cat_ranges(
-                [self.path.inner] * len(starts), starts, stops, on_error="raise"
-            )
-        for part, start, end in zip(parts, starts, stops, strict=True):
-            if len(part) != end - start:
-                raise CheckpointError(
-                    f"{self.path}: bytes {start} to {end} came as {len(part)} bytes; "
-                    "the file became shorter while it was read: fetch it again"
-                )
-            out[start - offset : end - offset] = part
-
-    def check_unchanged(self) -> None:
-        before, self._facts = (self.size, self.version), self._ask()
-        if (self._facts.get("size"), self.version) != before:
-            raise CheckpointError(
-                f"{self.path}: the file was changed while it was read; merge again"
-            )
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def _ask(self) -> dict[str, Any]:
-        facts = self.path.info()
-        if facts is None:
-            raise CheckpointError(f"{self.path}: is missing")
-        return facts
 
 
 @contextlib.contextmanager

@@ -29,11 +29,12 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 
+from m3jax.checkpoints.files import StoreFile
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.output import (
     MANIFEST,
@@ -47,7 +48,6 @@ from m3jax.checkpoints.shards import Shard, ShardWriter
 from m3jax.checkpoints.store import (
     PARTIAL,
     StoreError,
-    StoreFile,
     StorePath,
     asked,
     is_unfinished,
@@ -82,10 +82,9 @@ class StoreOutput(OutputFolder):
         self._before = set(before)
         self._ours: set[str] = set()
         self._begun = self._complete = False
-        self._begin_lock = threading.Lock()
-        self._not_begun: BaseException | None = None  # why it could not be
-        self._room = threading.Semaphore(_UPLOADS + 1)
+        self._turn = threading.Lock()  # to send something
         self._pool = ThreadPoolExecutor(_UPLOADS, "upload")
+        self._beginning: Future[None] | None = None
         self._sending: list[Future[None]] = []
         try:
             super().__init__(staged(url), overwrite=True, resume=resume, note=note)
@@ -119,24 +118,23 @@ class StoreOutput(OutputFolder):
 
     def send(self, name: str) -> None:
         """Sends a complete file and removes it here; waits while others are waiting."""
-        self._room.acquire()
-        try:
+        with self._turn:
+            running = [sending for sending in self._sending if not sending.done()]
+            if len(running) > _UPLOADS:
+                wait(running, return_when=FIRST_COMPLETED)
             self._raise_failure()
-            self._sending.append(self._pool.submit(self._send_and_make_room, name))
-        except BaseException:
-            self._room.release()
-            raise
+            self._begin_once()
+            self._sending.append(self._pool.submit(self._send, name))
 
     def commit(self, *, fsync: bool) -> None:
         """Sends what is left, the record last, and so completes the output."""
         del fsync  # the store answers when it has an object
-        self._raise_failure(wait=True)
-        last = (INDEX, MANIFEST)
-        left = sorted(path.name for path in self.path.iterdir())
-        left = [name for name in left if name not in last]
-        for name in [*left, INDEX]:
-            if (self.path / name).exists():
-                self._send(name)
+        wait(self._sending)
+        self._raise_failure()
+        self._begin_once()
+        here = {path.name for path in self.path.iterdir()}
+        for name in [*sorted(here - {INDEX, MANIFEST}), *here & {INDEX}]:
+            self._send(name)
         found = self.url.sizes()
         if MANIFEST in found:
             raise OutputError(
@@ -151,40 +149,31 @@ class StoreOutput(OutputFolder):
             )
         for name in found.keys() & self._before - {PARTIAL, *self.sent}:
             self._remove(name)
-        if not (self.path / MANIFEST).exists():  # only a merge has a record
-            self._remove(PARTIAL)
+        if MANIFEST in here:  # only a merge has a record
+            self._send(MANIFEST)
             self._complete = True
-            return
-        self._send(MANIFEST)
-        self._complete = True
         try:
             self._remove(PARTIAL)
         except StoreError as error:
+            if not self._complete:
+                raise
             self._note(f"{self.url / PARTIAL}: remove it yourself ({error})")
-
-    def _send_and_make_room(self, name: str) -> None:
-        try:
-            self._send(name)
-        finally:
-            self._room.release()
+        self._complete = True
 
     def _send(self, name: str) -> None:
-        with self._begin_lock:
-            if self._not_begun is not None:  # another upload has tried
-                raise self._not_begun
-            if not self._begun:
-                try:
-                    self._begin()
-                except BaseException as error:
-                    self._not_begun = error
-                    raise
-            self._begun = True
+        assert self._beginning is not None
+        self._beginning.result()  # or what went wrong with it
         source = self.path / name
         size = source.stat().st_size
         self._ours.add(name)
         self._put(source, self.url / name)
         self.sent[name] = size
         source.unlink()
+
+    def _begin_once(self) -> None:
+        """Before anything is sent; what fails is not tried again by the next upload."""
+        if self._beginning is None:
+            self._beginning = self._pool.submit(self._begin)
 
     def _begin(self) -> None:
         """Says that there is an unfinished output, and ends the one it replaces."""
@@ -194,6 +183,7 @@ class StoreOutput(OutputFolder):
         for name in (MANIFEST, INDEX, WEIGHTS):
             if name in self._before and name not in self.sent:
                 self._remove(name)
+        self._begun = True
 
     def _put(self, source: Path, target: StorePath) -> None:
         size = source.stat().st_size
@@ -208,10 +198,10 @@ class StoreOutput(OutputFolder):
         with asked(target, "removed"), contextlib.suppress(FileNotFoundError):
             target.file_system.rm_file(target.inner)
 
-    def _raise_failure(self, *, wait: bool = False) -> None:
+    def _raise_failure(self) -> None:
         """Raises what went wrong with an upload."""
-        for sending in list(self._sending):
-            if wait or sending.done():
+        for sending in self._sending:
+            if sending.done():
                 sending.result()
 
     def _leave(self, *, keep: bool) -> None:
@@ -245,54 +235,44 @@ class StoreShardWriter(ShardWriter):
 
     def __init__(self, output: StoreOutput, shards: Sequence[Shard]):
         self._output = output
-        self._shards = shards
         self._fetching = threading.Lock()
-        self._sent: dict[int, StoreFile] = {}
-        here = [
-            shard
-            for shard in shards
-            if output.sent.get(shard.name) != shard.size
-            or (output.path / shard.name).exists()
-        ]
-        super().__init__(output, here)
-        opened = {shard.name: fd for shard, fd in zip(here, self._files, strict=True)}
-        self._files = [opened.get(shard.name, -1) for shard in shards]
-        self._paths = [output.path / shard.name for shard in shards]
+        self._sent: dict[str, StoreFile] = {}
+        super().__init__(output, shards)
+
+    def _open(self, shard: Shard, create: bool) -> None:
+        is_here = (self._folder / shard.name).exists()
+        if self._output.sent.get(shard.name) == shard.size and not is_here:
+            self._sent[shard.name] = StoreFile(self._output.url / shard.name)
+        else:
+            super()._open(shard, create)
 
     def write(self, shard: int, offset: int, values: np.ndarray) -> None:
-        if self._files[shard] < 0:
-            self._fetch(shard)
+        self._fetch(self._shards[shard])
         super().write(shard, offset, values)
 
     def read(self, shard: int, offset: int, out: np.ndarray) -> None:
-        if self._files[shard] >= 0:
+        sent = self._sent.get(self._shards[shard].name)
+        if sent is None:
             super().read(shard, offset, out)
-            return
-        if shard not in self._sent:
-            self._sent[shard] = (self._output.url / self._shards[shard].name).open()
-        self._sent[shard].read_into(memoryview(out), offset)
+        else:
+            sent.read_into(memoryview(out), offset)
 
     def complete(self, shard: int) -> None:
-        if self._files and self._files[shard] >= 0:
-            os.close(self._files[shard])  # or it would keep its room when it is removed
-            self._files[shard] = -1
-        if self._paths[shard].exists():
-            self._output.send(self._shards[shard].name)
+        name = self._shards[shard].name
+        if name in self._held:
+            os.close(self._held.pop(name))  # or it would keep its room when removed
+            self._output.send(name)
 
-    def close(self) -> None:
-        self._files = [fd for fd in self._files if fd >= 0]
-        super().close()
-
-    def _fetch(self, shard: int) -> None:
+    def _fetch(self, shard: Shard) -> None:
         with self._fetching:
-            if self._files[shard] >= 0:
-                return
-            source = self._output.url / self._shards[shard].name
-            path = self._paths[shard]
-            with asked(source, "read"):
-                source.file_system.get_file(source.inner, str(path))
-            self._output.sent.pop(source.name, None)
-            self._files[shard] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            source = self._sent.pop(shard.name, None)
+            if source is not None:
+                with asked(source.path, "read"):
+                    source.path.file_system.get_file(
+                        source.path.inner, str(self._folder / shard.name)
+                    )
+                del self._output.sent[shard.name]
+                super()._open(shard, create=True)
 
 
 def check_free(

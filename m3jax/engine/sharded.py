@@ -21,7 +21,6 @@ import xxhash
 from m3jax.checkpoints import boxes, sources
 from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.dtypes import Dtype
-from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.checkpoints.sources import Source
 from m3jax.engine import checks, in_memory
@@ -84,9 +83,7 @@ class Sharded:
                 progress.advance(prepared.read_bytes([self._items[n]]))
                 self._leaves.append(leaf)
 
-    def merge(
-        self, share: Share, recorder: Recorder, writer: ShardWriter | OrbaxWriter
-    ) -> None:
+    def merge(self, share: Share, recorder: Recorder, writer: ShardWriter) -> None:
         """Merges the tensors that are not written yet, and writes them.
 
         Args:
