@@ -15,7 +15,6 @@ Memory: opening a file holds its bytes, the arrays made of them, one array more,
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -23,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.dtypes import DTYPES, Dtype, of_numpy
+from m3jax.checkpoints.dtypes import DTYPES, Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.files import InputFile
+from m3jax.checkpoints.sources import Array
 from m3jax.checkpoints.tree import KeyPath, name_of
 
 _ARRAYS = (1, 3)  # types of Flax's extensions: array, scalar; 2 is a complex number
@@ -40,35 +40,12 @@ _MAX_PART = 2**30 + 4096  # bytes of an array; Flax cuts longer ones, at 1 GiB
 _DTYPES = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """An array of the tree, or a number, which is a tensor without axes."""
-
-    value: np.ndarray
-    place: str
-
-    @property
-    def dtype(self) -> Dtype:
-        return of_numpy(self.value.dtype)
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return self.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    def read_into(self, out: np.ndarray, start: int) -> None:
-        out[:] = self.value.reshape(-1)[start : start + len(out)]
-
-
 def memory(file: InputFile) -> int:
     """Bytes that `read_tensors` takes, at most."""
     return 3 * file.size + min(file.size, _MAX_PART)
 
 
-def read_tensors(file: InputFile) -> dict[str, Leaf]:
+def read_tensors(file: InputFile) -> dict[str, Array]:
     """The arrays of a file by name: the keys on the way to them, joined by ".".
 
     Raises:
@@ -78,7 +55,7 @@ def read_tensors(file: InputFile) -> dict[str, Leaf]:
     from flax import serialization
 
     content = file.read(0, file.size)
-    leaves: dict[str, Leaf] = {}
+    leaves: dict[str, Array] = {}
     try:
         _Walk(content).check()
         try:
@@ -93,7 +70,7 @@ def read_tensors(file: InputFile) -> dict[str, Leaf]:
                 raise CheckpointError(f"has a tensor named {shown(name)}, rename it")
             if name in leaves:
                 raise CheckpointError(f"has two tensors named {shown(name)}")
-            leaves[name] = Leaf(value, file.path.name)
+            leaves[name] = Array(value, file.path.name)
     except CheckpointError as error:
         raise CheckpointError(
             f"{file.path}: {error}; needs to be a file of flax.serialization: fetch "

@@ -325,7 +325,7 @@ def _refuse_steps(folder: Location) -> None:
         step.name
         for step in _folders(folder)
         if step.name.rpartition("_")[2].isdecimal()
-        and any(exists(item / METADATA) for item in [step, *_folders(step)])
+        and any(exists(item / METADATA) for item in _folders(step))
     ]
     if steps:
         last = max(steps, key=lambda name: int(name.rpartition("_")[2]))
