@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import m3jax
+from m3jax.checkpoints.dtypes import DTYPES
 from m3jax.checkpoints.flax_msgpack import read_tensors
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.sources import read_whole
@@ -72,6 +73,15 @@ def check(path: Path) -> None:
 
 def test_as_flax_restores_it(tmp_path: Path):
     check(write(tmp_path / "x.msgpack", TREE))
+
+
+@pytest.mark.parametrize("code", DTYPES)
+def test_every_dtype(code: str, tmp_path: Path):
+    values = np.arange(6).astype(DTYPES[code].numpy).reshape(2, 3)
+    path = write(tmp_path / "x.msgpack", {"a": values, "number": values[0, 1]})
+    found = tensors_of(path)
+    assert found["a"].dtype == found["number"].dtype == values.dtype
+    assert found["a"].tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize("limit", [40, 7, 95])
@@ -220,6 +230,7 @@ def test_hostile_trees(tree: Any, message: str, tmp_path: Path):
         (b"\xdf\xff\xff\xff\xff", "ends at byte 5 in the middle"),
         (b"\x81\xa1x\xc6\xff\xff\xff\xff", "ends at byte 8 in the middle of 'x'"),
         (b"\x81\xa1x\xc4\x01\0", "at 'x' has what is no array"),
+        (b"\x81\xa1x\xde\x00", "ends at byte 5 in the middle of 'x'"),
         (b"\x80\x80", "has 1 bytes behind its end"),
         (b"\x82\xa1x\x01\xa1x\x02", "has the key 'x' twice"),
         (b"\x81\xa1x" * 100 + b"\x80", "nested too deeply"),

@@ -94,7 +94,10 @@ class TestRead:
         check_state(m3jax.load(tmp_path / "run" / "10" / "default"))
         ran = run("inspect", tmp_path / "run")
         assert ran.code == 3
-        assert "2 steps of Orbax's CheckpointManager; give one of them, as " in ran.err
+        assert (
+            "2 steps of Orbax's CheckpointManager ('10', '9'); give one of them, as "
+            in ran.err
+        )
         assert ran.error.endswith(str(tmp_path / "run" / "10"))
 
     def test_several_items(self, tmp_path: Path, run: Run):

@@ -7,6 +7,7 @@ import os
 import stat
 from pathlib import Path
 
+from m3jax.checkpoints.durable import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.store import Location, StorePath, asked
 
@@ -144,17 +145,15 @@ class InputFile:
           CheckpointError: the file ends before that.
           OSError: the disk; it names the file.
         """
-        while len(out):
-            try:
+        with naming(self.path):
+            while len(out):
                 count = os.preadv(self._fd, [out], offset)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path}: ends at byte {offset}, {len(out)} bytes short; the "
-                    "file became shorter while it was read: fetch it again"
-                )
-            out, offset = out[count:], offset + count
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.path}: ends at byte {offset}, {len(out)} bytes short; "
+                        "the file became shorter while it was read: fetch it again"
+                    )
+                out, offset = out[count:], offset + count
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on, which the caller knows to be there."""

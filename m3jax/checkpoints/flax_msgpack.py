@@ -98,7 +98,7 @@ class _Walk:
         self._unpacker = msgpack.Unpacker(
             io.BytesIO(content),
             ext_hook=_check_array,
-            max_buffer_size=max(len(content), 1),
+            max_buffer_size=len(content) + 1,
             max_ext_len=min(len(content), _MAX_PART),
             max_str_len=_MAX_TEXT,
             **dict.fromkeys(("max_bin_len", "max_array_len", "max_map_len"), 0),
@@ -154,7 +154,7 @@ class _Walk:
             ) from None
         except CheckpointError as error:  # of `_check_array`
             raise CheckpointError(f"at {where} {error}") from None
-        except ValueError as error:  # of which msgpack's are
+        except (ValueError, msgpack.UnpackException) as error:
             why = f"{type(error).__name__}: {shown(str(error))}"
             raise CheckpointError(f"at {where} has what is no array ({why})") from None
 

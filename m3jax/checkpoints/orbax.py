@@ -124,24 +124,37 @@ def find_item(folder: Location) -> Location | None:
     Raises:
       CheckpointError: it holds several, or was not finished.
     """
-    items = [folder]
+    steps: dict[int, Location] = {}
+    found = [folder]
     if not exists(folder / METADATA):
-        items = [path for path in _folders(folder) if exists(path / METADATA)]
-    if not items:
-        _refuse_steps(folder)
+        inner = _folders(folder)
+        found = [path for path in inner if exists(path / METADATA)]
+        for step in inner:
+            number = step.name.rpartition("_")[2]
+            items = _folders(step) if number.isdecimal() and not found else []
+            if any(exists(item / METADATA) for item in items):
+                steps[int(number)] = step
+        found = found or [steps[number] for number in sorted(steps, reverse=True)]
+    if not found:
         return None
-    if len(items) > 1:
-        names = ", ".join(shown(item.name) for item in items[:8])
+    if steps or len(found) > 1:
+        what = "steps of Orbax's CheckpointManager" if steps else "Orbax pytrees"
+        names = ", ".join(shown(path.name) for path in found[:8])
         raise CheckpointError(
-            f"{folder}: holds {len(items)} Orbax pytrees ({names}); give one of them, "
-            f"as {folder / items[0].name}"
+            f"{folder}: holds {len(found)} {what} ({names}); give one of them, as "
+            f"{found[0]}"
         )
-    for part in (folder, items[0]):
+    for part in (folder, found[0]):
         if _UNFINISHED in part.name:
             raise CheckpointError(
                 f"{part}: a save that was not finished; give a finished checkpoint"
             )
-    return items[0]
+    return found[0]
+
+
+def _folders(folder: Location) -> list[Location]:
+    inner = [path for path in folder.iterdir() if path.is_dir()]
+    return sorted(inner, key=lambda path: path.name)
 
 
 def read_item(
@@ -157,7 +170,7 @@ def read_item(
       CheckpointError: one line that names the file, the tensor and the flaw.
     """
     metadata = _metadata(item)
-    leaves = dict(_leaves(item, metadata))
+    leaves = _leaves(item, metadata)
     files: tuple[InputFile, ...]
     if isinstance(item, Path):
         files = (OrbaxFiles(item),)
@@ -184,9 +197,9 @@ def _metadata(item: Location) -> dict[str, Any]:
     return metadata
 
 
-def _leaves(item: Location, metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The name and path of each array."""
-    names = set()
+def _leaves(item: Location, metadata: Mapping[str, Any]) -> dict[str, KeyPath]:
+    """The path of each array, by its name."""
+    paths: dict[str, KeyPath] = {}
     for entry in metadata["tree_metadata"].values():
         try:
             keys = [(k["key"], k["key_type"]) for k in entry["key_metadata"]]
@@ -206,19 +219,16 @@ def _leaves(item: Location, metadata: Mapping[str, Any]) -> Iterator[tuple[str, 
                 f"{item}: {shown(name)} is a {shown(kind)}; only arrays can be merged: "
                 "save the parameters alone"
             )
-        if not path or not name.isprintable() or name in names:
+        # It is that of the array's folder, too, and must not lead out of the item.
+        leads_out = not {"", ".", ".."}.isdisjoint(name.split("/"))
+        if leads_out or not name.isprintable() or name in paths:
             raise CheckpointError(
                 f"{item / METADATA}: names a tensor {shown(name)}, "
-                + ("twice" if name in names else "which is no name")
+                + ("twice" if name in paths else "which is no name")
                 + "; rename it and save again"
             )
-        # Of the folder of an array: it must not lead out of the checkpoint.
-        if any(part in ("", ".", "..") for part in name.split("/")):
-            raise CheckpointError(
-                f"{item / METADATA}: names a tensor {shown(name)}; rename it"
-            )
-        names.add(name)
-        yield name, path
+        paths[name] = path
+    return paths
 
 
 def _open(
@@ -312,24 +322,3 @@ def _files(folder: Path, home: Path) -> Iterator[os.DirEntry[str]]:
                 yield entry
             else:
                 raise CheckpointError(f"{entry.path}: is no regular file; remove it")
-
-
-def _folders(folder: Location) -> list[Location]:
-    found = [path for path in folder.iterdir() if path.is_dir()]
-    return sorted(found, key=lambda path: path.name)
-
-
-def _refuse_steps(folder: Location) -> None:
-    """Raises CheckpointError for the folder in which a manager keeps its steps."""
-    steps = [
-        step.name
-        for step in _folders(folder)
-        if step.name.rpartition("_")[2].isdecimal()
-        and any(exists(item / METADATA) for item in _folders(step))
-    ]
-    if steps:
-        last = max(steps, key=lambda name: int(name.rpartition("_")[2]))
-        raise CheckpointError(
-            f"{folder}: holds {len(steps)} steps of Orbax's CheckpointManager; give "
-            f"one of them, as {folder / last}"
-        )

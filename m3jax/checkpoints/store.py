@@ -55,30 +55,25 @@ def parse(path: str) -> Location:
     for name in ("gcsfs", "s3fs"):  # they log, at length, what they raise as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
     url = path.rstrip("/")
-    try:
-        file_system, inner = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        extra = _EXTRAS.get(scheme)
-        reason = (
-            f"its package is not installed: pip install '.[{extra}]' from a checkout"
-            if extra and isinstance(error, ImportError)
-            else " ".join(str(error).split())
-        )
-        raise CheckpointError(f"{path}: cannot open {scheme}://: {reason}") from None
-    except Exception as error:
-        raise _explained(path, "opened", error) from None
+    with asked(path, "opened"):
+        try:
+            file_system, inner = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            extra, why = _EXTRAS.get(scheme), " ".join(str(error).split())
+            if extra and isinstance(error, ImportError):
+                why = f"its package is missing: pip install '.[{extra}]' in a checkout"
+            raise CheckpointError(f"{path}: cannot open {scheme}://: {why}") from None
     return StorePath(file_system, url, inner.rstrip("/"))
 
 
 class StorePath:
     """A folder or file of a store, used like a `pathlib.Path`."""
 
-    def __init__(self, file_system: Any, url: str, inner: str, parent: Any = None):
+    def __init__(self, file_system: Any, url: str, inner: str):
         """`inner` is the path as the fsspec file system has it."""
         self.file_system = file_system
         self.inner = inner
         self._url = url
-        self._parent = parent
 
     def __str__(self) -> str:
         return self._url
@@ -87,23 +82,20 @@ class StorePath:
         return self._url
 
     def __truediv__(self, name: str) -> StorePath:
-        return StorePath(
-            self.file_system, f"{self._url}/{name}", f"{self.inner}/{name}", self
+        path = StorePath(
+            self.file_system, f"{self._url}/{name}", f"{self.inner}/{name}"
         )
+        path.parent = self  # which may have been listed already
+        return path
 
     @property
     def name(self) -> str:
         return self.inner.rpartition("/")[2]
 
-    @property
+    @functools.cached_property
     def parent(self) -> StorePath:
-        if self._parent is None:
-            self._parent = StorePath(
-                self.file_system,
-                self._url.rpartition("/")[0],
-                self.inner.rpartition("/")[0],
-            )
-        return self._parent
+        url, inner = (path.rpartition("/")[0] for path in (self._url, self.inner))
+        return StorePath(self.file_system, url, inner)
 
     def resolve(self) -> StorePath:
         return self
@@ -197,19 +189,15 @@ def is_unfinished(names: Collection[str]) -> bool:
 
 
 @contextlib.contextmanager
-def asked(path: StorePath, what: str) -> Iterator[None]:
+def asked(path: StorePath | str, what: str) -> Iterator[None]:
     """Turns what any store's library may raise into one line; `what` was to be done."""
     try:
         yield
     except (CheckpointError, StoreError):
         raise
     except Exception as error:  # each library has a dozen of its own
-        raise _explained(str(path), what, error) from None
-
-
-def _explained(path: str, what: str, error: Exception) -> StoreError:
-    reason = shown((str(error).strip().split("\n")[0]), limit=200)
-    return StoreError(
-        f"{path}: cannot be {what} ({type(error).__name__}: {reason}); check the name, "
-        "your access and the network"
-    )
+        reason = shown(str(error).strip().split("\n")[0], limit=200)
+        raise StoreError(
+            f"{path}: cannot be {what} ({type(error).__name__}: {reason}); check the "
+            "name, your access and the network"
+        ) from None
