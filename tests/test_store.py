@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -267,21 +266,16 @@ def test_overwriting(remote, expected, staging, monkeypatch):
     check_complete(expected, staging)
 
 
-def test_what_could_not_begin_is_not_tried_again(remote, monkeypatch):
-    """By the next upload, which waits meanwhile: the old output would be lost."""
-    remote(URL, AVERAGE)
-    old, tried = files(), []
-
-    def failing(self):
-        tried.append(self)
-        time.sleep(0.3)
-        raise StoreError("the line is cut")
-
-    monkeypatch.setattr(StoreOutput, "_begin", failing)
-    with pytest.raises(StoreError, match="the line is cut"):
-        remote(URL, AVERAGE, overwrite=True)
-    assert len(tried) == 1
+def test_a_merge_that_fails_leaves_the_old_output(remote, monkeypatch):
+    """Nothing is sent before everything is there."""
+    remote(URL, m3jax.Recipe(max_shard_size="4KB"))
+    old = files()
+    with monkeypatch.context() as patch:
+        fail_at(patch, "cat_file", 12, error=TimeoutError)
+        with pytest.raises(StoreError, match="cannot be read"):
+            remote(URL, AVERAGE, overwrite=True)
     assert files() == old
+    assert m3jax.verify(URL) == []
 
 
 def test_what_is_not_ours_stays(remote):
@@ -298,13 +292,13 @@ def test_what_is_not_ours_stays(remote):
 def test_an_input_that_changes_is_noticed(remote, monkeypatch, staging):
     name = "models/a/model.safetensors"
     content = MemoryFileSystem.store[f"/{name}"].getvalue()
-    send = StoreOutput.send
+    journal = StoreOutput.journal
 
-    def changing(self, shard):
+    def changing(self, *entries):
         put(name, content)
-        send(self, shard)
+        journal(self, *entries)
 
-    monkeypatch.setattr(StoreOutput, "send", changing)
+    monkeypatch.setattr(StoreOutput, "journal", changing)
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         remote(URL, AVERAGE)
     assert files() == {}

@@ -11,7 +11,7 @@ from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.orbax_output import OrbaxShard
 from m3jax.checkpoints.output import OutputError, OutputFolder
 from m3jax.checkpoints.shards import Shard, ShardWriter
-from m3jax.checkpoints.store_output import StoreOutput, StoreShardWriter
+from m3jax.checkpoints.store_output import StoreOutput
 
 if TYPE_CHECKING:
     from m3jax.checkpoints.part import OutputPart
@@ -47,11 +47,10 @@ def open_writer(
     folder: OutputFolder | OutputPart, shards: Sequence[Shard], *, create: bool = True
 ) -> ShardWriter:
     """Opens the files of tensors; see `ShardWriter`."""
-    if not isinstance(folder, StoreOutput):
-        return ShardWriter(folder, shards, create=create)
-    if any(isinstance(shard, OrbaxShard) for shard in shards):
+    orbax = any(isinstance(shard, OrbaxShard) for shard in shards)
+    if orbax and isinstance(folder, StoreOutput):
         raise OutputError(
             f"{folder.url}: Orbax checkpoints are written to folders of this machine "
             "only; write one and copy it, or choose --output_format=safetensors"
         )
-    return StoreShardWriter(folder, shards)
+    return ShardWriter(folder, shards, create=create)

@@ -94,16 +94,12 @@ class ShardWriter:
             path = self._folder / name
             path.parent.mkdir(exist_ok=True)
             flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-            fd = os.open(path, flags, 0o666)
-            try:
-                if create:
-                    durable.resize(fd, size, path)
-                    durable.write_at(fd, memoryview(content), 0, path)
-                if shard.held:
-                    self._held[name], fd = fd, -1
-            finally:
-                if fd >= 0:
-                    os.close(fd)
+            fd = self._held[name] = os.open(path, flags, 0o666)
+            if create:
+                durable.resize(fd, size, path)
+                durable.write_at(fd, memoryview(content), 0, path)
+            if not shard.held:
+                os.close(self._held.pop(name))
 
     def write(self, shard: int, offset: int, values: np.ndarray) -> None:
         """Writes the bytes of `values`, of one tensor, at `offset` of a shard."""
