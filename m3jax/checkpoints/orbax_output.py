@@ -154,28 +154,25 @@ class OrbaxShard(Shard):
             self.chunks[name] = Chunks.of(shape, dtype, limit)
             start, stop = stop, stop + math.prod(shape) * dtype.itemsize
             self.entries[name] = TensorEntry(dtype, shape, start, stop)
-        self.metadata = _tree_json(
+        metadata = _tree_json(
             [(paths or {}).get(name, path_of(name)) for name in self.entries]
         )
-        zarrays = [chunks.zarray() for chunks in self.chunks.values()]
-        self.header = b"\n".join([self.metadata, *zarrays])
-        padded = sum(len(c.names()) * c.size for c in self.chunks.values())
-        self.size = len(self.header) + padded
+        self._files = [(f"{orbax.ITEM}/{orbax.METADATA}", len(metadata), metadata)]
+        for name, chunks in self.chunks.items():
+            folder, zarray = f"{orbax.ITEM}/{name}", chunks.zarray()
+            self._files.append((f"{folder}/.zarray", len(zarray), zarray))
+            self._files += [(f"{folder}/{c}", chunks.size, b"") for c in chunks.names()]
+        self.header = b"\n".join(content for *_, content in self._files if content)
+        self.size = sum(size for _, size, _ in self._files)
         self._names = [n for n, entry in self.entries.items() if entry.size]
         self._starts = [self.entries[name].start for name in self._names]
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest file."""
-        return max(chunks.size for chunks in self.chunks.values())
+        return max(size for _, size, _ in self._files)
 
     def files(self) -> Iterator[tuple[str, int, bytes]]:
-        yield f"{orbax.ITEM}/{orbax.METADATA}", len(self.metadata), self.metadata
-        for name, chunks in self.chunks.items():
-            folder, zarray = f"{orbax.ITEM}/{name}", chunks.zarray()
-            yield f"{folder}/.zarray", len(zarray), zarray
-            for chunk in chunks.names():
-                yield f"{folder}/{chunk}", chunks.size, b""
+        yield from self._files
 
     def pieces(self, offset: int, count: int) -> Iterator[tuple[str, int, int]]:
         if count:

@@ -80,26 +80,23 @@ class ShardWriter:
         self._folder = folder.path
         self._shards = shards
         self._held: dict[str, int] = {}  # descriptors
+        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             for shard in shards:
-                self._open(shard, create)
+                for name, size, content in (
+                    shard.files() if create or shard.held else ()
+                ):
+                    path = self._folder / name
+                    path.parent.mkdir(exist_ok=True)
+                    fd = self._held[name] = os.open(path, flags, 0o666)
+                    if create:
+                        durable.resize(fd, size, path)
+                        durable.write_at(fd, memoryview(content), 0, path)
+                    if not shard.held:
+                        os.close(self._held.pop(name))
         except BaseException:
             self.close()
             raise
-
-    def _open(self, shard: Shard, create: bool) -> None:
-        if not (create or shard.held):
-            return
-        for name, size, content in shard.files():
-            path = self._folder / name
-            path.parent.mkdir(exist_ok=True)
-            flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-            fd = self._held[name] = os.open(path, flags, 0o666)
-            if create:
-                durable.resize(fd, size, path)
-                durable.write_at(fd, memoryview(content), 0, path)
-            if not shard.held:
-                os.close(self._held.pop(name))
 
     def write(self, shard: int, offset: int, values: np.ndarray) -> None:
         """Writes the bytes of `values`, of one tensor, at `offset` of a shard."""
