@@ -203,6 +203,14 @@ class TestDamaged:
         with pytest.raises(m3jax.CheckpointError, match=message):
             m3jax.load(folder)
 
+    @pytest.mark.parametrize("shape", [[2**61 - 1], [2**40, 2**30], [1] * 33])
+    def test_a_monstrous_shape(self, shape: list[int], folder: Path):
+        path = folder / "count" / ".zarray"
+        facts = json.loads(path.read_bytes())
+        path.write_text(json.dumps(facts | {"shape": shape, "chunks": shape}))
+        with pytest.raises(m3jax.CheckpointError, match="'count'"):
+            m3jax.load(folder)
+
     def test_a_store_that_tensorstore_does_not_know(self, folder: Path):
         fsspec = pytest.importorskip("fsspec")
         fsspec.filesystem("memory").put(str(folder), "/orbax/c", recursive=True)

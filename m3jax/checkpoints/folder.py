@@ -47,7 +47,8 @@ class Checkpoint:
       config: config.json, if there is one.
       format: ``safetensors``, ``orbax`` or ``msgpack``.
       paths: of each tensor in the pytree; None where names split at "." say it.
-      cache_bytes: that reading holds beside the caller's buffers, at most.
+      cache_bytes: that opening it and reading hold beside the caller's buffers, at
+        most.
     """
 
     name: str

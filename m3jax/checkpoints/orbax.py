@@ -177,12 +177,13 @@ def read_item(
     else:
         names = [name for name in (METADATA, MANIFEST) if exists(item / name)]
         files = tuple(open_file(item / name) for name in names)
-    stores = _open(item, leaves, metadata, cache=0)
+    opened = _open(item, leaves, metadata, cache=0)
+    tensors = {name: _tensor(item, name, store) for name, store in opened.items()}
     # Two stretches of rows may be in use at a time: the end of a tensor, or of its
     # chunks, and the beginning of the next.
-    cache = 2 * max(map(_stretch, stores.values()), default=0)
-    stores = _open(item, leaves, metadata, cache)
-    tensors = {name: _tensor(item, name, store) for name, store in stores.items()}
+    cache = 2 * max(map(_stretch, opened.values()), default=0)
+    for name, store in _open(item, leaves, metadata, cache).items():
+        tensors[name] = dataclasses.replace(tensors[name], store=store)
     return tensors, leaves, cache, files
 
 
@@ -247,7 +248,8 @@ def _open(
         "recheck_cached_metadata": False,
         "fill_missing_data_reads": not complete,
     }
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache}})
+    pool = {"total_bytes_limit": min(cache, 2**62)}  # of 64 bits
+    context = tensorstore.Context({"cache_pool": pool})
     opened = {
         name: tensorstore.open(
             {**spec, "kvstore": f"{base}{quote(name)}/"},
