@@ -1,6 +1,6 @@
 """Merges two experts of a real model, with and without M3, and writes down how it went.
 
-    pip install '.[evaluate]' gguf optax
+    pip install . gguf optax
     python benchmarks/smollm2.py --data=DATA --preset=cpu    # about an hour on 2 cores
     python benchmarks/smollm2.py --data=DATA --preset=gpu
 

@@ -340,7 +340,7 @@ def test_plot_without_matplotlib(tmp_path, run: Run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ran = run("diff", a, a, f"--plot={tmp_path / 'p.png'}")
     assert ran.code == 2
-    assert "pip install 'm3jax[plot]'" in ran.error
+    assert "pip install '.[plot]'" in ran.error
 
 
 def test_a_file_that_was_cut_off(tmp_path, run: Run):

@@ -172,7 +172,7 @@ def test_errors_say_what_is_wrong(options, message):
 
 def test_a_sampler_without_its_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(m3jax.RecipeError, match=r"pip install 'm3jax\[explore\]'"):
+    with pytest.raises(m3jax.RecipeError, match=r"pip install '\.\[explore\]'"):
         explore(sampler="tpe")
 
 
@@ -378,7 +378,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     monkeypatch.delattr(m3jax.exploration, "picture", raising=False)
     said = []
     explore(draws=2, output=tmp_path, say=said.append)
-    assert said[-1].endswith("install it with: pip install 'm3jax[plot]'")
+    assert said[-1].endswith("install it from a checkout: pip install '.[plot]'")
     assert contents(tmp_path)
     assert not (tmp_path / "scores.png").exists()
 

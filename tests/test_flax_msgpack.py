@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,17 @@ import msgpack
 import numpy as np
 import pytest
 from command_line import Run
+from flax import serialization
 from fuzz.targets import check_msgpack
 from hypothesis import given
 from hypothesis import strategies as st
 
 import m3jax
+from m3jax.checkpoints.dtypes import DTYPES
 from m3jax.checkpoints.flax_msgpack import read_tensors
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.sources import read_whole
 from m3jax.checkpoints.tree import flatten, nest
-
-serialization = pytest.importorskip("flax.serialization")
 
 TREE = {
     "params": {
@@ -72,6 +75,15 @@ def test_as_flax_restores_it(tmp_path: Path):
     check(write(tmp_path / "x.msgpack", TREE))
 
 
+@pytest.mark.parametrize("code", DTYPES)
+def test_every_dtype(code: str, tmp_path: Path):
+    values = np.arange(6).astype(DTYPES[code].numpy).reshape(2, 3)
+    path = write(tmp_path / "x.msgpack", {"a": values, "number": values[0, 1]})
+    found = tensors_of(path)
+    assert found["a"].dtype == found["number"].dtype == values.dtype
+    assert found["a"].tobytes() == values.tobytes()
+
+
 @pytest.mark.parametrize("limit", [40, 7, 95])
 def test_arrays_in_parts(limit: int, tmp_path: Path, monkeypatch):
     """As those of more than 1 GiB are."""
@@ -88,20 +100,24 @@ def test_arrays_in_parts(limit: int, tmp_path: Path, monkeypatch):
                 assert out.tolist() == list(range(start, start + count))
 
 
-def test_nothing_but_headers_is_read(tmp_path: Path, monkeypatch):
-    path = write(tmp_path / "x.msgpack", {"a": np.zeros(10**6), "b": np.zeros(10**6)})
-    from m3jax.checkpoints.files import InputFile
+@pytest.mark.parametrize("parts", [1, 4])
+def test_memory(parts: int, tmp_path: Path):
+    """As is said while it is opened, and once the file from then on."""
+    arrays = {str(i): np.zeros(10**6 // parts) for i in range(parts)}
+    path = write(tmp_path / "x.msgpack", arrays)
+    size = path.stat().st_size
+    with traced() as peak, open_checkpoint(str(path)) as opened:
+        assert peak() <= opened.cache_bytes + 500_000 == 4 * size + 500_000
+        assert tracemalloc.get_traced_memory()[0] <= size + 500_000
 
-    read: list[int] = []
-    read_into = InputFile.read_into
 
-    def counted(self: Any, out: memoryview, offset: int) -> None:
-        read.append(len(out))
-        read_into(self, out, offset)
-
-    monkeypatch.setattr(InputFile, "read_into", counted)
-    with open_checkpoint(str(path)):
-        assert sum(read) < 300_000
+@contextlib.contextmanager
+def traced() -> Iterator[Callable[[], int]]:
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_merges_as_safetensors_do(tmp_path: Path, run: Run):
@@ -144,28 +160,44 @@ def array(shape: Any, dtype: Any, content: Any) -> msgpack.ExtType:
 
 FOUR = bytes(4)
 ONE = array([1], "float32", FOUR)
+TWO = array([1], "int32", FOUR)
 PARTS = "__msgpack_chunked_array__"
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"x": array([2], "float32", FOUR)}, "has 4 bytes at 'x', float32 of shape"),
-        ({"x": array([2**62, 2**62], "float32", FOUR)}, "has 4 bytes at 'x'"),
-        ({"x": array([-1], "float32", FOUR)}, "has 4 bytes at 'x'"),
-        ({"x": array([1.0], "float32", FOUR)}, "has 4 bytes at 'x'"),
-        ({"x": array([math.nan], "float32", FOUR)}, "has 4 bytes at 'x'"),
-        ({"x": array([True], "float32", FOUR)}, "has 4 bytes at 'x'"),
-        ({"x": array([1], "object", FOUR)}, "has dtype 'object' at 'x'"),
-        ({"x": array([1], "float32" * 2000, FOUR)}, "has a text of 14000 bytes"),
-        ({"x": array([1] * 65, "float32", FOUR)}, "an array of 65 axes"),
-        ({"x": array("no", "float32", FOUR)}, "without a shape"),
-        ({"x": array([1], "float32", 7)}, "has no text or bytes"),
-        ({"x": msgpack.ExtType(1, b"\x92\x90\x90")}, "without three fields"),
+        (
+            {"x": array([2], "float32", FOUR)},
+            "at 'x' has 4 bytes for float32 of shape [2]",
+        ),
+        ({"x": array([2**62, 2**62], "float32", FOUR)}, "at 'x' has 4 bytes"),
+        ({"x": array([-1], "float32", FOUR)}, "at 'x' has 4 bytes"),
+        ({"x": array([1.0], "float32", FOUR)}, "at 'x' has 4 bytes"),
+        ({"x": array([math.nan], "float32", FOUR)}, "at 'x' has 4 bytes"),
+        ({"x": array([True], "float32", FOUR)}, "at 'x' has 4 bytes"),
+        ({"x": array([1], "object", FOUR)}, "at 'x' has dtype b'object'; known: "),
+        ({"x": array([1], "float32" * 2000, FOUR)}, "has dtype b'float32float32float"),
+        ({"x": array([1], "(9999999999,)f4", FOUR)}, "at 'x' has dtype"),
+        ({"x": array([1], "f4,f4", bytes(8))}, "at 'x' has dtype"),
+        ({"x": array([1], None, bytes(8))}, "without shape, dtype and bytes"),
+        ({"x": array([1], [["a", "f4"]], FOUR)}, "without shape, dtype and bytes"),
+        ({"x": array([1], {"names": []}, FOUR)}, "max_map_len"),
+        ({"x": array([1] * 65, "float32", FOUR)}, "65 exceeds max_array_len(64)"),
+        ({"x": array("no", "float32", FOUR)}, "without shape, dtype and bytes"),
+        ({"x": array([1], "float32", 7)}, "without shape, dtype and bytes"),
+        ({"x": msgpack.ExtType(1, b"\x92\x90\x90")}, "without shape, dtype and bytes"),
         ({"x": msgpack.ExtType(2, b"\x90")}, "no array"),
-        ({"x": "text"}, "holds something at 'x' that is no array"),
-        ({"x": [1]}, "holds something at 'x' that is no array"),
-        ({"x": {PARTS: True}}, "without shape or chunks"),
+        ({"x": "text"}, "at 'x' has what is no array"),
+        ({"x": [1]}, "at 'x' has what is no array"),
+        ({"x": []}, "at 'x' has what is no array"),
+        ({"x": msgpack.Timestamp(1)}, "at 'x' has what is no array"),
+        ({"x": {PARTS: True}}, "that make no array"),
+        ({"x": {PARTS: 1, "shape": 3, "chunks": {"0": ONE}}}, "that make no array"),
+        ({"x": {PARTS: 1, "shape": {"0": -1}, "chunks": {"0": ONE}}}, "make no array"),
+        ({"x": {PARTS: 1, "shape": {"1": 1}, "chunks": {"0": ONE}}}, "make no array"),
+        ({"x": {PARTS: 1, "shape": {}, "chunks": {"0": {}}}}, "make no array"),
+        ({"x": {PARTS: 1, "shape": {"0": 2}, "chunks": {"0": ONE, "1": TWO}}}, "make"),
         ({"x": {PARTS: True, "shape": {"0": 1}, "chunks": {}}}, "that make no array"),
         (
             {
@@ -175,7 +207,7 @@ PARTS = "__msgpack_chunked_array__"
                     "chunks": {"0": ONE},
                 }
             },
-            "has 1 elements for 'x' of shape [2]",
+            "has parts that make no array ('cannot reshape array of size 1",
         ),
         ({"a": {"b": 1}, "a.b": 2}, "two tensors named 'a.b'"),
         ({"a\n": 1}, "rename it"),
@@ -194,14 +226,17 @@ def test_hostile_trees(tree: Any, message: str, tmp_path: Path):
     ("content", "message"),
     [
         (b"", "ends at byte 0 in the middle"),
-        (b"\x81\xa1x\xc9\xff\xff\xff\xff\x01", "claims 4294967295 bytes for 'x'"),
+        (b"\x81\xa1x\xc9\xff\xff\xff\xff\x01", "exceeds max_ext_len"),
         (b"\xdf\xff\xff\xff\xff", "ends at byte 5 in the middle"),
-        (b"\x81\xa1x\xc6\xff\xff\xff\xff", "no array"),
+        (b"\x81\xa1x\xc6\xff\xff\xff\xff", "ends at byte 8 in the middle of 'x'"),
+        (b"\x81\xa1x\xc4\x01\0", "at 'x' has what is no array"),
+        (b"\x81\xa1x\xde\x00", "ends at byte 5 in the middle of 'x'"),
         (b"\x80\x80", "has 1 bytes behind its end"),
-        (b"\x82\xa1x\x01\xa1x\x02", "has 'x' twice"),
+        (b"\x82\xa1x\x01\xa1x\x02", "has the key 'x' twice"),
         (b"\x81\xa1x" * 100 + b"\x80", "nested too deeply"),
-        (b"\x81\xa2\xff\xfe\x01", "a key that is no text"),
-        (b"\x81\x01\x01", "has no text or bytes"),
+        (b"\x81\xa2\xff\xfe\x01", "UnicodeDecodeError"),
+        (b"\x81\x01\x01", "has the key 1 which is no text"),
+        (b"\x81\x90\x01", "has the key [] which is no text"),
         (b"\x07", "has a tensor named ''"),
         (b"\xc1", "no array"),
     ],
@@ -222,6 +257,20 @@ def test_any_bytes_give_one_line_or_tensors(data: st.DataObject):
         place = data.draw(st.integers(0, len(content) - 1))
         content[place] = data.draw(st.integers(0, 255))
     check_msgpack(bytes(content[: data.draw(st.integers(1, len(content)))]))
+
+
+# Lists that say they are long, in each other; maps, likewise; and many small ones.
+@pytest.mark.parametrize(
+    "head",
+    [b"\xdd\x00\x0f\xff\xff", b"\x81\xa1x\xdd\x00\x0f\xff\xff", b"\xdf\0\7\xff\xff"],
+)
+def test_no_memory_on_a_header_s_word(head: bytes, tmp_path: Path):
+    with traced() as peak:
+        check_msgpack(head * 500 + bytes(2**20))
+        inner = msgpack.packb([head * 500, "f4", bytes(9)])[:-9]
+        check_msgpack(b"\x81\xa1x" + msgpack.packb(msgpack.ExtType(1, inner)))
+        check_msgpack(b"\x81\xa1x" + msgpack.packb(msgpack.ExtType(1, head * 500)))
+        assert peak() < 2**23
 
 
 def test_seeds_of_the_fuzzer():

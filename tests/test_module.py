@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import builtins
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from flax import nnx
 
 import m3jax
 from m3jax.models.decoder import forward
 
-nnx = pytest.importorskip("flax.nnx")
 optax = pytest.importorskip("optax")
 
 FAMILIES = ("qwen3", "mistral", "gpt2")
@@ -95,17 +93,3 @@ def test_a_merge_is_a_model_and_learns(tmp_path):
     (tmp_path / "tuned" / "config.json").write_text(config)
     again = m3jax.Decoder.load(str(tmp_path / "tuned"))
     np.testing.assert_array_equal(call(again, TOKENS), call(model, TOKENS))
-
-
-def test_without_flax_it_says_what_to_install(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.partition(".")[0] == "flax":
-            raise ImportError("No module named 'flax'", name="flax")
-        return real(name, *arguments, **options)
-
-    monkeypatch.delitem(sys.modules, "m3jax.models.module", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'm3jax\[flax\]'"):
-        _ = m3jax.Decoder

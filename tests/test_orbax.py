@@ -12,6 +12,7 @@ import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from command_line import Run
 from hypothesis import given
@@ -25,8 +26,6 @@ from m3jax.checkpoints.dtypes import DTYPES
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.orbax_output import Chunks
 from m3jax.checkpoints.tree import flatten
-
-ocp = pytest.importorskip("orbax.checkpoint")
 
 GRID = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
 SEED = 11
@@ -95,7 +94,10 @@ class TestRead:
         check_state(m3jax.load(tmp_path / "run" / "10" / "default"))
         ran = run("inspect", tmp_path / "run")
         assert ran.code == 3
-        assert "2 steps of Orbax's CheckpointManager; give one of them, as " in ran.err
+        assert (
+            "2 steps of Orbax's CheckpointManager ('10', '9'); give one of them, as "
+            in ran.err
+        )
         assert ran.error.endswith(str(tmp_path / "run" / "10"))
 
     def test_several_items(self, tmp_path: Path, run: Run):
@@ -199,6 +201,14 @@ class TestDamaged:
         metadata["tree_metadata"]["('count',)"] |= change
         path.write_text(json.dumps(metadata))
         with pytest.raises(m3jax.CheckpointError, match=message):
+            m3jax.load(folder)
+
+    @pytest.mark.parametrize("shape", [[2**61 - 1], [2**40, 2**30], [1] * 33])
+    def test_a_monstrous_shape(self, shape: list[int], folder: Path):
+        path = folder / "count" / ".zarray"
+        facts = json.loads(path.read_bytes())
+        path.write_text(json.dumps(facts | {"shape": shape, "chunks": shape}))
+        with pytest.raises(m3jax.CheckpointError, match="'count'"):
             m3jax.load(folder)
 
     def test_a_store_that_tensorstore_does_not_know(self, folder: Path):
@@ -475,7 +485,7 @@ class TestMerge:
 
 
 def test_nnx_state(tmp_path: Path):
-    nnx = pytest.importorskip("flax.nnx")
+    from flax import nnx
 
     class Model(nnx.Module):
         def __init__(self, seed: int):

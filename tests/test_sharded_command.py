@@ -121,7 +121,6 @@ def test_same_folder_on_every_mesh(method: str, dare: str, trio: Path, tmp_path:
 
 
 def test_orbax_output(trio: Path, tmp_path: Path):
-    pytest.importorskip("tensorstore")
     recipe = m3jax.Recipe(method="ties")
     folders = []
     for executor in ("streamed", "sharded"):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3jax.checkpoints import orbax_output, output, store_output
+from m3jax.checkpoints import output, store_output
 from m3jax.checkpoints.files import Location
-from m3jax.checkpoints.orbax_output import OrbaxShard, OrbaxWriter
+from m3jax.checkpoints.orbax_output import OrbaxShard
 from m3jax.checkpoints.output import OutputError, OutputFolder
 from m3jax.checkpoints.shards import Shard, ShardWriter
-from m3jax.checkpoints.store_output import StoreOutput, StoreShardWriter
+from m3jax.checkpoints.store_output import StoreOutput
 
 if TYPE_CHECKING:
     from m3jax.checkpoints.part import OutputPart
@@ -45,13 +45,12 @@ def local(final: Location) -> Path:
 
 def open_writer(
     folder: OutputFolder | OutputPart, shards: Sequence[Shard], *, create: bool = True
-) -> ShardWriter | OrbaxWriter:
+) -> ShardWriter:
     """Opens the files of tensors; see `ShardWriter`."""
-    if not isinstance(folder, StoreOutput):
-        return orbax_output.open_writer(folder, shards, create=create)
-    if any(isinstance(shard, OrbaxShard) for shard in shards):
+    orbax = any(isinstance(shard, OrbaxShard) for shard in shards)
+    if orbax and isinstance(folder, StoreOutput):
         raise OutputError(
             f"{folder.url}: Orbax checkpoints are written to folders of this machine "
             "only; write one and copy it, or choose --output_format=safetensors"
         )
-    return StoreShardWriter(folder, shards)
+    return ShardWriter(folder, shards, create=create)

@@ -17,7 +17,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: object) -> Iterator[None]:
     """Has an OSError name the file, which those of a write do not."""
     try:
         yield
@@ -35,17 +35,10 @@ def sync(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        sync_file(fd, path)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def sync_file(fd: int, path: Path) -> None:
-    """Waits until the disk has an open file's bytes; an OSError names the file."""
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def put_in_place(new: Path, final: Path, spare: Path) -> None:
@@ -76,32 +69,26 @@ def put_back(final: Path, spare: Path) -> bool:
 
 def write_at(fd: int, view: memoryview, offset: int, path: Path) -> None:
     """Writes all bytes of `view` at an offset; an OSError names the file, `path`."""
-    try:
+    with naming(path):
         while len(view):
             count = os.pwrite(fd, view, offset)
             view, offset = view[count:], offset + count
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_at(fd: int, view: memoryview, offset: int, path: Path) -> None:
     """Fills `view` from an offset; an OSError names the file, `path`."""
-    try:
+    with naming(path):
         while len(view):
             count = os.preadv(fd, [view], offset)
             if count == 0:
                 raise OSError(errno.EIO, "became shorter while it was written")
             view, offset = view[count:], offset + count
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def resize(fd: int, size: int, path: Path) -> None:
     """Makes a file `size` bytes long; an OSError names the file, `path`."""
-    try:
+    with naming(path):
         os.ftruncate(fd, size)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
@@ -113,10 +100,9 @@ def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
     left = memoryview(b"".join(map(_encode, entries)))
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        while len(left):
-            left = left[os.write(fd, left) :]
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        with naming(path):
+            while len(left):
+                left = left[os.write(fd, left) :]
     finally:
         os.close(fd)
 

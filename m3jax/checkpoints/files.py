@@ -6,18 +6,20 @@ import errno
 import os
 import stat
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
 
+from m3jax.checkpoints.durable import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.store import Location, StorePath, asked
 
-if TYPE_CHECKING:  # it is made of what stands here
-    from m3jax.checkpoints.store import StorePath
-
-# On this machine, or in an object store; `store.parse` tells which.
-Location: TypeAlias = "Path | StorePath"
-
-_MAX_FILE_NAME = 255  # characters; the limit of file systems
+# The most precise facts about an object come first; the first that is known decides.
+_VERSIONS = (
+    *("generation", "etag", "ETag", "content_md5", "blob_id"),
+    *("mtime", "LastModified", "last_modified", "updated", "modified", "created"),
+)
+# Bytes of one request to a store. Requests of a read run at the same time where the
+# store's library can do that; smaller ones would wait for their answers more than they
+# read.
+_REQUEST = 8 << 20
 
 
 def open_regular(path: Path) -> int:
@@ -55,7 +57,7 @@ def exists(path: Location) -> bool:
 
 def open_file(path: Location) -> InputFile:
     """Opens a regular file; see `open_regular` for the errors."""
-    return InputFile(path) if isinstance(path, Path) else path.open()
+    return InputFile(path) if isinstance(path, Path) else StoreFile(path)
 
 
 def open_small(path: Location, limit: int) -> InputFile:
@@ -78,17 +80,6 @@ def read_small(path: Location, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes; see `open_small`."""
     with open_small(path, limit) as file:
         return file.read(0, file.size)
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether `name` can only be that of a file in the folder that speaks of it."""
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and 0 < len(name) <= _MAX_FILE_NAME
-        and name not in (".", "..")
-        and not set("/\\") & set(name)
-    )
 
 
 def inside(folder: Location, name: str) -> Location:
@@ -125,26 +116,27 @@ def inside(folder: Location, name: str) -> Location:
 class InputFile:
     """A file of a checkpoint, opened once and read from many threads at offsets."""
 
+    path: Location
+
     def __init__(self, path: Path):
         """Opens a regular file; see `open_regular` for the errors."""
-        self.path: Location = path
+        self.path = path
         self._fd = open_regular(path)
-        self._stat = os.fstat(self._fd)
+        self._state = self._look()
 
     @property
     def size(self) -> int:
         """Bytes of the file when it was opened."""
-        return self._stat.st_size
-
-    @property
-    def modified_ns(self) -> int:
-        """Time of the last change before it was opened, in nanoseconds."""
-        return self._stat.st_mtime_ns
+        return self._state[0]
 
     @property
     def version(self) -> int | str:
-        """Changes when the file is written to."""
-        return self.modified_ns
+        """Changes when the file is written to.
+
+        Of a local file, the time of its last change in nanoseconds; of a store, its
+        tag or time of the last change, empty where it has neither.
+        """
+        return self._state[1]
 
     def read_into(self, out: memoryview, offset: int) -> None:
         """Fills `out` with the bytes from `offset` on.
@@ -153,17 +145,15 @@ class InputFile:
           CheckpointError: the file ends before that.
           OSError: the disk; it names the file.
         """
-        while len(out):
-            try:
+        with naming(self.path):
+            while len(out):
                 count = os.preadv(self._fd, [out], offset)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path}: ends at byte {offset}, {len(out)} bytes short; the "
-                    "file became shorter while it was read: fetch it again"
-                )
-            out, offset = out[count:], offset + count
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.path}: ends at byte {offset}, {len(out)} bytes short; "
+                        "the file became shorter while it was read: fetch it again"
+                    )
+                out, offset = out[count:], offset + count
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on, which the caller knows to be there."""
@@ -173,10 +163,9 @@ class InputFile:
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if the file was written to since it was opened."""
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
+        if self._look() != self._state:
             raise CheckpointError(
-                f"{self.path}: the file was changed while it was read; merge again"
+                f"{self.path}: was changed while it was read; merge again"
             )
 
     def close(self) -> None:
@@ -188,13 +177,57 @@ class InputFile:
     def __enter__(self) -> InputFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _look(self) -> tuple[int, int | str]:
+        """Size and version, as of now."""
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
+
+
+class StoreFile(InputFile):
+    """A file of a store; see `InputFile`."""
+
+    path: StorePath
+
+    def __init__(self, path: StorePath):
+        self.path = path
+        self._state = self._look()
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        stop = offset + len(out)
+        starts = list(range(offset, stop, _REQUEST))
+        stops = [min(start + _REQUEST, stop) for start in starts]
+        with asked(self.path, "read"):
+            parts = self.path.file_system.cat_ranges(
+                [self.path.inner] * len(starts), starts, stops, on_error="raise"
+            )
+        for part, start, end in zip(parts, starts, stops, strict=True):
+            if len(part) != end - start:
+                raise CheckpointError(
+                    f"{self.path}: bytes {start} to {end} came as {len(part)} bytes; "
+                    "the file became shorter while it was read: fetch it again"
+                )
+            out[start - offset : end - offset] = part
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _look(self) -> tuple[int, int | str]:
+        facts = self.path.info()
+        if facts is None or facts.get("type") != "file":
+            raise CheckpointError(
+                f"{self.path}: is {'no file' if facts else 'missing'}"
+            )
+        size = facts.get("size")
+        if type(size) is not int or size < 0:
+            raise CheckpointError(
+                f"{self.path}: the store says its size is {shown(size)}; copy the file "
+                "here"
+            )
+        known = (f"{key} {facts[key]}" for key in _VERSIONS if facts.get(key))
+        return size, next(known, "")
 
 
 def _check_regular(path: Path, found: os.stat_result) -> None:

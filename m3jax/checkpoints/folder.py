@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from m3jax.checkpoints import flax_msgpack, hub, orbax, side_files
@@ -48,7 +47,8 @@ class Checkpoint:
       config: config.json, if there is one.
       format: ``safetensors``, ``orbax`` or ``msgpack``.
       paths: of each tensor in the pytree; None where names split at "." say it.
-      cache_bytes: that reading holds beside the caller's buffers, at most.
+      cache_bytes: that opening it and reading hold beside the caller's buffers, at
+        most.
     """
 
     name: str
@@ -73,12 +73,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -107,6 +102,8 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
             stored, paths, cache, files = orbax.read_item(item)
         else:
             kind, stored, files = _open_files(location, is_folder, stack)
+            if kind == "msgpack":
+                cache = flax_msgpack.memory(files[0])
         stored = dict(sorted(stored.items()))
         tensors = _mergeable(name, stored, config) if mergeable else dict(stored)
         stack.pop_all()

@@ -7,8 +7,9 @@ What Orbax writes for a pytree is a folder that holds
     PATH.JOINED.BY.DOTS/        one folder for each array
 
 and every array is a zarr array of version 2 or 3. TensorStore, which Orbax itself is
-built on, reads them; Orbax is not imported. `CheckpointManager` puts such a folder,
-called an item, into the folder of a step.
+built on, reads them, in ranges. Orbax's own reading of the metadata is not used: it
+opens whatever path a hostile tree names before anyone could look at it.
+`CheckpointManager` puts such a folder, called an item, into the folder of a step.
 
 A tensor's chunks are as large as the shards that wrote it, and are read whole. The
 chunks that a stretch of rows crosses are kept until they have been used.
@@ -17,12 +18,12 @@ chunks that a stretch of rows crosses are kept until they have been used.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -88,13 +89,7 @@ class OrbaxTensor:
     def read_box(self, out: np.ndarray, box: Box) -> None:
         """Fills `out`, of the box's shape, with that part of the tensor."""
         index = tuple(slice(start, stop) for start, stop in box)
-        try:
-            out[...] = self.store[index].read().result()
-        except (ValueError, OSError) as error:  # NOT_FOUND and DATA_LOSS among them
-            raise CheckpointError(
-                f"{self.item}: tensor {shown(self.name)} cannot be read: "
-                f"{_first_line(error)}; save or copy the checkpoint again"
-            ) from None
+        out[...] = _result(self.store[index].read(), self.item, self.name, "read")
 
 
 class OrbaxFiles(InputFile):
@@ -109,32 +104,15 @@ class OrbaxFiles(InputFile):
         self.path = path
         self._state = self._look()
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return self._state[0]
-
-    @property
-    def modified_ns(self) -> int:
-        """Time of the last change, in nanoseconds."""
-        return self._state[1]
-
-    def check_unchanged(self) -> None:
-        if self._look() != self._state:
-            raise CheckpointError(
-                f"{self.path}: was changed while it was read; merge again"
-            )
-
     def close(self) -> None:
         """Nothing is held."""
 
     def _look(self) -> tuple[int, int]:
+        """Bytes of all files, and the time of the last change in nanoseconds."""
         assert isinstance(self.path, Path)
-        size = modified = 0
-        for file in _files(self.path, self.path.resolve()):
-            found = file.stat()
-            size, modified = size + found.st_size, max(modified, found.st_mtime_ns)
-        return size, modified
+        found = [file.stat() for file in _files(self.path, self.path.resolve())]
+        changes = (stat.st_mtime_ns for stat in found)
+        return sum(stat.st_size for stat in found), max(changes, default=0)
 
 
 def find_item(folder: Location) -> Location | None:
@@ -146,26 +124,37 @@ def find_item(folder: Location) -> Location | None:
     Raises:
       CheckpointError: it holds several, or was not finished.
     """
-    if exists(folder / METADATA):
-        items = [folder]
-    else:
-        folders = [path for path in _folders(folder) if exists(path / METADATA)]
-        items = sorted(folders, key=lambda path: path.name)
-    if not items:
-        _refuse_steps(folder)
+    steps: dict[int, Location] = {}
+    found = [folder]
+    if not exists(folder / METADATA):
+        inner = _folders(folder)
+        found = [path for path in inner if exists(path / METADATA)]
+        for step in inner:
+            number = step.name.rpartition("_")[2]
+            items = _folders(step) if number.isdecimal() and not found else []
+            if any(exists(item / METADATA) for item in items):
+                steps[int(number)] = step
+        found = found or [steps[number] for number in sorted(steps, reverse=True)]
+    if not found:
         return None
-    if len(items) > 1:
-        names = ", ".join(shown(item.name) for item in items[:8])
+    if steps or len(found) > 1:
+        what = "steps of Orbax's CheckpointManager" if steps else "Orbax pytrees"
+        names = ", ".join(shown(path.name) for path in found[:8])
         raise CheckpointError(
-            f"{folder}: holds {len(items)} Orbax pytrees ({names}); give one of them, "
-            f"as {folder / items[0].name}"
+            f"{folder}: holds {len(found)} {what} ({names}); give one of them, as "
+            f"{found[0]}"
         )
-    for part in (folder, items[0]):
+    for part in (folder, found[0]):
         if _UNFINISHED in part.name:
             raise CheckpointError(
                 f"{part}: a save that was not finished; give a finished checkpoint"
             )
-    return items[0]
+    return found[0]
+
+
+def _folders(folder: Location) -> list[Location]:
+    inner = [path for path in folder.iterdir() if path.is_dir()]
+    return sorted(inner, key=lambda path: path.name)
 
 
 def read_item(
@@ -181,20 +170,19 @@ def read_item(
       CheckpointError: one line that names the file, the tensor and the flaw.
     """
     metadata = _metadata(item)
-    leaves = dict(_leaves(item, metadata))
+    leaves = _leaves(item, metadata)
     files: tuple[InputFile, ...]
     if isinstance(item, Path):
         files = (OrbaxFiles(item),)
     else:
         names = [name for name in (METADATA, MANIFEST) if exists(item / name)]
         files = tuple(open_file(item / name) for name in names)
-    stores = _open(item, leaves, metadata, cache=0)
-    tensors = {n: _tensor(item, n, s) for n, s in stores.items()}
+    opened = _open(item, leaves, metadata, cache=0)
+    tensors = {name: _tensor(item, name, store) for name, store in opened.items()}
     # Two stretches of rows may be in use at a time: the end of a tensor, or of its
     # chunks, and the beginning of the next.
-    cache = 2 * max((_stretch(s) for s in stores.values()), default=0)
-    stores = _open(item, leaves, metadata, cache=cache)
-    for name, store in stores.items():
+    cache = 2 * max(map(_stretch, opened.values()), default=0)
+    for name, store in _open(item, leaves, metadata, cache).items():
         tensors[name] = dataclasses.replace(tensors[name], store=store)
     return tensors, leaves, cache, files
 
@@ -210,9 +198,9 @@ def _metadata(item: Location) -> dict[str, Any]:
     return metadata
 
 
-def _leaves(item: Location, metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The name and path of each array."""
-    names = set()
+def _leaves(item: Location, metadata: Mapping[str, Any]) -> dict[str, KeyPath]:
+    """The path of each array, by its name."""
+    paths: dict[str, KeyPath] = {}
     for entry in metadata["tree_metadata"].values():
         try:
             keys = [(k["key"], k["key_type"]) for k in entry["key_metadata"]]
@@ -232,68 +220,57 @@ def _leaves(item: Location, metadata: Mapping[str, Any]) -> Iterator[tuple[str, 
                 f"{item}: {shown(name)} is a {shown(kind)}; only arrays can be merged: "
                 "save the parameters alone"
             )
-        if not path or not name.isprintable() or name in names:
+        # It is that of the array's folder, too, and must not lead out of the item.
+        leads_out = not {"", ".", ".."}.isdisjoint(name.split("/"))
+        if leads_out or not name.isprintable() or name in paths:
             raise CheckpointError(
                 f"{item / METADATA}: names a tensor {shown(name)}, "
-                + ("twice" if name in names else "which is no name")
+                + ("twice" if name in paths else "which is no name")
                 + "; rename it and save again"
             )
-        # Of the folder of an array: it must not lead out of the checkpoint.
-        if any(part in ("", ".", "..") for part in name.split("/")):
-            raise CheckpointError(
-                f"{item / METADATA}: names a tensor {shown(name)}; rename it"
-            )
-        names.add(name)
-        yield name, path
+        paths[name] = path
+    return paths
 
 
 def _open(
     item: Location, leaves: Mapping[str, Any], metadata: Mapping[str, Any], cache: int
 ) -> dict[str, Any]:
     """TensorStore's handles, with a common cache of so many bytes."""
-    try:
-        import tensorstore
-    except ImportError:
-        raise CheckpointError(
-            f"{item}: Orbax checkpoints need TensorStore; install it with: "
-            "pip install 'm3jax[orbax]'"
-        ) from None
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache}})
+    import tensorstore
+
     folder = _url(item)
-    in_one_store = exists(item / MANIFEST)
+    base = f"{folder}|ocdbt:" if exists(item / MANIFEST) else folder
+    # Where all chunks are written, one that is missing is no chunk of zeros.
     complete = metadata.get("store_array_data_equal_to_fill_value") is True
-
-    def spec(name: str) -> dict[str, Any]:
-        kvstore: Any = f"{folder}{name}/"
-        if in_one_store:
-            kvstore = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
-        elif folder.startswith("/"):
-            kvstore = {"driver": "file", "path": f"{folder}{name}/"}
-        if in_one_store and folder.startswith("/"):
-            kvstore["base"] = {"driver": "file", "path": folder}
-        return {
-            "driver": "zarr3" if metadata.get("use_zarr3") is True else "zarr",
-            "kvstore": kvstore,
-            "recheck_cached_data": False,
-            "recheck_cached_metadata": False,
-            # Where all chunks are written, one that is missing is no chunk of zeros.
-            "fill_missing_data_reads": not complete,
-        }
-
+    spec = {
+        "driver": "zarr3" if metadata.get("use_zarr3") is True else "zarr",
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+        "fill_missing_data_reads": not complete,
+    }
+    pool = {"total_bytes_limit": min(cache, 2**62)}  # of 64 bits
+    context = tensorstore.Context({"cache_pool": pool})
     opened = {
-        name: tensorstore.open(spec(name), context=context, open=True, read=True)
+        name: tensorstore.open(
+            {**spec, "kvstore": f"{base}{quote(name)}/"},
+            context=context,
+            open=True,
+            read=True,
+        )
         for name in leaves
     }
-    stores = {}
-    for name, future in opened.items():
-        try:
-            stores[name] = future.result()
-        except (ValueError, OSError) as error:
-            raise CheckpointError(
-                f"{item}: tensor {shown(name)} cannot be opened: {_first_line(error)}; "
-                "save or copy the checkpoint again"
-            ) from None
-    return stores
+    return {name: _result(to, item, name, "opened") for name, to in opened.items()}
+
+
+def _result(future: Any, item: Location, name: str, what: str) -> Any:
+    try:
+        return future.result()
+    except (ValueError, OSError) as error:  # NOT_FOUND and DATA_LOSS among them
+        reason = shown(str(error).strip().split("\n")[0], limit=200)
+        raise CheckpointError(
+            f"{item}: tensor {shown(name)} cannot be {what}: {reason}; save or copy "
+            "the checkpoint again"
+        ) from None
 
 
 def _tensor(item: Location, name: str, store: Any) -> OrbaxTensor:
@@ -323,7 +300,7 @@ def _stretch(store: Any) -> int:
 def _url(item: Location) -> str:
     """The folder as TensorStore wants it, with a slash at the end."""
     if isinstance(item, Path):
-        return f"{item.resolve()}/"
+        return f"file://{quote(str(item.resolve()))}/"
     if not str(item).startswith(_STORES):
         raise CheckpointError(
             f"{item}: Orbax checkpoints are read from here, {' and '.join(_STORES)}; "
@@ -347,52 +324,3 @@ def _files(folder: Path, home: Path) -> Iterator[os.DirEntry[str]]:
                 yield entry
             else:
                 raise CheckpointError(f"{entry.path}: is no regular file; remove it")
-
-
-def _folders(folder: Location) -> list[Location]:
-    return [path for path in folder.iterdir() if path.is_dir()]
-
-
-def _refuse_steps(folder: Location) -> None:
-    """Raises CheckpointError for the folder in which a manager keeps its steps."""
-    steps = [
-        step.name
-        for step in _folders(folder)
-        if step.name.rpartition("_")[2].isdecimal()
-        and any(exists(item / METADATA) for item in [step, *_folders(step)])
-    ]
-    if steps:
-        last = max(steps, key=lambda name: int(name.rpartition("_")[2]))
-        raise CheckpointError(
-            f"{folder}: holds {len(steps)} steps of Orbax's CheckpointManager; give "
-            f"one of them, as {folder / last}"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return shown(str(error).strip().split("\n")[0], limit=200)
-
-
-def tree_json(paths: Mapping[str, KeyPath], *, use_ocdbt: bool) -> bytes:
-    """The content of `_METADATA` for arrays at these paths."""
-    tree = {
-        str(tuple(map(str, path))): {
-            "key_metadata": [
-                {
-                    "key": str(key),
-                    "key_type": SEQUENCE_KEY if isinstance(key, int) else DICT_KEY,
-                }
-                for key in path
-            ],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
-        }
-        for path in paths.values()
-    }
-    metadata = {
-        "tree_metadata": tree,
-        "use_ocdbt": use_ocdbt,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
-    return json.dumps(metadata).encode()

@@ -1,7 +1,9 @@
-"""Writes Orbax checkpoints tensor by tensor: bounded memory, always the same bytes.
+"""Orbax checkpoints written tensor by tensor: bounded memory, always the same bytes.
 
-Orbax's own writer wants the whole pytree in memory and makes other files every time.
-Of the layouts that it reads, the plainest one is written here:
+Orbax's own writer wants the whole pytree in memory and makes other files every time;
+TensorStore writes whole chunks, so it would read, change and write again what comes in
+other pieces, and leaves its lock files where it is killed. So of the layouts that Orbax
+reads, the plainest one is written here, as a safetensors file is, at offsets:
 
     default/                     the item, as `CheckpointManager` calls it
         _METADATA                the tree
@@ -17,24 +19,19 @@ offset, as in a safetensors file. The last chunk of a row of chunks is padded.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from m3jax.checkpoints import durable, orbax
+from m3jax.checkpoints import orbax
 from m3jax.checkpoints.dtypes import Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import is_plain_name
-from m3jax.checkpoints.output import OutputFolder
-from m3jax.checkpoints.part import OutputPart
+from m3jax.checkpoints.names import is_plain_name
 from m3jax.checkpoints.safetensors import TensorEntry
-from m3jax.checkpoints.shards import Shard, ShardWriter
+from m3jax.checkpoints.shards import Shard
 from m3jax.checkpoints.tree import KeyPath, path_of
 
 # Bytes, at most, unless one element has more. Whoever restores a part of a tensor
@@ -89,20 +86,15 @@ class Chunks:
         if not self.shape:
             yield "0", start, count
             return
-        axis_size = self.shape[self.axis]
-        slab = self.size // self.rows * axis_size  # bytes along the whole axis
+        before, behind = self.shape[: self.axis], self.shape[self.axis + 1 :]
+        slab = self.size // self.rows * self.shape[self.axis]  # bytes along the axis
         stop = start + count
         while start < stop:
             outer, place = divmod(start, slab)
             chunk, offset = divmod(place, self.size)
             size = min(self.size - offset, slab - place, stop - start)
-            places: list[int] = []  # along the axes before the one that is cut
-            for axis in reversed(range(self.axis)):
-                outer, index = divmod(outer, self.shape[axis])
-                places.insert(0, index)
-            zeros = [0] * (len(self.shape) - self.axis - 1)
-            name = ".".join(map(str, [*places, chunk, *zeros]))
-            yield name, offset, size
+            places = [*np.unravel_index(outer, before), chunk, *[0] * len(behind)]
+            yield ".".join(map(str, places)), offset, size
             start += size
 
     def names(self) -> list[str]:
@@ -130,6 +122,8 @@ class Chunks:
 
 class OrbaxShard(Shard):
     """All tensors of an Orbax item, addressed as if one file held them."""
+
+    held = False
 
     def __init__(
         self,
@@ -160,106 +154,51 @@ class OrbaxShard(Shard):
             self.chunks[name] = Chunks.of(shape, dtype, limit)
             start, stop = stop, stop + math.prod(shape) * dtype.itemsize
             self.entries[name] = TensorEntry(dtype, shape, start, stop)
-        self.metadata = orbax.tree_json(
-            {n: (paths or {}).get(n, path_of(n)) for n in self.entries},
-            use_ocdbt=False,
+        metadata = _tree_json(
+            [(paths or {}).get(name, path_of(name)) for name in self.entries]
         )
-        zarrays = [chunks.zarray() for chunks in self.chunks.values()]
-        self.header = b"\n".join([self.metadata, *zarrays])
-        padded = sum(len(c.names()) * c.size for c in self.chunks.values())
-        self.size = len(self.header) + padded
+        self._files = [(f"{orbax.ITEM}/{orbax.METADATA}", len(metadata), metadata)]
+        for name, chunks in self.chunks.items():
+            folder, zarray = f"{orbax.ITEM}/{name}", chunks.zarray()
+            self._files.append((f"{folder}/.zarray", len(zarray), zarray))
+            self._files += [(f"{folder}/{c}", chunks.size, b"") for c in chunks.names()]
+        self.header = b"\n".join(content for *_, content in self._files if content)
+        self.size = sum(size for _, size, _ in self._files)
         self._names = [n for n, entry in self.entries.items() if entry.size]
         self._starts = [self.entries[name].start for name in self._names]
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest file."""
-        return max(chunks.size for chunks in self.chunks.values())
+        return max(size for _, size, _ in self._files)
+
+    def files(self) -> Iterator[tuple[str, int, bytes]]:
+        yield from self._files
 
     def pieces(self, offset: int, count: int) -> Iterator[tuple[str, int, int]]:
-        """The files that hold `count` bytes of one tensor; see `Chunks.pieces`."""
         if count:
             name = self._names[bisect.bisect_right(self._starts, offset) - 1]
             start = offset - self.entries[name].start
             for chunk, place, size in self.chunks[name].pieces(start, count):
-                yield f"{name}/{chunk}", place, size
+                yield f"{orbax.ITEM}/{name}/{chunk}", place, size
 
 
-class OrbaxWriter:
-    """Writes an `OrbaxShard` at offsets from many threads, as `ShardWriter` does."""
-
-    def __init__(
-        self,
-        folder: OutputFolder | OutputPart,
-        shards: Sequence[OrbaxShard],
-        *,
-        create: bool = True,
-    ):
-        """Makes the folders and all files, in their full sizes; see `ShardWriter`."""
-        (self._shard,) = shards
-        self._folder: Path = folder.path / orbax.ITEM
-        if create:
-            self._folder.mkdir(exist_ok=True)
-            _write(self._folder / orbax.METADATA, self._shard.metadata)
-            for name, chunks in self._shard.chunks.items():
-                (self._folder / name).mkdir(exist_ok=True)
-                _write(self._folder / name / ".zarray", chunks.zarray())
-                for chunk in chunks.names():
-                    path = self._folder / name / chunk
-                    with _opened(path, os.O_WRONLY | os.O_CREAT) as fd:
-                        durable.resize(fd, chunks.size, path)
-
-    def write(self, shard: int, offset: int, values: np.ndarray) -> None:
-        """Writes the bytes of `values`, which are of one tensor."""
-        del shard
-        view = memoryview(values.view(np.uint8))
-        for name, place, size in self._shard.pieces(offset, len(view)):
-            path = self._folder / name
-            with _opened(path, os.O_WRONLY) as fd:
-                durable.write_at(fd, view[:size], place, path)
-            view = view[size:]
-
-    def read(self, shard: int, offset: int, out: np.ndarray) -> None:
-        """Reads back bytes that were written."""
-        del shard
-        view = memoryview(out)
-        for name, place, size in self._shard.pieces(offset, len(view)):
-            path = self._folder / name
-            with _opened(path, os.O_RDONLY) as fd:
-                durable.read_at(fd, view[:size], place, path)
-            view = view[size:]
-
-    def complete(self, shard: int) -> None:
-        """See `ShardWriter`."""
-
-    def sync(self) -> None:
-        """Waits until the disk has what was written."""
-        for path in self._folder.rglob("*"):
-            durable.sync(path)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def open_writer(
-    folder: OutputFolder | OutputPart, shards: Sequence[Shard], *, create: bool = True
-) -> ShardWriter | OrbaxWriter:
-    """The writer for these shards."""
-    orbax_shards = [shard for shard in shards if isinstance(shard, OrbaxShard)]
-    if orbax_shards:
-        return OrbaxWriter(folder, orbax_shards, create=create)
-    return ShardWriter(folder, shards, create=create)
-
-
-@contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
-        durable.write_at(fd, memoryview(content), 0, path)
+def _tree_json(paths: Sequence[KeyPath]) -> bytes:
+    """The content of `_METADATA` for arrays at these paths."""
+    tree = {}
+    for path in paths:
+        kinds = (orbax.SEQUENCE_KEY, orbax.DICT_KEY)
+        tree[str(tuple(map(str, path)))] = {
+            "key_metadata": [
+                {"key": str(key), "key_type": kinds[isinstance(key, str)]}
+                for key in path
+            ],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    return json.dumps(metadata).encode()

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location, exists, is_plain_name, read_small
+from m3jax.checkpoints.files import Location, exists, read_small
 from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.names import is_plain_name
 from m3jax.checkpoints.orbax import ITEM
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.provenance import CHECKSUM, FORMAT
@@ -86,14 +87,14 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
             f"{FORMAT}; it was edited, or another version of m3jax wrote it"
         )
     flaws: list[str] = []
-    for field, (allowed, is_valid) in _FIELDS.items():
+    for field, (allowed, wanted) in _FIELDS.items():
         if field not in content:
             flaws.append(f"{field} is missing")
-        elif not is_valid(content[field]):
+        elif not _fits(content[field], wanted):
             flaws.append(f"{field}={shown(content[field], 60)} needs {allowed}")
-    for field, is_valid, allowed in (
+    for field, wanted, allowed in (
         ("files", _is_digest, f"a plain file name and its {CHECKSUM}"),
-        ("tensors", _is_tensor, f"file, dtype, shape and {CHECKSUM}"),
+        ("tensors", _TENSOR, f"file, dtype, shape and {CHECKSUM}"),
     ):
         entries = content.get(field)
         if not isinstance(entries, dict):
@@ -102,7 +103,8 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
         flaws += [
             f"{field}: {shown(name, 60)} has {shown(entry, 90)}; needs {allowed}"
             for name, entry in entries.items()
-            if not is_valid(entry) or (field == "files" and not is_plain_name(name))
+            if not _fits(entry, wanted)
+            or (field == "files" and not is_plain_name(name))
         ]
     if flaws:
         more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
@@ -126,38 +128,32 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
     )
 
 
-def _is_recipe(value: Any) -> bool:
-    return isinstance(value, dict) and _is_plain(value, depth=8)
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value of JSON is as is wanted, see `_FIELDS`."""
+    match wanted:
+        case tuple():
+            return any(_fits(value, one) for one in wanted)
+        case [entry]:
+            return isinstance(value, list) and all(_fits(v, entry) for v in value)
+        case {"*": entry}:
+            return isinstance(value, dict) and _fits([*value.values()], [entry])
+        case dict():
+            return (
+                isinstance(value, dict)
+                and value.keys() == wanted.keys()
+                and all(_fits(value[key], wanted[key]) for key in wanted)
+            )
+        case type():
+            return isinstance(value, wanted)
+    return wanted(value) if callable(wanted) else value == wanted
 
 
-def _is_plain(value: Any, depth: int) -> bool:
+def _is_plain(value: Any, depth: int = 8) -> bool:
     """Whether there are only sane numbers, texts and nulls, not nested too deeply."""
     if isinstance(value, dict | list):
         entries = value.values() if isinstance(value, dict) else value
         return depth > 0 and all(_is_plain(entry, depth - 1) for entry in entries)
     return value is None or isinstance(value, str | bool) or _is_number(value)
-
-
-def _is_input(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and set(value) == {"path", "revision", "files", "checksum"}
-        and isinstance(value["path"], str)
-        and isinstance(value["revision"], str | None)
-        and isinstance(value["files"], dict)
-        and all(_is_number(size) for size in value["files"].values())
-        and isinstance(value["checksum"], str | None)
-    )
-
-
-def _is_ratios(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict)
-        and all(
-            isinstance(ratios, list) and ratios and all(map(_is_number, ratios))
-            for ratios in value.values()
-        )
-    )
 
 
 def _is_number(value: Any) -> bool:
@@ -166,45 +162,44 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
+def _is_below(limit: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and 0 <= value < limit
+
+
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
-def _is_tensor(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and set(value) == {"file", "dtype", "shape", "checksum"}
-        and is_plain_name(value["file"])
-        and (value["file"].endswith(".safetensors") or value["file"] == ITEM)
-        and isinstance(value["dtype"], str)
-        and isinstance(value["shape"], list)
-        and all(type(size) is int and 0 <= size < 2**64 for size in value["shape"])
-        and _is_digest(value["checksum"])
-    )
+def _holds_tensors(name: Any) -> bool:
+    return is_plain_name(name) and (name.endswith(".safetensors") or name == ITEM)
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-
-
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "recipe": ("the fields of a recipe", _is_recipe),
-    "seed": ("0 to 2**32 - 1", lambda value: type(value) is int and 0 <= value < 2**32),
-    "ratios": ("null, or numbers for each group of tensors", _is_ratios),
-    "base": (
-        "null, or path, revision, files and checksum",
-        lambda value: value is None or _is_input(value),
+_TENSOR = {
+    "file": _holds_tensors,
+    "dtype": str,
+    "shape": [_is_below(2**64)],
+    "checksum": _is_digest,
+}
+_INPUT = {
+    "path": str,
+    "revision": (str, None),
+    "files": {"*": _is_number},
+    "checksum": (str, None),
+}
+_OF_INPUT = "path, revision, files and checksum"
+# What each field has to be, in words and for `_fits`: a tuple is a choice, a list of
+# one has entries of that kind, a dict has these fields, or "*" of any name; types,
+# functions and values are what they say.
+_FIELDS: dict[str, tuple[str, Any]] = {
+    "recipe": ("the fields of a recipe", lambda v: _fits(v, dict) and _is_plain(v)),
+    "seed": ("0 to 2**32 - 1", _is_below(2**32)),
+    "ratios": (
+        "null, or numbers for each group of tensors",
+        ({"*": lambda v: v != [] and _fits(v, [_is_number])}, None),
     ),
-    "models": (
-        "a list of path, revision, files and checksum",
-        lambda value: (
-            isinstance(value, list) and bool(value) and all(map(_is_input, value))
-        ),
-    ),
-    "tokenizer_from": (
-        "null, or the name of a checkpoint",
-        lambda value: isinstance(value, str | None),
-    ),
-    "versions": ("versions by name", _is_texts),
-    "checksum": (CHECKSUM, lambda value: value == CHECKSUM),
+    "base": (f"null, or {_OF_INPUT}", (_INPUT, None)),
+    "models": (f"a list of {_OF_INPUT}", lambda v: v != [] and _fits(v, [_INPUT])),
+    "tokenizer_from": ("null, or the name of a checkpoint", (str, None)),
+    "versions": ("versions by name", {"*": str}),
+    "checksum": (CHECKSUM, CHECKSUM),
 }

@@ -1,11 +1,11 @@
-"""The safetensors files of an output: what stands where, and writing it."""
+"""The files of an output that hold tensors: what stands where, and writing it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,17 @@ _PAGE = 1 << 16  # bytes; no page of memory is larger
 
 
 class Shard:
-    """One safetensors file of an output: its name, header and tensors' places."""
+    """One safetensors file of an output, or what is addressed as if it were one.
+
+    Attributes:
+      name: of the file.
+      header: what makes it another one, in bytes.
+      entries: the place of each tensor, by name.
+      size: bytes of it.
+      held: whether its files are few enough to be held open.
+    """
+
+    held = True
 
     def __init__(self, name: str, tensors: list[Any]):
         """`tensors`: (name, Dtype, shape) of each."""
@@ -35,9 +45,17 @@ class Shard:
         """Bytes of its largest file, of which it may have several in other formats."""
         return self.size
 
+    def files(self) -> Iterator[tuple[str, int, bytes]]:
+        """Name, size and first bytes of each file."""
+        yield self.name, self.size, self.header
+
+    def pieces(self, offset: int, count: int) -> Iterator[tuple[str, int, int]]:
+        """The files that hold bytes of one tensor: name, offset in it, and bytes."""
+        yield self.name, offset, count
+
 
 class ShardWriter:
-    """The safetensors files of an output, written at offsets from many threads.
+    """The files of tensors of an output, written at offsets from many threads.
 
     Several processes may write disjoint parts of one file. On NFS that is safe as long
     as no client holds a page of the file that it could write back whole: so files are
@@ -59,42 +77,60 @@ class ShardWriter:
           create: make them with their headers and full sizes; tensors that a file
             holds already stay as they are. False: another process has made them.
         """
-        self._files: list[int] = []
-        self._paths = [folder.path / shard.name for shard in shards]
+        self._folder = folder.path
+        self._shards = shards
+        self._held: dict[str, int] = {}  # descriptors
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
-            for shard, path in zip(shards, self._paths, strict=True):
-                fd = os.open(path, flags, 0o666)
-                self._files.append(fd)
-                if create:
-                    durable.resize(fd, shard.size, path)
-                    durable.write_at(fd, memoryview(shard.header), 0, path)
+            for shard in shards:
+                for name, size, content in (
+                    shard.files() if create or shard.held else ()
+                ):
+                    path = self._folder / name
+                    path.parent.mkdir(exist_ok=True)
+                    fd = self._held[name] = os.open(path, flags, 0o666)
+                    if create:
+                        durable.resize(fd, size, path)
+                        durable.write_at(fd, memoryview(content), 0, path)
+                    if not shard.held:
+                        os.close(self._held.pop(name))
         except BaseException:
             self.close()
             raise
 
     def write(self, shard: int, offset: int, values: np.ndarray) -> None:
-        """Writes the bytes of `values` at `offset` of file number `shard`."""
+        """Writes the bytes of `values`, of one tensor, at `offset` of a shard."""
         view = memoryview(values.view(np.uint8))
-        durable.write_at(self._files[shard], view, offset, self._paths[shard])
+        for name, place, size in self._shards[shard].pieces(offset, len(view)):
+            path = self._folder / name
+            with contextlib.ExitStack() as stack:
+                fd = self._held.get(name)
+                if fd is None:
+                    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                    stack.callback(os.close, fd)
+                durable.write_at(fd, view[:size], place, path)
+            view = view[size:]
 
     def read(self, shard: int, offset: int, out: np.ndarray) -> None:
-        """Reads back bytes that were written."""
-        path = self._paths[shard]
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            durable.read_at(fd, memoryview(out), offset, path)
-            if hasattr(os, "posix_fadvise"):
-                start = max(0, offset - _PAGE)
-                end = offset + len(out) + _PAGE
-                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+        """Reads back bytes of one tensor that were written."""
+        view = memoryview(out)
+        for name, place, size in self._shards[shard].pieces(offset, len(view)):
+            path = self._folder / name
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                durable.read_at(fd, view[:size], place, path)
+                if hasattr(os, "posix_fadvise"):
+                    start, end = max(0, place - _PAGE), place + size + _PAGE
+                    os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+            view = view[size:]
 
     def sync(self) -> None:
         """Waits until the disk has what this process has written."""
-        for fd, path in zip(self._files, self._paths, strict=True):
-            durable.sync_file(fd, path)
+        for shard in self._shards:
+            for name, *_ in shard.files():
+                durable.sync(self._folder / name)
 
     def complete(self, shard: int) -> None:
         """Is told when all of a file is written; a store's writer then sends it."""
@@ -102,8 +138,8 @@ class ShardWriter:
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
         with contextlib.ExitStack() as stack:  # closes all, even if one fails
-            while self._files:
-                stack.callback(os.close, self._files.pop())
+            while self._held:
+                stack.callback(os.close, self._held.popitem()[1])
 
 
 def make_shards(tensors: list[list[Any]]) -> list[Shard]:

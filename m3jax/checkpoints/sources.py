@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints.dtypes import Dtype
+from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.files import InputFile
 from m3jax.checkpoints.safetensors import TensorEntry
 
@@ -86,11 +86,33 @@ class FileTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstRows:
-    """The first `rows` rows of a tensor."""
+class Array:
+    """A tensor in memory."""
+
+    value: np.ndarray
+    place: str
+
+    @property
+    def dtype(self) -> Dtype:
+        return of_numpy(self.value.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return self.dtype
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        out[:] = self.value.reshape(-1)[start : start + len(out)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What is made of another source; like it, where a subclass says nothing else."""
 
     source: Source
-    rows: int
 
     @property
     def dtype(self) -> Dtype:
@@ -98,7 +120,7 @@ class FirstRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.source.shape[1:])
+        return self.source.shape
 
     @property
     def output_dtype(self) -> Dtype:
@@ -109,27 +131,26 @@ class FirstRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class WithMeanRows:
-    """A tensor with rows appended, each the mean of the rows that were there.
+class _Rows(Derived):
+    """A tensor of another number of rows."""
 
-    The mean is summed in float64 over fixed blocks of rows, in order, and rounded to
-    the tensor's dtype. There is at least one row.
-    """
-
-    source: Source
     rows: int
-
-    @property
-    def dtype(self) -> Dtype:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.rows, *self.source.shape[1:])
 
-    @property
-    def output_dtype(self) -> Dtype:
-        return self.source.output_dtype
+
+class FirstRows(_Rows):
+    """The first `rows` rows of a tensor."""
+
+
+class WithMeanRows(_Rows):
+    """A tensor with rows appended, each the mean of the rows that were there.
+
+    The mean is summed in float64 over fixed blocks of rows, in order, and rounded to
+    the tensor's dtype. There is at least one row.
+    """
 
     @functools.cached_property
     def mean(self) -> np.ndarray:
@@ -156,19 +177,14 @@ class WithMeanRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
+class Converted(Derived):
     """A tensor in another float dtype than its own: that in which it is merged."""
 
-    source: Source
-    dtype: Dtype
+    into: Dtype
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return self.source.output_dtype
+    def dtype(self) -> Dtype:
+        return self.into
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         for first in range(0, len(out), _BLOCK):

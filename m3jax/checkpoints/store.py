@@ -6,7 +6,7 @@ no reading of byte ranges; its paths are accepted, since `os.fspath` gives their
 A `StorePath` does what this package needs of a `pathlib.Path`. A folder is listed
 once. What a store lists is not trusted: an entry whose name could lead out of the
 folder is as good as absent. There are no links, and every read asks for its bytes by
-offset, so a file is read from many threads at once.
+offset, so a file is read from many threads at once (`files.StoreFile`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import logging
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile, Location, is_plain_name
+from m3jax.checkpoints.names import is_plain_name
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 # An object of this name says that an output has begun; it is removed after the last
@@ -31,14 +31,6 @@ _LOCAL = ("file", "local")
 _NO_STORES = ("http", "https")  # they list no folders
 # Of m3jax's own extras; for other schemes fsspec says what to install.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-# The most precise facts come first; the first that is known decides.
-_VERSIONS = (
-    *("generation", "etag", "ETag", "content_md5", "blob_id"),
-    *("mtime", "LastModified", "last_modified", "updated", "modified", "created"),
-)
-# Bytes of one request. Requests of a read run at the same time where the store's
-# library can do that; smaller ones would wait for their answers more than they read.
-_REQUEST = 8 << 20
 
 
 class StoreError(OSError):
@@ -63,30 +55,25 @@ def parse(path: str) -> Location:
     for name in ("gcsfs", "s3fs"):  # they log, at length, what they raise as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
     url = path.rstrip("/")
-    try:
-        file_system, inner = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        extra = _EXTRAS.get(scheme)
-        reason = (
-            f"its package is not installed: pip install 'm3jax[{extra}]'"
-            if extra and isinstance(error, ImportError)
-            else " ".join(str(error).split())
-        )
-        raise CheckpointError(f"{path}: cannot open {scheme}://: {reason}") from None
-    except Exception as error:
-        raise _explained(path, "opened", error) from None
+    with asked(path, "opened"):
+        try:
+            file_system, inner = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            extra, why = _EXTRAS.get(scheme), " ".join(str(error).split())
+            if extra and isinstance(error, ImportError):
+                why = f"its package is missing: pip install '.[{extra}]' in a checkout"
+            raise CheckpointError(f"{path}: cannot open {scheme}://: {why}") from None
     return StorePath(file_system, url, inner.rstrip("/"))
 
 
 class StorePath:
     """A folder or file of a store, used like a `pathlib.Path`."""
 
-    def __init__(self, file_system: Any, url: str, inner: str, parent: Any = None):
+    def __init__(self, file_system: Any, url: str, inner: str):
         """`inner` is the path as the fsspec file system has it."""
         self.file_system = file_system
         self.inner = inner
         self._url = url
-        self._parent = parent
 
     def __str__(self) -> str:
         return self._url
@@ -95,23 +82,20 @@ class StorePath:
         return self._url
 
     def __truediv__(self, name: str) -> StorePath:
-        return StorePath(
-            self.file_system, f"{self._url}/{name}", f"{self.inner}/{name}", self
+        path = StorePath(
+            self.file_system, f"{self._url}/{name}", f"{self.inner}/{name}"
         )
+        path.parent = self  # which may have been listed already
+        return path
 
     @property
     def name(self) -> str:
         return self.inner.rpartition("/")[2]
 
-    @property
+    @functools.cached_property
     def parent(self) -> StorePath:
-        if self._parent is None:
-            self._parent = StorePath(
-                self.file_system,
-                self._url.rpartition("/")[0],
-                self.inner.rpartition("/")[0],
-            )
-        return self._parent
+        url, inner = (path.rpartition("/")[0] for path in (self._url, self.inner))
+        return StorePath(self.file_system, url, inner)
 
     def resolve(self) -> StorePath:
         return self
@@ -146,9 +130,6 @@ class StorePath:
             for name, entry in self._entries.items()
         }
 
-    def open(self) -> StoreFile:
-        return StoreFile(self)
-
     def info(self) -> dict[str, Any] | None:
         """What fsspec knows of it as of now, None if there is no such thing."""
         with asked(self, "found"):
@@ -180,6 +161,10 @@ class StorePath:
         return entries
 
 
+# On this machine, or in an object store; `parse` tells which.
+Location: TypeAlias = Path | StorePath
+
+
 def locate(path: StorePath) -> StorePath:
     """The path, once it is known to be a folder or a file.
 
@@ -203,82 +188,16 @@ def is_unfinished(names: Collection[str]) -> bool:
     return PARTIAL in names and _RECORD not in names
 
 
-class StoreFile(InputFile):
-    """A file of a store; see `InputFile`."""
-
-    path: StorePath
-
-    def __init__(self, path: StorePath):
-        self.path = path
-        self._facts = self._ask()
-        if self._facts.get("type") != "file":
-            raise CheckpointError(f"{path}: is no file")
-        size = self._facts.get("size")
-        if type(size) is not int or size < 0:
-            raise CheckpointError(
-                f"{path}: the store says its size is {shown(size)}; copy the file here"
-            )
-        self._size = size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    @property
-    def version(self) -> str:
-        """The store's tag or time of the last change; empty where it has neither."""
-        return next(
-            (f"{key} {self._facts[key]}" for key in _VERSIONS if self._facts.get(key)),
-            "",
-        )
-
-    def read_into(self, out: memoryview, offset: int) -> None:
-        stop = offset + len(out)
-        starts = list(range(offset, stop, _REQUEST))
-        stops = [*starts[1:], stop][: len(starts)]
-        with asked(self.path, "read"):
-            parts = self.path.file_system.cat_ranges(
-                [self.path.inner] * len(starts), starts, stops, on_error="raise"
-            )
-        for part, start, end in zip(parts, starts, stops, strict=True):
-            if len(part) != end - start:
-                raise CheckpointError(
-                    f"{self.path}: bytes {start} to {end} came as {len(part)} bytes; "
-                    "the file became shorter while it was read: fetch it again"
-                )
-            out[start - offset : end - offset] = part
-
-    def check_unchanged(self) -> None:
-        before, self._facts = (self.size, self.version), self._ask()
-        if (self._facts.get("size"), self.version) != before:
-            raise CheckpointError(
-                f"{self.path}: the file was changed while it was read; merge again"
-            )
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def _ask(self) -> dict[str, Any]:
-        facts = self.path.info()
-        if facts is None:
-            raise CheckpointError(f"{self.path}: is missing")
-        return facts
-
-
 @contextlib.contextmanager
-def asked(path: StorePath, what: str) -> Iterator[None]:
+def asked(path: StorePath | str, what: str) -> Iterator[None]:
     """Turns what any store's library may raise into one line; `what` was to be done."""
     try:
         yield
     except (CheckpointError, StoreError):
         raise
     except Exception as error:  # each library has a dozen of its own
-        raise _explained(str(path), what, error) from None
-
-
-def _explained(path: str, what: str, error: Exception) -> StoreError:
-    reason = shown((str(error).strip().split("\n")[0]), limit=200)
-    return StoreError(
-        f"{path}: cannot be {what} ({type(error).__name__}: {reason}); check the name, "
-        "your access and the network"
-    )
+        reason = shown(str(error).strip().split("\n")[0], limit=200)
+        raise StoreError(
+            f"{path}: cannot be {what} ({type(error).__name__}: {reason}); check the "
+            "name, your access and the network"
+        ) from None

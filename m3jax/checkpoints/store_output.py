@@ -1,17 +1,17 @@
 """Writes a checkpoint folder to an object store, which has no renaming.
 
-A store takes whole objects, each at once. So every file is made in a folder of this
-machine and sent when it is complete, by one writer, and its room is free again. While
-a merge into `URL` runs, and after one that was interrupted,
+A store takes whole objects, each at once. So the output is made in a folder of this
+machine, as every other one is, and sent when it is complete; TMPDIR needs room for all
+of it. While a merge into `URL` runs, and after one that was interrupted,
 
-    URL/m3jax-partial        says that the output has begun
-    TMPDIR/m3jax-USER/.../   holds the lock, the journal and the files not yet sent, as
-                             `output` describes them
+    TMPDIR/m3jax-USER/.../   holds the lock, the journal and the files, as `output`
+                             describes them
+    URL/m3jax-partial        says that the output is being sent
 
 The order is: `m3jax-partial`; then, of an output that is replaced, its record, index
-and single file are removed; files of tensors as they are completed; side files; the
-index; then files that only the old output had are removed; `m3jax.json`, last of all;
-and `m3jax-partial` is removed. A reader therefore finds all of an output, or no
+and single file are removed; files of tensors and side files; the index; then files
+that only the old output had are removed; `m3jax.json`, last of all; and
+`m3jax-partial` is removed. A reader therefore finds all of an output, or no
 `m3jax.json`; m3jax refuses to read a folder with `m3jax-partial` and no `m3jax.json`.
 
 What this cannot do, other than on a local disk: an output that is replaced is gone as
@@ -24,16 +24,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import stat
 import tempfile
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
+from m3jax.checkpoints.files import InputFile, StoreFile
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.output import (
     MANIFEST,
@@ -43,20 +40,16 @@ from m3jax.checkpoints.output import (
     check_name,
     check_names,
 )
-from m3jax.checkpoints.shards import Shard, ShardWriter
 from m3jax.checkpoints.store import (
     PARTIAL,
     StoreError,
-    StoreFile,
     StorePath,
     asked,
     is_unfinished,
 )
 
 _UPLOADS = 2  # at the same time; libraries split a file into parts of their own
-# Files that are here at once: those being sent, one that waits, those being written.
-_STAGED = _UPLOADS + 3
-_TENSOR_FILE = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+_BLOCK = 64 << 20  # bytes that are compared at a time
 
 
 class StoreOutput(OutputFolder):
@@ -65,7 +58,6 @@ class StoreOutput(OutputFolder):
     Attributes:
       url: where the output goes.
       final: its place in the staging folder, under which nothing ever appears.
-      sent: bytes of each object that this merge, or the one it resumes, has sent.
     """
 
     def __init__(
@@ -76,124 +68,95 @@ class StoreOutput(OutputFolder):
         resume: bool,
         note: Callable[[str], None] = lambda line: None,
     ):
-        before = check_free(url, overwrite=overwrite, resume=resume)
         self.url = url
-        self.sent: dict[str, int] = {}
-        self._before = set(before)
-        self._ours: set[str] = set()
+        self._before = check_free(url, overwrite=overwrite, resume=resume)
+        self._ours: set[str] = set()  # what was sent, or begun to be
         self._begun = self._complete = False
-        self._begin_lock = threading.Lock()
-        self._not_begun: BaseException | None = None  # why it could not be
-        self._room = threading.Semaphore(_UPLOADS + 1)
-        self._pool = ThreadPoolExecutor(_UPLOADS, "upload")
-        self._sending: list[Future[None]] = []
         try:
             super().__init__(staged(url), overwrite=True, resume=resume, note=note)
         except OutputError as error:
             raise OutputError(f"{url}: {error}") from None
-        if self.journalled and is_unfinished(before):
-            self.sent = {
-                name: size
-                for name, size in before.items()
-                if size is not None and _TENSOR_FILE.fullmatch(name)
-            }
-            self._ours = set(self.sent)
 
     @property
     def committed(self) -> bool:
         return self._complete
 
-    def clear(self, *, keep: Collection[str] = ()) -> None:
-        if not keep:
-            self.sent = {}
-        super().clear(keep=keep)
-
     def check_space(self, needed: int, *, largest: int = 0) -> None:
         try:
-            super().check_space(min(needed, _STAGED * largest), largest=largest)
+            super().check_space(needed, largest=largest)
         except SpaceError as error:
             raise SpaceError(
                 f"{error} (files wait there on their way to {self.url}; TMPDIR names "
-                "another folder, a smaller max_shard_size needs less room)"
+                "another folder)"
             ) from None
 
-    def send(self, name: str) -> None:
-        """Sends a complete file and removes it here; waits while others are waiting."""
-        self._room.acquire()
-        try:
-            self._raise_failure()
-            self._sending.append(self._pool.submit(self._send_and_make_room, name))
-        except BaseException:
-            self._room.release()
-            raise
-
     def commit(self, *, fsync: bool) -> None:
-        """Sends what is left, the record last, and so completes the output."""
+        """Sends all files, the record last, and so completes the output."""
         del fsync  # the store answers when it has an object
-        self._raise_failure(wait=True)
-        last = (INDEX, MANIFEST)
-        left = sorted(path.name for path in self.path.iterdir())
-        left = [name for name in left if name not in last]
-        for name in [*left, INDEX]:
-            if (self.path / name).exists():
-                self._send(name)
+        sizes = {path.name: path.stat().st_size for path in self.path.iterdir()}
+        names = sorted(sizes.keys() - {INDEX, MANIFEST})
+        resumed = self.journalled and is_unfinished(self._before)
+        sent = {name for name in names if resumed and self._is_sent(name)}
+        self._begin(sent)
+        self._send_all([name for name in names if name not in sent])
+        if INDEX in sizes:
+            self._send(INDEX)
         found = self.url.sizes()
         if MANIFEST in found:
             raise OutputError(
                 f"{self.url}: another merge has written this output meanwhile; do it "
                 "again"
             )
-        wrong = [name for name, size in self.sent.items() if found.get(name) != size]
-        if wrong:
-            raise StoreError(
-                f"{self.url}: {wrong[0]} is not there as it was sent; does another "
-                "merge write the same output?"
-            )
-        for name in found.keys() & self._before - {PARTIAL, *self.sent}:
+        for name in sizes.keys() - {MANIFEST}:
+            if found.get(name) != sizes[name]:
+                raise StoreError(
+                    f"{self.url}: {name} is not there as it was sent; does another "
+                    "merge write the same output?"
+                )
+        for name in found.keys() & self._before.keys() - {PARTIAL, *sizes}:
             self._remove(name)
-        if not (self.path / MANIFEST).exists():  # only a merge has a record
-            self._remove(PARTIAL)
+        if MANIFEST in sizes:  # only a merge has a record
+            self._send(MANIFEST)
             self._complete = True
-            return
-        self._send(MANIFEST)
-        self._complete = True
         try:
             self._remove(PARTIAL)
         except StoreError as error:
+            if not self._complete:
+                raise
             self._note(f"{self.url / PARTIAL}: remove it yourself ({error})")
+        self._complete = True
 
-    def _send_and_make_room(self, name: str) -> None:
-        try:
-            self._send(name)
-        finally:
-            self._room.release()
+    def _is_sent(self, name: str) -> bool:
+        """Whether the interrupted merge has sent these very bytes."""
+        with InputFile(self.path / name) as file:
+            if self._before.get(name) != file.size:
+                return False
+            there, size = StoreFile(self.url / name), file.size
+            blocks = ((at, min(_BLOCK, size - at)) for at in range(0, size, _BLOCK))
+            return all(file.read(*block) == there.read(*block) for block in blocks)
 
-    def _send(self, name: str) -> None:
-        with self._begin_lock:
-            if self._not_begun is not None:  # another upload has tried
-                raise self._not_begun
-            if not self._begun:
-                try:
-                    self._begin()
-                except BaseException as error:
-                    self._not_begun = error
-                    raise
-            self._begun = True
-        source = self.path / name
-        size = source.stat().st_size
-        self._ours.add(name)
-        self._put(source, self.url / name)
-        self.sent[name] = size
-        source.unlink()
-
-    def _begin(self) -> None:
+    def _begin(self, sent: Collection[str]) -> None:
         """Says that there is an unfinished output, and ends the one it replaces."""
         marker = self.path.parent / PARTIAL
         marker.write_text("An output of m3jax that is not complete.\n")
         self._put(marker, self.url / PARTIAL)
         for name in (MANIFEST, INDEX, WEIGHTS):
-            if name in self._before and name not in self.sent:
+            if name in self._before and name not in sent:
                 self._remove(name)
+        self._begun = True
+
+    def _send_all(self, names: list[str]) -> None:
+        with ThreadPoolExecutor(_UPLOADS, "upload") as pool:
+            try:
+                for sending in [pool.submit(self._send, name) for name in names]:
+                    sending.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _send(self, name: str) -> None:
+        self._ours.add(name)
+        self._put(self.path / name, self.url / name)
 
     def _put(self, source: Path, target: StorePath) -> None:
         size = source.stat().st_size
@@ -208,14 +171,7 @@ class StoreOutput(OutputFolder):
         with asked(target, "removed"), contextlib.suppress(FileNotFoundError):
             target.file_system.rm_file(target.inner)
 
-    def _raise_failure(self, *, wait: bool = False) -> None:
-        """Raises what went wrong with an upload."""
-        for sending in list(self._sending):
-            if wait or sending.done():
-                sending.result()
-
     def _leave(self, *, keep: bool) -> None:
-        self._pool.shutdown(cancel_futures=True)
         super()._leave(keep=keep)
         if keep:
             return
@@ -234,65 +190,6 @@ class StoreOutput(OutputFolder):
                 self._remove(name)
         except StoreError as error:
             self._note(f"{self.url}: remove what is left of it yourself ({error})")
-
-
-class StoreShardWriter(ShardWriter):
-    """Writes the files of tensors in the staging folder; see `ShardWriter`.
-
-    What an interrupted merge has sent already is read from the store, and fetched
-    from there should something in it have to be written again.
-    """
-
-    def __init__(self, output: StoreOutput, shards: Sequence[Shard]):
-        self._output = output
-        self._shards = shards
-        self._fetching = threading.Lock()
-        self._sent: dict[int, StoreFile] = {}
-        here = [
-            shard
-            for shard in shards
-            if output.sent.get(shard.name) != shard.size
-            or (output.path / shard.name).exists()
-        ]
-        super().__init__(output, here)
-        opened = {shard.name: fd for shard, fd in zip(here, self._files, strict=True)}
-        self._files = [opened.get(shard.name, -1) for shard in shards]
-        self._paths = [output.path / shard.name for shard in shards]
-
-    def write(self, shard: int, offset: int, values: np.ndarray) -> None:
-        if self._files[shard] < 0:
-            self._fetch(shard)
-        super().write(shard, offset, values)
-
-    def read(self, shard: int, offset: int, out: np.ndarray) -> None:
-        if self._files[shard] >= 0:
-            super().read(shard, offset, out)
-            return
-        if shard not in self._sent:
-            self._sent[shard] = (self._output.url / self._shards[shard].name).open()
-        self._sent[shard].read_into(memoryview(out), offset)
-
-    def complete(self, shard: int) -> None:
-        if self._files and self._files[shard] >= 0:
-            os.close(self._files[shard])  # or it would keep its room when it is removed
-            self._files[shard] = -1
-        if self._paths[shard].exists():
-            self._output.send(self._shards[shard].name)
-
-    def close(self) -> None:
-        self._files = [fd for fd in self._files if fd >= 0]
-        super().close()
-
-    def _fetch(self, shard: int) -> None:
-        with self._fetching:
-            if self._files[shard] >= 0:
-                return
-            source = self._output.url / self._shards[shard].name
-            path = self._paths[shard]
-            with asked(source, "read"):
-                source.file_system.get_file(source.inner, str(path))
-            self._output.sent.pop(source.name, None)
-            self._files[shard] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def check_free(

@@ -166,7 +166,8 @@ def _say_what_was_found(found: Exploration, output: Path) -> None:
     if picture.exists():
         print(f"   The picture of all draws: {picture}")
     else:
-        print("   A picture of all draws needs matplotlib: pip install 'm3jax[plot]'")
+        print("   A picture of all draws needs matplotlib; install it from a checkout:")
+        print("   pip install '.[plot]'")
 
 
 def _row(row: Row) -> tuple[str, ...]:

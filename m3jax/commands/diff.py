@@ -77,7 +77,7 @@ def _check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError(
-            "--plot needs matplotlib; install it with: pip install 'm3jax[plot]'"
+            "--plot needs matplotlib; install it from a checkout: pip install '.[plot]'"
         ) from None
 
 

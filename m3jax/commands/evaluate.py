@@ -8,7 +8,7 @@ answer: kinds loss, choice, exact_match, regex, numeric and code. For example,
      "stop": ["\\nQuestion:"], "max_new_tokens": 320}
 
 A name that is no file is a task of lm-evaluation-harness: --tasks=gsm8k,arc_easy (needs
-pip install 'm3jax[harness]').
+pip install '.[harness]' from a checkout).
 
 --attacks also runs each task with its prompt disturbed, and reports the drop rate,
 (clean − attacked) / clean. An attack changes the words of the prompt's template, never
@@ -223,7 +223,7 @@ def _harness(names: list[str]) -> Callable[[Model, int], list[HarnessResult]]:
         raise UsageError(
             f"--tasks={','.join(names)}: no file of that name, and tasks of "
             f"lm-evaluation-harness need the extra harness (missing: {error.name}): "
-            "pip install 'm3jax[harness]'"
+            "from a checkout, pip install '.[harness]'"
         ) from None
     manager = find_tasks(names, _HARNESS_TASKS_PATH.value)
 

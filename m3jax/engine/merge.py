@@ -14,7 +14,6 @@ from m3jax.checkpoints import provenance, store
 from m3jax.checkpoints.destination import check_free, local, open_output, open_writer
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.files import Location
-from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.output import OutputError, OutputFolder
 from m3jax.checkpoints.part import OutputPart, described
 from m3jax.checkpoints.shards import ShardWriter, write_index
@@ -268,7 +267,7 @@ def _merge_share(
     )
 
 
-def _sync(writer: ShardWriter | OrbaxWriter, folder: OutputPart) -> None:
+def _sync(writer: ShardWriter, folder: OutputPart) -> None:
     """Waits until the disk has this process's part; the first one syncs its own."""
     try:
         writer.sync()

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Prepared, written_name
@@ -25,7 +24,7 @@ class Recorder(Emit):
     def __init__(
         self,
         prepared: Prepared,
-        writer: ShardWriter | OrbaxWriter,
+        writer: ShardWriter,
         journal: Journal,
     ):
         self._prepared = prepared

@@ -21,7 +21,6 @@ import xxhash
 from m3jax.checkpoints import boxes, sources
 from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.dtypes import Dtype, of_numpy
-from m3jax.checkpoints.orbax_output import OrbaxWriter
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.checkpoints.sources import Source
 from m3jax.engine import checks, in_memory
@@ -91,7 +90,7 @@ class Sharded:
                 self._leaves.append(leaf)
 
     def merge(
-        self, share: Share, recorder: Recorder, writer: ShardWriter | OrbaxWriter
+        self, share: Share, recorder: Recorder, writer: ShardWriter
     ) -> Numbers:
         """Merges the tensors that are not written yet, and writes them.
 

@@ -7,14 +7,13 @@ Orbax has read and written again is still the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from m3jax.checkpoints import sources
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.orbax import ITEM, OrbaxTensor, read_item
-from m3jax.checkpoints.record import Record
+from m3jax.checkpoints.record import Record, TensorRecord
 from m3jax.engine.pipeline import Clock, for_each
 from m3jax.engine.progress import Progress
 
@@ -28,44 +27,44 @@ def orbax_differences(
       CheckpointError: the checkpoint cannot be opened.
     """
     found, *_ = read_item(folder / ITEM)
-    problems: dict[str, str] = dict(_descriptions(found, record))
-    whole = [name for name in found if name in record.tensors and name not in problems]
-    progress.stage("verifying", sum(map(_bytes, map(found.__getitem__, whole))))
+    problems = {
+        name: f"{ITEM}: {problem}"
+        for name in {*found, *record.tensors}
+        if (problem := _problem(name, found.get(name), record.tensors.get(name)))
+    }
+    whole = [name for name in found if name not in problems]
+    sizes = (math.prod(found[n].shape) * found[n].dtype.itemsize for n in whole)
+    progress.stage("verifying", sum(sizes))
 
     def work(name: str, buffer: Any, turn: Any) -> None:
+        recorded = record.tensors[name].checksum
         try:
             checksum = sources.checksum(found[name], progress.advance)
         except CheckpointError as error:
             problems[name] = str(error)
             return
-        if checksum != record.tensors[name].checksum:
+        if checksum != recorded:
             problems[name] = (
                 f"{ITEM}: tensor {shown(name)} has checksum {checksum}, recorded is "
-                f"{record.tensors[name].checksum}"
+                f"{recorded}"
             )
 
     for_each(whole, [None] * threads, work, Clock())
     return [problems[name] for name in sorted(problems)]
 
 
-def _descriptions(
-    found: dict[str, OrbaxTensor], record: Record
-) -> Iterator[tuple[str, str]]:
-    """Name and problem of each tensor that is missing, extra or of another kind."""
-    for name in sorted({*found, *record.tensors}):
-        recorded, tensor = record.tensors.get(name), found.get(name)
-        if tensor is None:
-            yield name, f"{ITEM}: lacks tensor {shown(name)}"
-        elif recorded is None:
-            yield name, f"{ITEM}: holds tensor {shown(name)}, which is not recorded"
-        elif (tensor.dtype.code, tensor.shape) != (recorded.dtype, recorded.shape):
-            yield (
-                name,
-                f"{ITEM}: tensor {shown(name)} is {tensor.dtype.code} of shape "
-                f"{shown(list(tensor.shape))}, recorded is {shown(recorded.dtype)} of "
-                f"shape {shown(list(recorded.shape))}",
-            )
-
-
-def _bytes(tensor: OrbaxTensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
+def _problem(
+    name: str, tensor: OrbaxTensor | None, recorded: TensorRecord | None
+) -> str | None:
+    """What is wrong with a tensor before anything of it is read."""
+    if tensor is None:
+        return f"lacks tensor {shown(name)}"
+    if recorded is None:
+        return f"holds tensor {shown(name)}, which is not recorded"
+    if (tensor.dtype.code, tensor.shape) == (recorded.dtype, recorded.shape):
+        return None
+    return (
+        f"tensor {shown(name)} is {tensor.dtype.code} of shape "
+        f"{shown(list(tensor.shape))}, recorded is {shown(recorded.dtype)} of shape "
+        f"{shown(list(recorded.shape))}"
+    )

@@ -64,13 +64,9 @@ class FolderTokenizer:
         Raises:
           CheckpointError: there is none, or it cannot be used.
         """
-        try:
-            from transformers import AutoTokenizer
-        except ImportError:
-            raise CheckpointError(
-                "tokenizers need transformers; install it with: "
-                "pip install 'm3jax[evaluate]'"
-            ) from None
+        # Imported here: it takes seconds, and a merge needs no tokenizer.
+        from transformers import AutoTokenizer
+
         self._folder = folder
         self._turn = threading.Lock()
         check_side_files(folder)  # the library would wait for a FIFO's other end

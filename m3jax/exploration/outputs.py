@@ -29,8 +29,8 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
         from m3jax.exploration import picture
     except ImportError:
         say(
-            f"{files.PICTURE} was not drawn, it needs matplotlib; install it with: "
-            "pip install 'm3jax[plot]'"
+            f"{files.PICTURE} was not drawn, it needs matplotlib; install it from a "
+            "checkout: pip install '.[plot]'"
         )
         return
     with durable.naming(folder / files.PICTURE):

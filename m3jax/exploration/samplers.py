@@ -190,8 +190,8 @@ def _import_optuna(name: str) -> Any:
             import cmaes  # noqa: F401 - optuna imports it when it is too late
     except ImportError as error:
         raise RecipeError(
-            f"sampler={name!r} needs {error.name}; install it with: "
-            "pip install 'm3jax[explore]'"
+            f"sampler={name!r} needs {error.name}; install it from a checkout: "
+            "pip install '.[explore]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
