@@ -40,12 +40,12 @@ from m3jax.commands.tables import clean, table
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from m3jax.evaluation.attacks.neighbours import Neighbours
+    from m3jax.evaluation.attacks.robustness import Robustness
     from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.evaluation.harness_tasks import HarnessResult
-    from m3jax.evaluation.neighbours import Neighbours
+    from m3jax.evaluation.harness.tasks import HarnessResult
     from m3jax.evaluation.results import Result
-    from m3jax.evaluation.robustness import Robustness
-    from m3jax.evaluation.tasks import Task
+    from m3jax.evaluation.tasks.task import Task
     from m3jax.models.parameters import Model
 
     Scored = Result | HarnessResult
@@ -124,8 +124,8 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     import jax
 
     from m3jax.engine.sharding_rules import over_devices
-    from m3jax.evaluation.attacks import ATTACKS, check_attackable
-    from m3jax.evaluation.tasks import load_tasks
+    from m3jax.evaluation.attacks.prompts import ATTACKS, check_attackable
+    from m3jax.evaluation.tasks.task import load_tasks
     from m3jax.models.parameters import load_model
     from m3jax.prng import check_seed
 
@@ -165,12 +165,12 @@ def _is_file(name: str) -> bool:
 
 def _evaluator(model: Model, tasks: list[Task]) -> TaskEvaluator:
     from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.evaluation.tokenizer import open_tokenizer
+    from m3jax.models.tokenizer import Tokenizer
 
     return TaskEvaluator(
         tasks,
         model.config,
-        open_tokenizer(model.folder),
+        Tokenizer(model.folder),
         tokens_per_batch=_TOKENS_PER_BATCH.value,
         dtype=_dtype(),
         allow_code_execution=_ALLOW_CODE_EXECUTION.value,
@@ -178,12 +178,12 @@ def _evaluator(model: Model, tasks: list[Task]) -> TaskEvaluator:
 
 
 def _neighbours(model: Model) -> Neighbours:
-    from m3jax.evaluation.neighbours import Neighbours
-    from m3jax.evaluation.tokenizer import open_tokenizer
+    from m3jax.evaluation.attacks.neighbours import Neighbours
     from m3jax.models.decoder import embedding
+    from m3jax.models.tokenizer import Tokenizer
 
     rows = embedding(model.parameters, model.config)
-    return Neighbours(rows, open_tokenizer(model.folder))
+    return Neighbours(rows, Tokenizer(model.folder))
 
 
 def _under_attack(
@@ -194,7 +194,7 @@ def _under_attack(
     seed: int,
 ) -> list[Robustness]:
     """Attacks all tasks in all ways that were asked for."""
-    from m3jax.evaluation.robustness import under_attack
+    from m3jax.evaluation.attacks.robustness import under_attack
 
     found: list[Robustness] = []
     for robustness in under_attack(
@@ -217,8 +217,8 @@ def _under_attack(
 def _harness(names: list[str]) -> Callable[[Model, int], list[HarnessResult]]:
     """What runs tasks of lm-evaluation-harness; fails at once if it cannot."""
     try:
-        from m3jax.evaluation.harness import HarnessModel
-        from m3jax.evaluation.harness_tasks import find_tasks, run_tasks
+        from m3jax.evaluation.harness.model import HarnessModel
+        from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
     except ImportError as error:
         raise UsageError(
             f"--tasks={','.join(names)}: no file of that name, and tasks of "
@@ -230,12 +230,12 @@ def _harness(names: list[str]) -> Callable[[Model, int], list[HarnessResult]]:
     def run(model: Model, seed: int) -> list[HarnessResult]:
         import jax
 
-        from m3jax.evaluation.tokenizer import FolderTokenizer
+        from m3jax.models.tokenizer import Tokenizer
 
         harness_model = HarnessModel(
             model.parameters,
             model.config,
-            FolderTokenizer(model.folder),
+            Tokenizer(model.folder),
             tokens_per_batch=_TOKENS_PER_BATCH.value,
             dtype=_dtype(),
             key=jax.random.key(seed),

@@ -30,7 +30,7 @@ from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
     from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.exploration.result import Exploration
+    from m3jax.exploration.search.result import Exploration
 
 USAGE = (
     "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
@@ -215,8 +215,9 @@ def main(positional: list[str]) -> int:
 
 def failed(code: int) -> None:
     """See `cli.run`: does not wait for draws that nobody waits for."""
-    lanes = sys.modules.get("m3jax.exploration.lanes")  # not to wait for JAX, either
-    if lanes is not None and lanes.at_work():
+    # Only if it is loaded: not to wait for JAX, either.
+    places = sys.modules.get("m3jax.exploration.search.places")
+    if places is not None and places.at_work():
         leave_at_once(code)
 
 
@@ -244,9 +245,9 @@ def _task_evaluators(
     import jax.numpy as jnp
 
     from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.evaluation.tasks import load_tasks
-    from m3jax.evaluation.tokenizer import open_tokenizer
-    from m3jax.exploration.architecture import common_config
+    from m3jax.evaluation.tasks.task import load_tasks
+    from m3jax.models.parameters import common_config
+    from m3jax.models.tokenizer import Tokenizer
 
     first = models[0] if base is None else base
     checkpoints = [*([] if base is None else [base]), *models]
@@ -257,7 +258,7 @@ def _task_evaluators(
         raise UsageError(
             f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
         )
-    tokenizer = open_tokenizer(folders[owner])
+    tokenizer = Tokenizer(folders[owner])
     dtypes = {"input": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
     def make(paths: list[str]) -> TaskEvaluator:
@@ -274,7 +275,7 @@ def _task_evaluators(
 
 
 def _report(found: Exploration) -> list[str]:
-    from m3jax.exploration import summary
+    from m3jax.exploration.report import summary
 
     lines = summary.notes(found)
     for one in summary.tables(found):

@@ -17,17 +17,17 @@ import jax
 import numpy as np
 
 from m3jax import prng
-from m3jax.evaluation import answers, programs
-from m3jax.evaluation.examples import Example, load_examples
-from m3jax.evaluation.requests import Prepared, prepare
 from m3jax.evaluation.results import Result
 from m3jax.evaluation.running import continuations, log_likelihoods
-from m3jax.evaluation.tasks import Task, TaskError, load_tasks
-from m3jax.evaluation.tokenizer import Tokenizer, open_tokenizer
+from m3jax.evaluation.tasks import answers, programs
+from m3jax.evaluation.tasks.examples import Example, load_examples
+from m3jax.evaluation.tasks.requests import Prepared, prepare
+from m3jax.evaluation.tasks.task import Task, TaskError, load_tasks
 from m3jax.models.config import Config
 from m3jax.models.generation import Sampling
 from m3jax.models.layers import Parameters
 from m3jax.models.parameters import read_model_config
+from m3jax.models.tokenizer import Tokenizer
 
 
 class Evaluator(Protocol):
@@ -114,7 +114,7 @@ class TaskEvaluator:
         """
         config, folder = read_model_config(name)
         tasks = [task for path in specs for task in load_tasks(path)]
-        return cls(tasks, config, open_tokenizer(folder), **options)
+        return cls(tasks, config, Tokenizer(folder), **options)
 
     @property
     def tasks(self) -> tuple[Task, ...]:

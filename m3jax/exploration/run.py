@@ -17,14 +17,14 @@ import jax
 from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.evaluation.evaluator import Evaluator
-from m3jax.exploration.halving import Rung
-from m3jax.exploration.journal import Journal
-from m3jax.exploration.lanes import choose_places, in_order, make_lanes
 from m3jax.exploration.merger import Merger
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.samplers import Proposal, Sampler
-from m3jax.exploration.scoring import Objective, Scored, score
-from m3jax.exploration.trials import Trial, best
+from m3jax.exploration.report.log import Log
+from m3jax.exploration.search.halving import Rung
+from m3jax.exploration.search.places import choose_places, in_order, make_mergers
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.samplers import Proposal, Sampler
+from m3jax.exploration.search.scoring import Objective, Scored, score
+from m3jax.exploration.search.trials import Trial, best
 from m3jax.models.layers import Parameters
 from m3jax.recipe import Mixup, Recipe
 
@@ -77,8 +77,8 @@ class Run:
     budget: int | None
     test_all_draws: bool
     at_once: int | None
-    trials: Journal
-    rows: Journal
+    trials: Log
+    rows: Log
     times: Path | None = None
     say: Say = nothing
 
@@ -105,12 +105,12 @@ class Run:
             for name, tree in zip(["base", *names], trees, strict=True)
             if tree is not None
         ]
-        lanes = make_lanes(trees, self.recipe, places)
-        merger = lanes[0]
+        mergers = make_mergers(trees, self.recipe, places)
+        merger = mergers[0]
         for name, recipe in self._baselines(len(names)).items():
             make = functools.partial(merger, recipe, self.seed)
             rows.append(self._row(name, "baseline", make))
-        trials = self._all_trials(lanes, sampler, schedule)
+        trials = self._all_trials(mergers, sampler, schedule)
         winner = best(trials[-schedule[-1].draws :], 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
@@ -156,14 +156,14 @@ class Run:
         return row
 
     def _all_trials(
-        self, lanes: Sequence[Merger], sampler: Sampler, schedule: Sequence[Rung]
+        self, mergers: Sequence[Merger], sampler: Sampler, schedule: Sequence[Rung]
     ) -> list[Trial]:
         trials: list[Trial] = []
         total = sum(rung.draws for rung in schedule)
 
         def run(jobs: Sequence[_Job]) -> list[Trial]:
             start = len(trials)
-            for trial in self._run(jobs, start, lanes):
+            for trial in self._run(jobs, start, mergers):
                 trials.append(trial)
                 if len(trials) > len(self.trials.lines):
                     what = described(trial.objective, trial.scores, trial.mean_ratios)
@@ -188,20 +188,20 @@ class Run:
         return trials
 
     def _run(
-        self, jobs: Sequence[_Job], start: int, lanes: Sequence[Merger]
+        self, jobs: Sequence[_Job], start: int, mergers: Sequence[Merger]
     ) -> Iterator[Trial]:
-        """The trials of jobs, read from the journal or run and written down there.
+        """The trials of jobs, read from the log or run and written down there.
 
         Args:
           jobs: in their order.
-          start: the first one's place in the journal.
-          lanes: to run them on.
+          start: the first one's place in the log.
+          mergers: to run them on.
         """
         lines = self.trials.lines[start : start + len(jobs)]
         for i, line in enumerate(lines):
             yield _recorded(line, jobs[i], start + i)
         left = jobs[len(lines) :]
-        with contextlib.closing(in_order(self._do, left, lanes)) as found:
+        with contextlib.closing(in_order(self._do, left, mergers)) as found:
             for done in found:
                 self.trials.append(done.trial.to_dict())
                 self._note_times(done)
@@ -253,7 +253,7 @@ def _same(parameters: Parameters) -> Parameters:
 
 
 def _recorded(line: Mapping[str, Any], job: _Job, place: int) -> Trial:
-    """The trial of a line of the journal, which has to be that of the job."""
+    """The trial of a line of the log, which has to be that of the job."""
     trial = Trial.from_dict(line)
     if _Job(Proposal(trial.recipe, trial.seed), trial.index, trial.budget) != job:
         raise CheckpointError(

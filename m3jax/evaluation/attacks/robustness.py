@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from m3jax.evaluation.attacks import Variants, attacked_prompt
+from m3jax.evaluation.attacks.prompts import Variants, attacked_prompt
 from m3jax.evaluation.evaluator import TaskEvaluator
 from m3jax.evaluation.results import Result
-from m3jax.evaluation.tasks import Task
+from m3jax.evaluation.tasks.task import Task
 from m3jax.models.layers import Parameters
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
-from m3jax.exploration.trials import Scores, all_finite, finite, number, numbers
+from m3jax.exploration.search.trials import Scores, all_finite, finite, number, numbers
 from m3jax.models.layers import Parameters
 from m3jax.recipe import RecipeError
 

@@ -13,7 +13,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 Line = dict[str, Any]
 
 
-class Journal:
+class Log:
     """The lines of a file, the first of which says what they belong to.
 
     Attributes:

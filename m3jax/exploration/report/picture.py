@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.trials import Trial
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.trials import Trial
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from m3jax.checkpoints import durable
-from m3jax.exploration import folder as files
-from m3jax.exploration import summary
-from m3jax.exploration.journal import write_whole
-from m3jax.exploration.result import Exploration
+from m3jax.exploration.report import folder as files
+from m3jax.exploration.report import summary
+from m3jax.exploration.report.log import write_whole
+from m3jax.exploration.search.result import Exploration
 
 
 def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) -> None:
@@ -26,7 +26,7 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
         write_whole(folder / name, text + "\n")
     write_whole(folder / files.TABLE, summary.as_markdown(found))
     try:
-        from m3jax.exploration import picture
+        from m3jax.exploration.report import picture
     except ImportError:
         say(
             f"{files.PICTURE} was not drawn, it needs matplotlib; install it with: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from m3jax.evaluation.tasks import Task, TaskError
+from m3jax.evaluation.tasks.task import Task, TaskError
 
 
 def check_apart(chosen_on: Sequence[Task], reported: Sequence[Task]) -> list[str]:

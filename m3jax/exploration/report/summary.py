@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from m3jax.exploration import bootstrap
-from m3jax.exploration.bootstrap import Interval
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.trials import Scores, finite
+from m3jax.exploration.report import bootstrap
+from m3jax.exploration.report.bootstrap import Interval
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.trials import Scores, finite
 
 OBJECTIVE = "objective"
 _TITLES = {
