@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from m3jax.evaluation.tasks.task import Task, TaskError
@@ -38,11 +37,6 @@ def check_apart(chosen_on: Sequence[Task], reported: Sequence[Task]) -> list[str
                     f"{pair} have {common} of {len(theirs)} test lines in common"
                 )
     return notes
-
-
-def digest(task: Task) -> str:
-    """Of the lines of a task's data."""
-    return hashlib.sha256(b"\n".join(_lines(task))).hexdigest()
 
 
 def _lines(task: Task) -> list[bytes]:
