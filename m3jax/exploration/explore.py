@@ -22,7 +22,6 @@ from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.tasks.apart import check_apart
 from m3jax.exploration.report import folder as files
 from m3jax.exploration.report.log import Log
-from m3jax.exploration.report.outputs import write_outputs
 from m3jax.exploration.run import Run, Say, nothing
 from m3jax.exploration.search.halving import rungs
 from m3jax.exploration.search.result import Exploration
@@ -196,7 +195,7 @@ def explore(
         replay = _replay(found, base, models, tokenizer_from)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
-            write_outputs(found, path, say)
+            files.write_outputs(found, path, say)
         return found
 
 

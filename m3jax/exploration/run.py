@@ -40,15 +40,6 @@ class _Job:
     budget: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Done:
-    """What came of a job, and the seconds that merging and evaluating took."""
-
-    trial: Trial
-    merging: float
-    evaluating: float
-
-
 def nothing(line: str) -> None:
     """Says nothing."""
 
@@ -202,23 +193,26 @@ class Run:
             yield _recorded(line, jobs[i], start + i)
         left = jobs[len(lines) :]
         with contextlib.closing(in_order(self._do, left, mergers)) as found:
-            for done in found:
-                self.trials.append(done.trial.to_dict())
-                self._note_times(done)
-                yield done.trial
+            for trial, seconds in found:
+                self.trials.append(trial.to_dict())
+                if self.times is not None:
+                    entry = {"index": trial.index, "budget": trial.budget, **seconds}
+                    with durable.naming(self.times), self.times.open("a") as file:
+                        file.write(json.dumps(entry) + "\n")
+                yield trial
 
-    def _do(self, job: _Job, merger: Merger) -> _Done:
-        """Merges a draw and evaluates it."""
+    def _do(self, job: _Job, merger: Merger) -> tuple[Trial, dict[str, float]]:
+        """Merges a draw and evaluates it; the seconds that it took."""
         recipe, seed = job.proposal.recipe, job.proposal.seed
         start = time.perf_counter()
         parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
-        lists = [(name, self.budget) for name in self.evaluators if self.test_all_draws]
-        scores = {
-            name: self._score(name, parameters, own).scores
-            for name, own in {**dict(lists), "validation": job.budget}.items()
+        own = self._score("validation", parameters, job.budget).scores
+        others = [name for name in self.evaluators if name != "validation"]
+        other = {
+            name: self._score(name, parameters, self.budget).scores
+            for name in (others if self.test_all_draws else ())
         }
-        own = scores.pop("validation")
         trial = Trial(
             index=job.index,
             budget=job.budget,
@@ -227,25 +221,16 @@ class Run:
             ratios=merger.ratios(recipe, seed),
             scores=own,
             objective=self.objective(own),
-            other=scores,
+            other=other,
         )
-        return _Done(trial, merged - start, time.perf_counter() - merged)
+        return trial, {
+            "merge_seconds": round(merged - start, 6),
+            "evaluate_seconds": round(time.perf_counter() - merged, 6),
+        }
 
     def _score(self, name: str, parameters: Parameters, budget: int | None) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
         return score(self.evaluators[name], parameters, budget, key)
-
-    def _note_times(self, done: _Done) -> None:
-        if self.times is None:
-            return
-        entry = {
-            "index": done.trial.index,
-            "budget": done.trial.budget,
-            "merge_seconds": round(done.merging, 6),
-            "evaluate_seconds": round(done.evaluating, 6),
-        }
-        with durable.naming(self.times), self.times.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def _same(parameters: Parameters) -> Parameters:
