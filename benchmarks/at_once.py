@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
+import bench
 import jax
 import programs
 from absl import app, flags
@@ -26,7 +26,7 @@ _AT_ONCE = flags.DEFINE_list("at_once", ["1", "2"], "Numbers of draws.")
 _DRAWS = flags.DEFINE_integer("draws", 32, "Of an exploration.", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "That count.", 1)
 _RESULTS = flags.DEFINE_string(
-    "results", str(harness.BENCHMARKS / "results"), "Where results go."
+    "results", str(bench.BENCHMARKS / "results"), "Where results go."
 )
 
 DATA = Path(m3jax.__file__).parent / "demo_data"
@@ -68,16 +68,16 @@ def main(argv: list[str]) -> int:
     results = {
         "command": f"python benchmarks/at_once.py --at_once={','.join(_AT_ONCE.value)} "
         f"--draws={_DRAWS.value} --rounds={_ROUNDS.value}",
-        "commit": harness.commit(),
-        "machine": harness.machine(DATA),
+        "commit": bench.commit(),
+        "machine": bench.machine(DATA),
         "versions": {"m3jax": programs.m3jax_versions()},
         "devices": [device.device_kind for device in jax.local_devices()],
         "same": same,
         "rows": [
             {
                 "at_once": setting,
-                "draw_ms": harness.spread([1e3 * own for own in times[setting]]),
-                "faster": harness.spread(
+                "draw_ms": bench.spread([1e3 * own for own in times[setting]]),
+                "faster": bench.spread(
                     [a / b for a, b in zip(first, times[setting], strict=True)]
                 ),
             }
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         ],
     }
     name, folder = f"at_once-{jax.default_backend()}", Path(_RESULTS.value)
-    harness.write_json(folder / f"{name}.json", results)
+    bench.write_json(folder / f"{name}.json", results)
     (folder / f"{name}.md").write_text(markdown(results))
     print(markdown(results))
     return 0 if same else 1
@@ -96,18 +96,18 @@ def markdown(results: dict[str, Any]) -> str:
     rows = [
         [
             str(row["at_once"]),
-            harness.seconds(row["draw_ms"]),
-            harness.seconds(row["faster"]),
+            bench.seconds(row["draw_ms"]),
+            bench.seconds(row["faster"]),
         ]
         for row in results["rows"]
     ]
     header = ["draws at once", "a draw, ms", "times faster"]
     found = "the same" if results["same"] else "NOT the same"
     return (
-        harness.table(header, rows)
+        bench.table(header, rows)
         + f"\nOn {', '.join(results['devices'])}; what was found is {found} in all "
         "runs. Median (least–greatest) over rounds, ratios within them. "
-        + harness.environment(results)
+        + bench.environment(results)
         + f"\n\n`{results['command']}`\n"
     )
 

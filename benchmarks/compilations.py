@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-import harness
+import bench
 import programs
 import recipes
 from absl import app, flags
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         )
         rows.append([name, *[str(sum(count.values())) for count in counts], programs_])
     header = ["recipe", *_SIZES.value, f"programs at {_SIZES.value[-1]}"]
-    print(harness.table(header, rows))
+    print(bench.table(header, rows))
     return 0 if constant else 1
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
+import bench
 import jax
 import programs
 import recipes
@@ -28,7 +28,7 @@ _SIZE = flags.DEFINE_string("size", "1.1b", "Of the models; see make_checkpoints
 _DRAWS = flags.DEFINE_integer("draws", 8, "Of each recipe, beside the first.", 1)
 _DATA = flags.DEFINE_string("data", "/tmp/m3jax-benchmarks", "For the models.")
 _RESULTS = flags.DEFINE_string(
-    "results", str(harness.BENCHMARKS / "results"), "Where results go."
+    "results", str(bench.BENCHMARKS / "results"), "Where results go."
 )
 
 _DARE = m3jax.Dare(drop_rate=0.2)
@@ -61,7 +61,7 @@ def measure(base: Any, models: list[Any], recipe: m3jax.Recipe) -> dict[str, Any
     jax.monitoring.register_event_duration_secs_listener(listen)
     draws = [1e3 * seconds(merger, recipe, 1 + i) for i in range(_DRAWS.value)]
     jax.monitoring.unregister_event_duration_listener(listen)
-    return {"first": first, "draw_ms": harness.spread(draws), "compiled": compiled}
+    return {"first": first, "draw_ms": bench.spread(draws), "compiled": compiled}
 
 
 def peak_models(model_bytes: int) -> float | None:
@@ -87,19 +87,19 @@ def main(argv: list[str]) -> None:
     results = {
         "command": f"python benchmarks/draws.py --size={_SIZE.value} "
         f"--draws={_DRAWS.value}",
-        "commit": harness.commit(),
-        "machine": harness.machine(data),
+        "commit": bench.commit(),
+        "machine": bench.machine(data),
         "versions": {"m3jax": programs.m3jax_versions()},
         "device": jax.devices()[0].device_kind,
         "parameters": sum(leaf.size for leaf in leaves),
         "model_bytes": model_bytes,
-        "copy_ms": harness.spread(copies),
+        "copy_ms": bench.spread(copies),
         "peak_models": peak_models(model_bytes),
         "rows": rows,
     }
     name = f"draws-{jax.default_backend()}"
     folder = Path(_RESULTS.value)
-    harness.write_json(folder / f"{name}.json", results)
+    bench.write_json(folder / f"{name}.json", results)
     (folder / f"{name}.md").write_text(markdown(results))
     print(markdown(results))
 
@@ -111,7 +111,7 @@ def markdown(results: dict[str, Any]) -> str:
     rows = [
         [
             row["recipe"],
-            harness.seconds(row["draw_ms"]),
+            bench.seconds(row["draw_ms"]),
             f"{row['draw_ms']['median'] / copy:.1f}",
             f"{row['first']:.2f}",
             str(row["compiled"]),
@@ -121,13 +121,13 @@ def markdown(results: dict[str, Any]) -> str:
     peak = results["peak_models"]
     billions = results["parameters"] / 1e9
     return (
-        harness.table(header, rows)
+        bench.table(header, rows)
         + f"\nA base and two models of {billions:.2f} G parameters in the memory of "
         f"{results['device']}; a copy of one takes {copy:.1f} ms. "
         "Median (least–greatest) of the draws behind the first; “compiled” counts "
         "programs in these. "
         + (f"Peak of device memory: {peak:.2f} models. " if peak else "")
-        + harness.environment(results)
+        + bench.environment(results)
         + f"\n\n`{results['command']}`\n"
     )
 

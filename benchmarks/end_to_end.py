@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
+import bench
 import programs
 import recipes
 from absl import app, flags
@@ -34,7 +34,7 @@ _MERGEKIT_ROUNDS = flags.DEFINE_integer(
 )
 _DATA = flags.DEFINE_string("data", "/tmp/m3jax-benchmarks", "For models and outputs.")
 _RESULTS = flags.DEFINE_string(
-    "results", str(harness.BENCHMARKS / "results"), "Where results go."
+    "results", str(bench.BENCHMARKS / "results"), "Where results go."
 )
 _MERGEKIT = flags.DEFINE_string("mergekit", "", "A Python with mergekit, or install.")
 _MERGEKIT_FLAGS = flags.DEFINE_list(
@@ -44,7 +44,7 @@ _FSYNC = flags.DEFINE_bool(
     "fsync", False, "The floor and m3jax wait for the disk; mergekit cannot."
 )
 
-Runs = dict[tuple[str, str], list[harness.Run]]  # by program and what it merges
+Runs = dict[tuple[str, str], list[bench.Run]]  # by program and what it merges
 
 _WARM_UP = "10m"  # loads every program and library from the disk once
 _CACHED = 0.05  # a share of the input that may come from the disk after all
@@ -59,7 +59,7 @@ def measure(
     """Runs everything, interleaved."""
     runs: Runs = defaultdict(list)
 
-    def keep(program: str, name: str, run: harness.Run) -> harness.Run:
+    def keep(program: str, name: str, run: bench.Run) -> bench.Run:
         runs[program, name].append(run)
         late = run.disk_bytes > _CACHED * runner.size_bytes
         print(
@@ -108,27 +108,27 @@ def summarise(
     return rows
 
 
-def _summary(runs: list[harness.Run]) -> dict[str, Any]:
+def _summary(runs: list[bench.Run]) -> dict[str, Any]:
     summary = {
-        "wall": harness.spread([run.wall for run in runs]),
+        "wall": bench.spread([run.wall for run in runs]),
         "peak_bytes": max(run.peak_bytes for run in runs),
         "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs),
     }
     if runs[0].report:
-        summary["streaming"] = harness.spread([*map(programs.streaming, runs)])
+        summary["streaming"] = bench.spread([*map(programs.streaming, runs)])
     return summary
 
 
 def _ratio(
-    over: list[harness.Run],
-    under: list[harness.Run],
-    seconds: Callable[[harness.Run], float],
+    over: list[bench.Run],
+    under: list[bench.Run],
+    seconds: Callable[[bench.Run], float],
 ) -> float:
     pairs = zip(over, under, strict=False)  # mergekit may have fewer rounds
     return statistics.median(seconds(one) / seconds(other) for one, other in pairs)
 
 
-def _wall(run: harness.Run) -> float:
+def _wall(run: bench.Run) -> float:
     return run.wall
 
 
@@ -151,14 +151,14 @@ def markdown(results: dict[str, Any]) -> str:
         rows.append(
             [
                 row["recipe"],
-                harness.seconds(merged["wall"]),
-                harness.seconds(mergekit and mergekit["wall"]),
-                harness.times(row["times_faster"], 1),
-                harness.seconds(merged["streaming"]),
-                harness.seconds(floor["streaming"]),
-                harness.times(row["streaming_to_floor"]),
-                harness.peak(merged),
-                harness.peak(mergekit) if mergekit else "–",
+                bench.seconds(merged["wall"]),
+                bench.seconds(mergekit and mergekit["wall"]),
+                bench.times(row["times_faster"], 1),
+                bench.seconds(merged["streaming"]),
+                bench.seconds(floor["streaming"]),
+                bench.times(row["streaming_to_floor"]),
+                bench.peak(merged),
+                bench.peak(mergekit) if mergekit else "–",
             ]
         )
     waits = "wait" if results["fsync"] else "do not wait"
@@ -169,7 +169,7 @@ def markdown(results: dict[str, Any]) -> str:
     )
     caption = [
         f"A base and two models of {results['parameters'] / 1e9:.2f} G parameters, "
-        f"bfloat16, {harness.gigabytes(results['model_bytes'])} GB each. Median "
+        f"bfloat16, {bench.gigabytes(results['model_bytes'])} GB each. Median "
         f"(least–greatest) of {results['rounds']} interleaved rounds{mergekit_part}. "
         f"Whole processes, inputs in the page cache; programs {waits} for the disk. "
         "“Streaming” is the time from m3jax's first read to its last write, less "
@@ -177,10 +177,10 @@ def markdown(results: dict[str, Any]) -> str:
         "Ratios are those within a round, and their median. "
         "Peak memory: resident, mapped files included (of which memory that no file "
         "backs).",
-        harness.environment(results),
+        bench.environment(results),
         f"`{results['command']}`",
     ]
-    return harness.table(header, rows) + "\n" + "\n\n".join(caption) + "\n"
+    return bench.table(header, rows) + "\n" + "\n\n".join(caption) + "\n"
 
 
 def profile(results: dict[str, Any]) -> str:
@@ -206,7 +206,7 @@ def profile(results: dict[str, Any]) -> str:
         columns = [[run["wall"] for run in runs], starts, compiling, *spent]
         medians = [f"{statistics.median(column):.2f}" for column in columns]
         rows.append([row["recipe"], *medians])
-    return harness.table(["recipe, s", "whole", "start", "compiling", *stages], rows)
+    return bench.table(["recipe, s", "whole", "start", "compiling", *stages], rows)
 
 
 def main(argv: list[str]) -> None:
@@ -232,7 +232,7 @@ def main(argv: list[str]) -> None:
         + f" --mergekit_rounds={mergekit_rounds} --mergekit=install" * bool(mergekit)
         + " --fsync" * _FSYNC.value,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": harness.commit(),
+        "commit": bench.commit(),
         "size": _SIZE.value,
         "model_bytes": runner.size_bytes,
         "parameters": runner.size_bytes // 2,  # the header is lost in them
@@ -240,7 +240,7 @@ def main(argv: list[str]) -> None:
         "mergekit_rounds": mergekit_rounds,
         "mergekit_flags": runner.mergekit_flags,
         "fsync": _FSYNC.value,
-        "machine": harness.machine(data),
+        "machine": bench.machine(data),
         "versions": {
             "m3jax": programs.m3jax_versions(),
             "mergekit": mergekit and programs.mergekit_versions(mergekit),
@@ -252,10 +252,10 @@ def main(argv: list[str]) -> None:
             for run in own
         ],
     }
-    harness.write_json(folder / "results.json", results)
+    bench.write_json(folder / "results.json", results)
     (folder / "table.md").write_text(markdown(results))
     (folder / "profile.md").write_text(profile(results))
-    import picture  # only now matplotlib: see harness.py
+    import picture  # only now matplotlib: see bench.py
 
     picture.draw(results, folder / "picture.png")
     print(markdown(results), profile(results), sep="\n")

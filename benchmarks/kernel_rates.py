@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
+import bench
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -39,7 +39,7 @@ _TILES = flags.DEFINE_integer(
 _THREADS = flags.DEFINE_integer("threads", None, "That call kernels. [cores; GPU: 1]")
 _SAMPLES = flags.DEFINE_integer("samples", 7, "Timings of each kernel.", 1)
 _RESULTS = flags.DEFINE_string(
-    "results", str(harness.BENCHMARKS / "results"), "Where results go."
+    "results", str(bench.BENCHMARKS / "results"), "Where results go."
 )
 
 _MODELS = 2
@@ -262,7 +262,7 @@ def measure(chunks: list[Chunk], samples: int) -> list[dict[str, Any]]:
                 "per_second": kernel.models * size / median,
                 "bytes_per_second": moved,
                 "of_copy": moved / records[0]["bytes_per_second"] if records else 1.0,
-                "seconds_per_call": harness.spread(own),
+                "seconds_per_call": bench.spread(own),
             }
         )
     return records
@@ -278,7 +278,7 @@ def markdown(results: dict[str, Any]) -> str:
         ]
         for record in results["kernels"]
     ]
-    table = harness.table(["kernel", "rate", "GB/s", "of the copy"], rows)
+    table = bench.table(["kernel", "rate", "GB/s", "of the copy"], rows)
     machine, versions = results["machine"], results["versions"]
     return (
         f"{table}\n{results['device']} ({results['backend']}), "
@@ -303,14 +303,14 @@ def main(argv: list[str]) -> None:
         "threads": threads,
         "chunk_elements": tiles * plan.TILE,
         "samples": _SAMPLES.value,
-        "commit": harness.commit(),
-        "machine": harness.machine(Path.cwd()),
-        "versions": harness.versions(("m3jax", "jax", "jaxlib", "numpy")),
+        "commit": bench.commit(),
+        "machine": bench.machine(Path.cwd()),
+        "versions": bench.versions(("m3jax", "jax", "jaxlib", "numpy")),
         "kernels": measure(chunks, _SAMPLES.value),
     }
     folder = Path(_RESULTS.value)
     name = f"kernels-{results['backend']}"
-    harness.write_json(folder / f"{name}.json", results)
+    bench.write_json(folder / f"{name}.json", results)
     (folder / f"{name}.md").write_text(markdown(results))
     print("\n" + markdown(results))
 

@@ -31,10 +31,11 @@ import numpy as np
 import optax
 from absl import app, flags
 from demo_skills import SKILLS
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import WordLevel
 
 import m3jax
 from m3jax.checkpoints import tree
-from m3jax.evaluation.characters import tokenizer_fields
 from m3jax.models.config import Config
 from m3jax.models.decoder import forward, parameter_shapes, read_config
 from m3jax.models.layers import Parameters
@@ -168,23 +169,35 @@ def train(
     return parameters
 
 
-def write_model(folder: Path, parameters: Parameters) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters)
-    m3jax.save(small, folder)
+def write_tokenizer(folder: Path) -> None:
+    """Every character is a token; a text begins with BEGIN."""
+    tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token=UNKNOWN))
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, VOCABULARY[BEGIN])]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN,
         "eos_token": END,
         "unk_token": UNKNOWN,
     }
-    tokenizer = tokenizer_fields(VOCABULARY, SPECIAL, begin=BEGIN, unknown=UNKNOWN)
-    for name, content in (
-        ("config.json", CONFIG),
-        ("tokenizer.json", tokenizer),
-        ("tokenizer_config.json", settings),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_model(folder: Path, parameters: Parameters) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters)
+    m3jax.save(small, folder)
+    write_json(folder / "config.json", CONFIG)
+    write_tokenizer(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_tasks(folder: Path) -> None:
@@ -201,9 +214,7 @@ def write_tasks(folder: Path) -> None:
             spec = {"name": skill, "kind": "exact_match", "data": data}
             spec |= {"prompt": own.template, "answer": "{answer}"}
             specs.append(spec | {"max_new_tokens": 9})
-        (folder / f"{part}.json").write_text(
-            json.dumps({"tasks": specs}, indent=1) + "\n"
-        )
+        write_json(folder / f"{part}.json", {"tasks": specs})
 
 
 def main(argv: list[str]) -> None:
@@ -272,7 +283,7 @@ def main(argv: list[str]) -> None:
             **{name: version(name) for name in ("jax", "jaxlib", "numpy", "optax")},
         },
     }
-    (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(output / "training.json", record)
 
 
 if __name__ == "__main__":

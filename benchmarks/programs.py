@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
+import bench
 import recipes
 
 MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
@@ -47,11 +47,11 @@ class Programs:
         files = (self.data / "base").glob("*.safetensors")
         return sum(path.stat().st_size for path in files)
 
-    def m3jax(self, recipe: recipes.BenchmarkRecipe) -> harness.Run:
+    def m3jax(self, recipe: recipes.BenchmarkRecipe) -> bench.Run:
         models = ",".join(str(self.data / model) for model in recipes.MODELS[1:])
         command: list[str | Path] = [
             sys.executable,
-            harness.BENCHMARKS / "observed_merge.py",
+            bench.BENCHMARKS / "observed_merge.py",
             f"--base={self.data / 'base'}",
             f"--models={models}",
             f"--output={self.output}",
@@ -62,12 +62,12 @@ class Programs:
 
     def floor(
         self, recipe: recipes.BenchmarkRecipe, merged: dict[str, Any]
-    ) -> harness.Run:
+    ) -> bench.Run:
         """The floor of a recipe, with the threads and the reads of a merge's report."""
         inputs = ",".join(str(self.data / model) for model in recipe.inputs)
         command: list[str | Path] = [
             sys.executable,
-            harness.BENCHMARKS / "floor.py",
+            bench.BENCHMARKS / "floor.py",
             f"--inputs={inputs}",
             f"--output={self.output}",
             f"--threads={merged['threads']}",
@@ -76,7 +76,7 @@ class Programs:
         ]
         return self._run(command, recipe)
 
-    def run_mergekit(self, recipe: recipes.BenchmarkRecipe) -> harness.Run:
+    def run_mergekit(self, recipe: recipes.BenchmarkRecipe) -> bench.Run:
         """Merges with mergekit's counterpart of a recipe."""
         assert self.mergekit is not None
         config = self.output.with_suffix(".yaml")
@@ -91,30 +91,30 @@ class Programs:
 
     def _run(
         self, command: Sequence[str | Path], recipe: recipes.BenchmarkRecipe
-    ) -> harness.Run:
+    ) -> bench.Run:
         """One run from a settled state: caches as asked for, nothing left to write."""
         folders = [self.data / model for model in recipe.inputs]
-        prepare = harness.cool if self.cold else harness.warm
+        prepare = bench.cool if self.cold else bench.warm
         prepare(folders)
-        harness.settle()
+        bench.settle()
         try:
-            return harness.run(command, _OFFLINE)
+            return bench.run(command, _OFFLINE)
         finally:
             shutil.rmtree(self.output, ignore_errors=True)
 
 
-def streaming(run: harness.Run) -> float:
+def streaming(run: bench.Run) -> float:
     """Seconds from the first read to the last write, less compilation."""
     return run.report["wall"]["passes"] - run.report.get("compiling", 0.0)
 
 
 def m3jax_versions() -> dict[str, str]:
-    return harness.versions(("m3jax", "jax", "jaxlib", "numpy"))
+    return bench.versions(("m3jax", "jax", "jaxlib", "numpy"))
 
 
 def mergekit_versions(python: Path) -> dict[str, str]:
     names = ("mergekit", "torch", "transformers", "safetensors")
-    return harness.versions(names, str(python))
+    return bench.versions(names, str(python))
 
 
 def make_models(data: Path, sizes: Iterable[str]) -> None:
@@ -122,7 +122,7 @@ def make_models(data: Path, sizes: Iterable[str]) -> None:
     for size in sizes:
         command = [
             sys.executable,
-            harness.BENCHMARKS / "make_checkpoints.py",
+            bench.BENCHMARKS / "make_checkpoints.py",
             f"--size={size}",
             f"--output={data / size}",
         ]

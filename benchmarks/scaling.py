@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import harness
+import bench
 import programs
 import recipes
 from absl import app, flags
@@ -28,7 +28,7 @@ _COLD = flags.DEFINE_bool("cold", False, "Read every input from the disk.")
 _FSYNC = flags.DEFINE_bool("fsync", False, "Wait until the disk has the output.")
 _DATA = flags.DEFINE_string("data", "/tmp/m3jax-benchmarks", "For models and outputs.")
 _RESULTS = flags.DEFINE_string(
-    "results", str(harness.BENCHMARKS / "results"), "Where results go."
+    "results", str(bench.BENCHMARKS / "results"), "Where results go."
 )
 
 
@@ -37,8 +37,8 @@ def measure(
 ) -> dict[str, Any]:
     """m3jax and the floor in turn; who goes first changes from round to round, since
     what the disk has just been read for, a cache below this system may still hold."""
-    merges: list[harness.Run] = []
-    floors: list[harness.Run] = []
+    merges: list[bench.Run] = []
+    floors: list[bench.Run] = []
     for round_ in range(rounds):
         if round_ % 2:
             floors.append(runner.floor(recipe, merges[0].report))
@@ -47,7 +47,7 @@ def measure(
             floors.append(runner.floor(recipe, merges[0].report))
     read = floors[0].report["read_bytes"]
     wall, streaming, floor = (
-        harness.spread(values)
+        bench.spread(values)
         for values in (
             [run.wall for run in merges],
             [programs.streaming(run) for run in merges],
@@ -86,14 +86,14 @@ def markdown(results: dict[str, Any]) -> str:
             row["size"],
             row["recipe"],
             "disk" if row["cold"] else "page cache",
-            f"{harness.gigabytes(row['read_bytes'])} + "
-            f"{harness.gigabytes(row['written_bytes'])}",
-            harness.seconds(row["wall"]),
-            harness.seconds(row["streaming"]),
-            harness.seconds(row["floor"]),
-            harness.times(row["streaming_to_floor"]),
+            f"{bench.gigabytes(row['read_bytes'])} + "
+            f"{bench.gigabytes(row['written_bytes'])}",
+            bench.seconds(row["wall"]),
+            bench.seconds(row["streaming"]),
+            bench.seconds(row["floor"]),
+            bench.times(row["streaming_to_floor"]),
             f"{row['streaming']['median'] / (row['written_bytes'] / 2) * 1e9:.2f}",
-            harness.peak(row),
+            bench.peak(row),
         ]
         for row in results["rows"]
     ]
@@ -102,7 +102,7 @@ def markdown(results: dict[str, Any]) -> str:
     )
     waits = "wait" if results["fsync"] else "do not wait"
     return (
-        harness.table(header, rows)
+        bench.table(header, rows)
         + f"\nMedian (least–greatest) of {results['rounds']} rounds; programs {waits} "
         "for the disk. Peak memory: resident, mapped files included (of which memory "
         "that no file backs).\n\n"
@@ -110,7 +110,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"Streaming time grows as size to the power of: {growth}.\n\n"
             * bool(growth)
         )
-        + harness.environment(results)
+        + bench.environment(results)
         + f"\n\n`{results['command']}`\n"
     )
 
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     del argv
     data = Path(_DATA.value)
     chosen = recipes.select(_RECIPES.value)
-    machine = harness.machine(data)
+    machine = bench.machine(data)
     programs.make_models(data, _SIZES.value)
     rows = []
     for size in _SIZES.value:
@@ -155,14 +155,14 @@ def main(argv: list[str]) -> None:
         + " --fsync" * _FSYNC.value,
         "rounds": _ROUNDS.value,
         "fsync": _FSYNC.value,
-        "commit": harness.commit(),
+        "commit": bench.commit(),
         "machine": machine,
         "versions": {"m3jax": programs.m3jax_versions(), "mergekit": None},
         "growth": growth(rows),
         "rows": rows,
     }
     folder = Path(_RESULTS.value)
-    harness.write_json(folder / "scaling.json", results)
+    bench.write_json(folder / "scaling.json", results)
     (folder / "scaling.md").write_text(markdown(results))
     print(markdown(results))
 

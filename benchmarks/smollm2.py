@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import harness
+import bench
 import jax
 import numpy as np
 import smollm2_data as data
@@ -34,10 +34,10 @@ from absl import app, flags
 import m3jax
 from m3jax.evaluation.evaluator import TaskEvaluator
 from m3jax.evaluation.results import Result
-from m3jax.evaluation.tasks import load_tasks
-from m3jax.evaluation.tokenizer import FolderTokenizer
-from m3jax.exploration.result import Exploration
+from m3jax.evaluation.tasks.task import load_tasks
+from m3jax.exploration.search.result import Exploration
 from m3jax.models.parameters import load_model
+from m3jax.models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def chosen_preset() -> Preset:
 
 def select(base: Path, preset: Preset) -> Parts:
     """The examples of each part of each skill that are short enough, and so many."""
-    tokenizer = FolderTokenizer(base)
+    tokenizer = Tokenizer(base)
     parts: Parts = {}
     for skill in data.SKILLS:
         parts[skill.name] = {}
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> None:
         generate=preset.generate,
         execute=_ALLOW_CODE_EXECUTION.value,
     )
-    config, tokenizer = load_model(str(base)).config, FolderTokenizer(base)
+    config, tokenizer = load_model(str(base)).config, Tokenizer(base)
     validation, test = (
         RememberingEvaluator(
             load_tasks(spec),
@@ -295,8 +295,8 @@ def document(
 ) -> str:
     """The Markdown file."""
     skills = list(parts)
-    versions = harness.versions(("m3jax", "jax", "optax", "transformers"))
-    machine = harness.machine(Path(_WORK.value))
+    versions = bench.versions(("m3jax", "jax", "optax", "transformers"))
+    machine = bench.machine(Path(_WORK.value))
     options = [
         f"--{name}={flags.FLAGS[name].value}"
         for name in OPTIONS

@@ -6,11 +6,11 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 
-import harness
+import bench
 
-from m3jax.exploration import bootstrap
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.scoring import Scored
+from m3jax.exploration.report import bootstrap
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.scoring import Scored
 
 Scores = Mapping[str, float]
 LISTS = ("validation", "test")
@@ -65,7 +65,7 @@ def main_table(found: Mapping[str, Exploration], skills: Sequence[str]) -> str:
             if len(own) > 1:
                 cell += f" ± {statistics.stdev(own):.4f}"
             text.append(f"**{cell}**" if mean == best else cell)
-    return harness.table(["", *(f"{n}: {c}" for n, c in places)], texts)
+    return bench.table(["", *(f"{n}: {c}" for n, c in places)], texts)
 
 
 def comparison(
@@ -123,7 +123,7 @@ def comparison(
         f"{better[0]} and worse in {worse[0]}, better than equal ratios in {better[1]} "
         f"and worse in {worse[1]}, as far as an interval that excludes 0 can tell."
     )
-    return harness.table(header, rows), sentence
+    return bench.table(header, rows), sentence
 
 
 def difference(

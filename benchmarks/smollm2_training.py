@@ -22,9 +22,9 @@ import optax
 from absl import logging
 
 import m3jax
-from m3jax.evaluation.tokenizer import FolderTokenizer
 from m3jax.models.likelihood import token_scores
 from m3jax.models.parameters import load_model
+from m3jax.models.tokenizer import Tokenizer
 
 _MULTIPLE = 64  # tokens that lengths are rounded up to: few shapes, little padding
 _WINDOW = 8  # batches whose sequences are sorted by length together
@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
     learned: int
 
 
-def tokenise(example: dict[str, str], tokenizer: FolderTokenizer) -> Tokens:
+def tokenise(example: dict[str, str], tokenizer: Tokenizer) -> Tokens:
     """A chat of one prompt and its completion, up to the token that ends it."""
     asked = tokenizer.chat([{"role": "user", "content": example["prompt"]}])
     context = tokenizer.encode(asked, add_special_tokens=False)
@@ -109,7 +109,7 @@ def train(
     """Fine-tunes `base` and writes the checkpoint `output`; nothing if it is there."""
     if output.exists():
         return
-    model, tokenizer = load_model(str(base)), FolderTokenizer(base)
+    model, tokenizer = load_model(str(base)), Tokenizer(base)
     sequences = [tokenise(example, tokenizer) for example in examples]
     optimizer = _optimizer(settings)
     parameters = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.parameters)

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-import harness
+import bench
 import programs
 import recipes
 from absl import app, flags
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
         for name, recipe in recipes.select(_RECIPES.value).items():
             run = runner.m3jax(recipe)
             times.setdefault(f"merge of size {_SIZE}: {name}", []).append(run.wall)
-    rows = [[name, harness.seconds(harness.spread(own))] for name, own in times.items()]
-    print(harness.table(["", "seconds"], rows))
+    rows = [[name, bench.seconds(bench.spread(own))] for name, own in times.items()]
+    print(bench.table(["", "seconds"], rows))
 
 
 if __name__ == "__main__":

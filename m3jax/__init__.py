@@ -15,7 +15,7 @@ _HOMES = {
     "Decoder": "m3jax.models.module",
     "Evaluator": "m3jax.evaluation.evaluator",
     "Execution": "m3jax.engine.prepare",
-    "Exploration": "m3jax.exploration.result",
+    "Exploration": "m3jax.exploration.search.result",
     "MergeResult": "m3jax.engine.merge",
     "Mixup": "m3jax.recipe",
     "Recipe": "m3jax.recipe",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from m3jax.engine.verify import verify
     from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
     from m3jax.exploration.explore import explore
-    from m3jax.exploration.result import Exploration
+    from m3jax.exploration.search.result import Exploration
     from m3jax.models.module import Decoder
     from m3jax.methods.dare import Dare
     from m3jax.methods.linear import Average, TaskArithmetic

@@ -17,12 +17,16 @@ import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3jax.evaluation.attacks import attacked_prompt, check_attackable, misspellings
+from m3jax.evaluation.attacks.neighbours import Neighbours
+from m3jax.evaluation.attacks.prompts import (
+    attacked_prompt,
+    check_attackable,
+    misspellings,
+)
+from m3jax.evaluation.attacks.robustness import Robustness, under_attack
 from m3jax.evaluation.evaluator import TaskEvaluator
-from m3jax.evaluation.neighbours import Neighbours
 from m3jax.evaluation.results import Result
-from m3jax.evaluation.robustness import Robustness, under_attack
-from m3jax.evaluation.tasks import Task, TaskError, load_tasks
+from m3jax.evaluation.tasks.task import Task, TaskError, load_tasks
 
 FAMILY = "one_layer"
 TOKENIZER = tiny_tokenizer.Characters()

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import m3jax
-from m3jax.evaluation.characters import CharacterTokenizer
 from m3jax.evaluation.evaluator import TaskEvaluator
-from m3jax.evaluation.examples import Example, load_examples
-from m3jax.evaluation.tasks import load_tasks
-from m3jax.evaluation.tokenizer import FolderTokenizer, open_tokenizer
+from m3jax.evaluation.tasks.examples import Example, load_examples
+from m3jax.evaluation.tasks.task import load_tasks
 from m3jax.models.parameters import load_model
+from m3jax.models.tokenizer import Tokenizer
 
 DATA = Path(m3jax.__file__).parent / "demo_data"
 EXPERTS = ("maths", "code", "words")
@@ -63,36 +63,60 @@ def test_no_prompt_is_in_two_parts_or_could_have_been_trained_on():
     assert len(set(everything)) == len(everything)
 
 
-def test_every_model_has_the_same_tokenizer_that_transformers_reads_alike():
-    pytest.importorskip("transformers")
-    contents = {(DATA / m / "tokenizer.json").read_bytes() for m in ("base", *EXPERTS)}
-    assert len(contents) == 1
-    ours, theirs = open_tokenizer(DATA / "base"), FolderTokenizer(DATA / "base")
-    assert isinstance(ours, CharacterTokenizer)
+def test_every_model_has_the_same_tokenizer_of_single_characters():
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert len({(DATA / m / name).read_bytes() for m in ("base", *EXPERTS)}) == 1
+    fields = json.loads((DATA / "base" / "tokenizer.json").read_text())
+    vocabulary = fields["model"]["vocab"]
+    tokenizer = Tokenizer(DATA / "base")
     texts = [e.prompt + e.answer for own in examples("test").values() for e in own[:20]]
-    for text in [*texts, "", "A\n<s> é</s></s", "<unk>"]:
+    for text in texts:
+        tokens = [vocabulary[character] for character in text]
+        assert tokenizer.encode(text, add_special_tokens=False) == tokens
+        assert tokenizer.encode(text, add_special_tokens=True) == [0, *tokens]
+        assert tokenizer.decode([0, *tokens, 1]) == text
+    assert tokenizer.encode("A\n", add_special_tokens=False) == [2, 2]
+    assert (tokenizer.first_token, tokenizer.stop_tokens) == (0, (1,))
+
+
+@pytest.mark.parametrize("chosen", [None, "LlamaTokenizer"])
+def test_a_tokenizer_without_a_class_of_its_own_is_what_any_loader_gives(
+    chosen, tmp_path
+):
+    """The short way to the library's plain class is AutoTokenizer's result."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((DATA / "base" / name).read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    plain, auto = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(plain.transformers) is type(auto)
+    for text in ("add 1+2=3", "", "A\n<s> é</s></s", "<unk>"):
         for special in (True, False):
-            tokens = theirs.encode(text, add_special_tokens=special)
-            assert ours.encode(text, add_special_tokens=special) == tokens
-        assert ours.decode(tokens) == theirs.decode(tokens)
-    assert ours.stop_tokens == theirs.stop_tokens
-    assert ours.first_token == theirs.first_token
+            tokens = auto.encode(text, add_special_tokens=special)
+            assert plain.encode(text, add_special_tokens=special) == tokens
+    # A model's own class is AutoTokenizer's to find.
+    del settings["tokenizer_class"]
+    if chosen:
+        settings["tokenizer_class"] = chosen
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(Tokenizer(tmp_path).transformers) is type(auto)
 
 
-def test_another_tokenizer_is_left_to_transformers(tmp_path):
-    pytest.importorskip("transformers")
+def test_the_tokenizers_files_are_followed(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (tmp_path / name).write_bytes((DATA / "base" / name).read_bytes())
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
     fields["normalizer"] = {"type": "Lowercase"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    assert isinstance(open_tokenizer(tmp_path), FolderTokenizer)
+    upper = Tokenizer(tmp_path).encode("ADD", add_special_tokens=False)
+    lower = Tokenizer(DATA / "base").encode("add", add_special_tokens=False)
+    assert upper == lower
 
 
 def test_each_expert_is_good_at_its_skill_alone():
     tasks = load_tasks(DATA / "tasks" / "test.json")
     base = load_model(str(DATA / "base"))
-    evaluator = TaskEvaluator(tasks, base.config, open_tokenizer(base.folder))
+    evaluator = TaskEvaluator(tasks, base.config, Tokenizer(base.folder))
 
     def accuracies(name: str) -> dict[str, float]:
         found = evaluator.evaluate(m3jax.load(DATA / name), budget=100)

@@ -17,11 +17,9 @@ import tiny_tokenizer
 import m3jax
 from m3jax.engine.load import load
 from m3jax.evaluation.evaluator import TaskEvaluator
-from m3jax.evaluation.tasks import load_tasks
-from m3jax.evaluation.tokenizer import FolderTokenizer, Tokenizer
+from m3jax.evaluation.tasks.task import load_tasks
 from m3jax.models.parameters import load_model
-
-pytest.importorskip("transformers")
+from m3jax.models.tokenizer import Tokenizer
 
 FAMILY = "smollm2"
 # Short, so that their chats are of one length, in slots, and compile once.
@@ -68,7 +66,7 @@ def test_table_json_and_records(run, model, specs, tmp_path):
     expected = TaskEvaluator(
         load_tasks(specs / "tasks.json"),
         tiny_models.config(FAMILY),
-        FolderTokenizer(model),
+        Tokenizer(model),
     ).evaluate(tiny_models.parameters(FAMILY))
     found = json.loads(ran.out)
     assert [entry["task"] for entry in found] == ["loss", "chat"]
@@ -209,8 +207,7 @@ def test_a_model_without_tokenizer_or_config(run, model, specs, tmp_path):
 
 
 def test_folder_tokenizer_is_the_one_that_tests_use(model):
-    ours: Tokenizer = tiny_tokenizer.Characters()
-    theirs: Tokenizer = FolderTokenizer(model)
+    ours, theirs = tiny_tokenizer.Characters(), Tokenizer(model)
     for text in TEXTS:
         for special in (True, False):
             tokens = ours.encode(text, add_special_tokens=special)
@@ -233,7 +230,7 @@ def test_a_merge_in_memory_is_evaluated_as_it_is(model, specs, tmp_path):
     evaluator = TaskEvaluator(
         load_tasks(specs / "tasks.json"),
         load_model(str(model)).config,
-        FolderTokenizer(model),
+        Tokenizer(model),
     )
     parents = [m3jax.load(model), m3jax.load(other)]
     merged = m3jax.merge_params(None, parents, recipe)
@@ -269,7 +266,7 @@ def test_attacks(run, model, specs):
 
 
 def test_a_task_of_the_harness_without_the_harness(run, model, monkeypatch):
-    for name in ("m3jax.evaluation.harness", "m3jax.evaluation.harness_tasks"):
+    for name in ("m3jax.evaluation.harness.model", "m3jax.evaluation.harness.tasks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     ran = run("evaluate", model, "--tasks=gsm8k")

@@ -16,9 +16,9 @@ import pytest
 import m3jax
 from m3jax import prng
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.exploration.halving import Rung, rungs
 from m3jax.exploration.merger import Merger
-from m3jax.exploration.samplers import trial_seed
+from m3jax.exploration.search.halving import Rung, rungs
+from m3jax.exploration.search.samplers import trial_seed
 from m3jax.exploration.space import Space
 
 SIZE = 1000
@@ -374,8 +374,8 @@ def test_same_seed_same_files(tmp_path):
 
 def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "m3jax.exploration.picture", raising=False)
-    monkeypatch.delattr(m3jax.exploration, "picture", raising=False)
+    monkeypatch.delitem(sys.modules, "m3jax.exploration.report.picture", raising=False)
+    monkeypatch.delattr(m3jax.exploration.report, "picture", raising=False)
     said = []
     explore(draws=2, output=tmp_path, say=said.append)
     assert said[-1].endswith("install it from a checkout: pip install '.[plot]'")
@@ -414,8 +414,8 @@ def test_draws_at_once_change_no_file(at_once, tmp_path):
     assert len(used) == min(at_once, 8)
 
 
-def test_lanes_that_share_a_merger_do_not_share_what_one_of_them_measured():
-    """Whatever a lane leaves for later draws, another may replace at any moment."""
+def test_places_that_share_a_merger_do_not_share_what_one_of_them_measured():
+    """Whatever a draw leaves for later draws, another may replace at any moment."""
 
     class Replaced(Merger):
         @property
@@ -517,7 +517,7 @@ def test_device_memory_holds_one_merged_copy(tmp_path):
 
 def test_device_memory_holds_a_merged_copy_for_each_draw_at_once():
     def copies() -> int:
-        # Masks and codes of a tensor that another lane is merging come and go.
+        # Masks and codes of a tensor that another draw is merging come and go.
         own = [a for a in jax.live_arrays() if a.shape == (SIZE,)]
         return sum(a.dtype == jnp.float32 for a in own)
 

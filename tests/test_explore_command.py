@@ -22,8 +22,6 @@ from m3jax.checkpoints import tree
 from m3jax.exploration.merger import Merger
 from m3jax.models.parameters import load_model
 
-pytest.importorskip("transformers")
-
 FAMILY = "one_layer"
 EXAMPLES = 6
 

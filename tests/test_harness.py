@@ -13,13 +13,13 @@ import tiny_models
 import tiny_tokenizer
 
 from m3jax.evaluation.evaluator import TaskEvaluator
-from m3jax.evaluation.tasks import load_tasks
-from m3jax.evaluation.tokenizer import FolderTokenizer
+from m3jax.evaluation.tasks.task import load_tasks
+from m3jax.models.tokenizer import Tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.tasks")
 hf_backend = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
-harness = pytest.importorskip("m3jax.evaluation.harness")
+harness = pytest.importorskip("m3jax.evaluation.harness.model")
 
 # The harness and what it imports warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,7 +32,7 @@ WORDS = ["a", "to be ", "what is 2+2?", "seven words in a row, and more", "x=1"]
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer.write(folder)
-    return FolderTokenizer(folder)
+    return Tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_the_command_runs_tasks_by_name(run, theirs, model, local_tasks, tmp_pat
 
 
 def test_a_name_that_the_harness_does_not_know(run, model, local_tasks, monkeypatch):
-    tasks = pytest.importorskip("m3jax.evaluation.harness_tasks")
+    tasks = pytest.importorskip("m3jax.evaluation.harness.tasks")
     known = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", known)
     ran = run(

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import m3jax
-from m3jax.evaluation.examples import load_examples
-from m3jax.evaluation.tasks import load_tasks
-from m3jax.exploration.apart import check_apart
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.scoring import Objective, Scored
-from m3jax.exploration.trials import Trial
+from m3jax.evaluation.tasks.apart import check_apart
+from m3jax.evaluation.tasks.examples import load_examples
+from m3jax.evaluation.tasks.task import load_tasks
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.scoring import Objective, Scored
+from m3jax.exploration.search.trials import Trial
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+
 SPECIAL = ("<s>", "</s>", "<unk>")
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789.,:;?!+-*/=()[]'\"_#$"
 VOCABULARY = [*SPECIAL, *ALPHABET]
@@ -16,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 class Characters:
-    """Implements `m3jax.evaluation.tokenizer.Tokenizer`; token 0 begins a text."""
+    """Does what `m3jax.models.tokenizer.Tokenizer` does; token 0 begins a text."""
 
     stop_tokens = (1,)
     first_token = 0
@@ -36,44 +39,14 @@ class Characters:
 def write(folder: Path) -> None:
     """The same tokenizer as tokenizer.json, for transformers."""
     vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
-    added = [
-        {
-            "id": i,
-            "content": token,
-            "special": True,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        for i, token in enumerate(SPECIAL)
-    ]
-    begin = {"id": "<s>", "type_id": 0}
-    fields = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": r"[\s\S]"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": begin},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-        },
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",

@@ -21,7 +21,7 @@ from m3jax.commands.tables import table
 from m3jax.engine.pipeline import available_cores
 
 if TYPE_CHECKING:
-    from m3jax.exploration.result import Exploration, Row
+    from m3jax.exploration.search.result import Exploration, Row
 
 USAGE = "m3jax demo [--output=DIR] [--draws=N] [--seed=N]"
 

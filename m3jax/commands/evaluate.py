@@ -33,25 +33,27 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from m3jax.checkpoints import durable
-from m3jax.commands import mesh
+from m3jax.commands import scoring
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from m3jax.evaluation.attacks.prompts import Variants
+    from m3jax.evaluation.attacks.robustness import Robustness
     from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.evaluation.harness_tasks import HarnessResult
-    from m3jax.evaluation.neighbours import Neighbours
+    from m3jax.evaluation.harness.tasks import HarnessResult
     from m3jax.evaluation.results import Result
-    from m3jax.evaluation.robustness import Robustness
-    from m3jax.evaluation.tasks import Task
+    from m3jax.evaluation.tasks.task import Task
     from m3jax.models.parameters import Model
+    from m3jax.models.tokenizer import Tokenizer
 
     Scored = Result | HarnessResult
 
 USAGE = "m3jax evaluate MODEL --tasks=SPEC.json|NAME[,...] [--limit=N] [--json]"
 LESS_MEMORY = "a smaller --tokens_per_batch needs less, and --mesh splits the model"
+SHARED = [scoring]
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
 _TASKS = flags.DEFINE_list(
@@ -63,24 +65,6 @@ _HARNESS_TASKS_PATH = flags.DEFINE_string(
 _ATTACKS = flags.DEFINE_list("attacks", [], "deepwordbug, stresstest, words.")
 _ATTACK_EXAMPLES = flags.DEFINE_integer(
     "attack_examples", 64, "The first of each task, on which an attack searches."
-)
-_LIMIT = flags.DEFINE_integer("limit", None, "Only the first N examples of each.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "input", ["input", "float32", "bfloat16"], "Of the matrix products."
-)
-_TOKENS_PER_BATCH = flags.DEFINE_integer(
-    "tokens_per_batch", 4096, "More is faster and takes more memory."
-)
-_MESH = flags.DEFINE_list(
-    "mesh",
-    None,
-    "Split the model over devices, such as rows=4 or rows=2,columns=2. [one has all]",
-    allow_override=True,
-)
-_ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
-    "allow_code_execution",
-    False,
-    "Run the programs that the model writes, for code tasks.",
 )
 # Other commands have flags of these names, too; a process runs one command.
 _SEED = flags.DEFINE_integer("seed", None, "Of sampling. [0]", allow_override=True)
@@ -95,9 +79,7 @@ def main(positional: list[str]) -> int:
         raise UsageError(f"needs one model, not {len(positional)}; usage: {USAGE}")
     if not _TASKS.value:
         raise UsageError(f"needs --tasks; usage: {USAGE}")
-    for flag in (_LIMIT, _TOKENS_PER_BATCH, _ATTACK_EXAMPLES):
-        if flag.value is not None and flag.value < 1:
-            raise UsageError(f"--{flag.name}={flag.value} needs 1 or more")
+    scoring.check(_ATTACK_EXAMPLES)
     output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={output}: {output.parent} is not a folder")
@@ -124,38 +106,59 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     import jax
 
     from m3jax.engine.sharding_rules import over_devices
-    from m3jax.evaluation.attacks import ATTACKS, check_attackable
-    from m3jax.evaluation.tasks import load_tasks
+    from m3jax.evaluation.attacks.neighbours import Neighbours
+    from m3jax.evaluation.attacks.prompts import ATTACKS, check_attackable
+    from m3jax.evaluation.attacks.robustness import under_attack
+    from m3jax.evaluation.tasks.task import load_tasks
+    from m3jax.models.decoder import embedding
     from m3jax.models.parameters import load_model
+    from m3jax.models.tokenizer import Tokenizer
     from m3jax.prng import check_seed
 
-    seed = check_seed(_SEED.value or 0)
-    for attack in _ATTACKS.value:
+    seed, attacks = check_seed(_SEED.value or 0), _ATTACKS.value
+    for attack in attacks:
         if attack not in ATTACKS:
             raise UsageError(f"--attacks={attack}: known: {', '.join(ATTACKS)}")
-    files = [name for name in _TASKS.value or [] if _is_file(name)]
     names = [name for name in _TASKS.value or [] if not _is_file(name)]
+    files = [name for name in _TASKS.value or [] if _is_file(name)]
     tasks = [task for path in files for task in load_tasks(path)]
     for task in tasks:
-        for attack in _ATTACKS.value:
+        for attack in attacks:
             check_attackable(task, attack)
-    if names and _ATTACKS.value:
+    if names and attacks:
         raise UsageError(f"--attacks needs tasks of JSON files, not {', '.join(names)}")
     run_names = _harness(names) if names else None
-    model = load_model(model_name, over_devices(mesh.sizes(_MESH.value)))
-    neighbours = _neighbours(model) if "words" in _ATTACKS.value else None
-    evaluator = _evaluator(model, tasks)
-    results: list[Scored] = []
-    for result in evaluator.results(
-        model.parameters, _LIMIT.value, jax.random.key(seed)
-    ):
+    model = load_model(model_name, over_devices(scoring.devices()))
+    tokenizer = Tokenizer(model.folder)
+    neighbours: Variants = lambda word: []  # noqa: E731 - of an attack not asked for
+    if "words" in attacks:
+        neighbours = Neighbours(embedding(model.parameters, model.config), tokenizer)
+
+    def evaluator(tasks: list[Task]) -> TaskEvaluator:
+        return scoring.evaluator(tasks, model.config, tokenizer)
+
+    limit, key = scoring.LIMIT.value, jax.random.key(seed)
+    results: list[Any] = []
+    for result in evaluator(tasks).results(model.parameters, limit, key):
         results.append(result)
-        _say(f"{len(results)} of {len(tasks)} tasks: {clean(result.task)}")
-    attacked = []
-    if _ATTACKS.value:
-        attacked = _under_attack(model, tasks, results, neighbours, seed)
+        scoring.say(f"{len(results)} of {len(tasks)} tasks: {result.task}")
+    attacked: list[Robustness] = []
+    for found in under_attack(
+        tasks,
+        attacks,
+        results,
+        model.parameters,
+        lambda task: evaluator([task]),
+        neighbours=neighbours,
+        examples=_ATTACK_EXAMPLES.value,
+        limit=limit,
+        seed=seed,
+    ):
+        attacked.append(found)
+        of = f"{len(attacked)} of {len(tasks) * len(attacks)} attacks"
+        scoring.say(f"{of}: {found.attack} on {found.clean.task}")
     if run_names is not None:
-        results += run_names(model, seed)
+        results += run_names(model, tokenizer, seed)
     return results, attacked
 
 
@@ -163,62 +166,13 @@ def _is_file(name: str) -> bool:
     return name.endswith(".json") or "/" in name or Path(name).is_file()
 
 
-def _evaluator(model: Model, tasks: list[Task]) -> TaskEvaluator:
-    from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.evaluation.tokenizer import open_tokenizer
-
-    return TaskEvaluator(
-        tasks,
-        model.config,
-        open_tokenizer(model.folder),
-        tokens_per_batch=_TOKENS_PER_BATCH.value,
-        dtype=_dtype(),
-        allow_code_execution=_ALLOW_CODE_EXECUTION.value,
-    )
-
-
-def _neighbours(model: Model) -> Neighbours:
-    from m3jax.evaluation.neighbours import Neighbours
-    from m3jax.evaluation.tokenizer import open_tokenizer
-    from m3jax.models.decoder import embedding
-
-    rows = embedding(model.parameters, model.config)
-    return Neighbours(rows, open_tokenizer(model.folder))
-
-
-def _under_attack(
-    model: Model,
-    tasks: list[Task],
-    clean_results: list[Any],
-    neighbours: Neighbours | None,
-    seed: int,
-) -> list[Robustness]:
-    """Attacks all tasks in all ways that were asked for."""
-    from m3jax.evaluation.robustness import under_attack
-
-    found: list[Robustness] = []
-    for robustness in under_attack(
-        tasks,
-        _ATTACKS.value,
-        clean_results,
-        model.parameters,
-        lambda task: _evaluator(model, [task]),
-        neighbours=neighbours or (lambda word: []),
-        examples=_ATTACK_EXAMPLES.value,
-        limit=_LIMIT.value,
-        seed=seed,
-    ):
-        found.append(robustness)
-        of = f"{len(found)} of {len(tasks) * len(_ATTACKS.value)} attacks"
-        _say(f"{of}: {robustness.attack} on {clean(robustness.clean.task)}")
-    return found
-
-
-def _harness(names: list[str]) -> Callable[[Model, int], list[HarnessResult]]:
+def _harness(
+    names: list[str],
+) -> Callable[[Model, Tokenizer, int], list[HarnessResult]]:
     """What runs tasks of lm-evaluation-harness; fails at once if it cannot."""
     try:
-        from m3jax.evaluation.harness import HarnessModel
-        from m3jax.evaluation.harness_tasks import find_tasks, run_tasks
+        from m3jax.evaluation.harness.model import HarnessModel
+        from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
     except ImportError as error:
         raise UsageError(
             f"--tasks={','.join(names)}: no file of that name, and tasks of "
@@ -227,79 +181,58 @@ def _harness(names: list[str]) -> Callable[[Model, int], list[HarnessResult]]:
         ) from None
     manager = find_tasks(names, _HARNESS_TASKS_PATH.value)
 
-    def run(model: Model, seed: int) -> list[HarnessResult]:
+    def run(model: Model, tokenizer: Tokenizer, seed: int) -> list[HarnessResult]:
         import jax
 
-        from m3jax.evaluation.tokenizer import FolderTokenizer
-
-        harness_model = HarnessModel(
-            model.parameters,
-            model.config,
-            FolderTokenizer(model.folder),
-            tokens_per_batch=_TOKENS_PER_BATCH.value,
-            dtype=_dtype(),
-            key=jax.random.key(seed),
-        )
+        key, options = jax.random.key(seed), scoring.options()
         return run_tasks(
-            harness_model,
+            HarnessModel(model.parameters, model.config, tokenizer, key=key, **options),
             names,
             manager,
-            limit=_LIMIT.value,
+            limit=scoring.LIMIT.value,
             seed=seed,
-            allow_code_execution=_ALLOW_CODE_EXECUTION.value,
+            allow_code_execution=scoring.ALLOW_CODE_EXECUTION.value,
         )
 
     return run
 
 
-def _dtype() -> Any:
-    import jax.numpy as jnp
-
-    known = {"input": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    return known[_DTYPE.value]
-
-
-def _say(text: str) -> None:
-    print(f"m3jax: {text}", file=sys.stderr, flush=True)
+def _number(value: float, form: str = ".4f", before: str = "") -> str:
+    return "—" if math.isnan(value) else f"{before}{value:{form}}"
 
 
 def _report(results: list[Scored]) -> list[str]:
-    rows = []
-    for result in results:
-        error = result.standard_error
-        rows.append(
-            (
-                clean(result.task),
-                result.metric,
-                "—" if math.isnan(result.mean) else f"{result.mean:.4f}",
-                "—" if math.isnan(error) else f"± {error:.4f}",
-                f"{result.count:,}",
-            )
+    rows = [
+        (
+            clean(result.task),
+            result.metric,
+            _number(result.mean),
+            _number(result.standard_error, before="± "),
+            f"{result.count:,}",
         )
-    lines = table(("task", "metric", "mean", "", "n"), rows, "<<>>>")
-    for result in results:
-        if result.truncated:
-            lines.append(
-                f"note: {clean(result.task)}: {result.truncated} of {result.count} "
-                "prompts lost their beginning, to fit into the model"
-            )
-    return lines
+        for result in results
+    ]
+    notes = [
+        f"note: {clean(result.task)}: {result.truncated} of {result.count} "
+        "prompts lost their beginning, to fit into the model"
+        for result in results
+        if result.truncated
+    ]
+    return [*table(("task", "metric", "mean", "", "n"), rows, "<<>>>"), *notes]
 
 
 def _report_attacks(attacked: list[Robustness]) -> list[str]:
-    rows = []
-    for found in attacked:
-        drop = found.drop_rate
-        rows.append(
-            (
-                clean(found.clean.task),
-                found.attack,
-                f"{found.clean.mean:.4f}",
-                f"{found.attacked.mean:.4f}",
-                "—" if math.isnan(drop) else f"{drop:.1%}",
-                clean(found.prompt),
-            )
+    rows = [
+        (
+            clean(found.clean.task),
+            found.attack,
+            f"{found.clean.mean:.4f}",
+            f"{found.attacked.mean:.4f}",
+            _number(found.drop_rate, ".1%"),
+            clean(found.prompt),
         )
+        for found in attacked
+    ]
     header = ("task", "attack", "clean", "attacked", "drop rate", "prompt")
     return table(header, rows, "<<>>><")
 

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from m3jax.commands import config, mesh
+from m3jax.commands import config, scoring
 from m3jax.commands.cli import UsageError, leave_at_once
 from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
     from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.exploration.result import Exploration
+    from m3jax.exploration.search.result import Exploration
 
 USAGE = (
     "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
@@ -40,6 +40,7 @@ LESS_MEMORY = (
     "a smaller --tokens_per_batch and fewer draws --at_once need less, and --mesh "
     "splits the models over devices"
 )
+SHARED = [scoring]
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
@@ -90,18 +91,8 @@ _AT_ONCE = flags.DEFINE_integer(
     None,
     "Draws at a time, each with its own merged copy. [one on each accelerator]",
 )
-_MESH = flags.DEFINE_list(
-    "mesh",
-    None,
-    "Split the models over devices, such as rows=4 or rows=2,columns=2, for one draw "
-    "at a time. [each device has all]",
-    allow_override=True,
-)
 _GENERATION = flags.DEFINE_integer(
     "generation", 1, "Draws that tpe and cmaes propose before they are told of one."
-)
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "Only the first N examples of each task.", allow_override=True
 )
 _EXPORT = flags.DEFINE_string("export", None, "Folder for the winner's checkpoint.")
 _RESUME = flags.DEFINE_bool(
@@ -113,26 +104,6 @@ _OVERWRITE = flags.DEFINE_bool(
 _TOKENIZER_FROM = flags.DEFINE_string(
     "tokenizer_from", None, "Model whose tokenizer is used. [base]", allow_override=True
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "input",
-    ["input", "float32", "bfloat16"],
-    "Of the matrix products.",
-    allow_override=True,
-)
-_TOKENS_PER_BATCH = flags.DEFINE_integer(
-    "tokens_per_batch",
-    4096,
-    "More is faster and takes more memory.",
-    allow_override=True,
-)
-_ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
-    "allow_code_execution",
-    False,
-    "Run the programs that the models write, for code tasks.",
-    allow_override=True,
-)
-
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
@@ -149,9 +120,7 @@ def main(positional: list[str]) -> int:
     ):
         if not value:
             raise UsageError(f"--{name} is missing; usage: {USAGE}")
-    for flag in (_LIMIT, _TOKENS_PER_BATCH):
-        if flag.value is not None and flag.value < 1:
-            raise UsageError(f"--{flag.name}={flag.value} needs 1 or more")
+    scoring.check()
     recipe.check(num_models=len(models), has_base=base is not None)
     weights = _weights(_WEIGHTS.value or [])
 
@@ -178,17 +147,17 @@ def main(positional: list[str]) -> int:
         sampler=_SAMPLER.value,
         search=_SEARCH.value or ["ratios"],
         weights=weights,
-        budget=_LIMIT.value,
+        budget=scoring.LIMIT.value,
         halving=_HALVING.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
-        mesh=mesh.sizes(_MESH.value),
+        mesh=scoring.devices(),
         generation=_GENERATION.value,
         output=_OUTPUT.value,
         resume=_RESUME.value,
         overwrite=_OVERWRITE.value,
         tokenizer_from=_TOKENIZER_FROM.value,
-        say=_say,
+        say=scoring.say,
     )
     print("\n".join(_report(found)))
     if _EXPORT.value is not None:
@@ -215,13 +184,10 @@ def main(positional: list[str]) -> int:
 
 def failed(code: int) -> None:
     """See `cli.run`: does not wait for draws that nobody waits for."""
-    lanes = sys.modules.get("m3jax.exploration.lanes")  # not to wait for JAX, either
-    if lanes is not None and lanes.at_work():
+    # Only if it is loaded: not to wait for JAX, either.
+    places = sys.modules.get("m3jax.exploration.search.places")
+    if places is not None and places.at_work():
         leave_at_once(code)
-
-
-def _say(line: str) -> None:
-    print(f"m3jax: {clean(line)}", file=sys.stderr, flush=True)
 
 
 def _weights(given: list[str]) -> dict[str, float]:
@@ -241,40 +207,29 @@ def _task_evaluators(
     base: str | None, models: list[str]
 ) -> Callable[[list[str]], TaskEvaluator]:
     """Makes an evaluator of files of tasks; it runs every one of the models."""
-    import jax.numpy as jnp
+    from m3jax.evaluation.tasks.task import load_tasks
+    from m3jax.models.parameters import common_config
+    from m3jax.models.tokenizer import Tokenizer
 
-    from m3jax.evaluation.evaluator import TaskEvaluator
-    from m3jax.evaluation.tasks import load_tasks
-    from m3jax.evaluation.tokenizer import open_tokenizer
-    from m3jax.exploration.architecture import common_config
-
-    first = models[0] if base is None else base
     checkpoints = [*([] if base is None else [base]), *models]
     config, folders = common_config(checkpoints)
     owner = _TOKENIZER_FROM.value or "base"
-    owner = first if owner == "base" else owner
+    owner = checkpoints[0] if owner == "base" else owner
     if owner not in folders:
         raise UsageError(
             f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
         )
-    tokenizer = open_tokenizer(folders[owner])
-    dtypes = {"input": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    tokenizer = Tokenizer(folders[owner])
 
     def make(paths: list[str]) -> TaskEvaluator:
-        return TaskEvaluator(
-            [task for path in paths for task in load_tasks(path)],
-            config,
-            tokenizer,
-            tokens_per_batch=_TOKENS_PER_BATCH.value,
-            dtype=dtypes[_DTYPE.value],
-            allow_code_execution=_ALLOW_CODE_EXECUTION.value,
-        )
+        tasks = [task for path in paths for task in load_tasks(path)]
+        return scoring.evaluator(tasks, config, tokenizer)
 
     return make
 
 
 def _report(found: Exploration) -> list[str]:
-    from m3jax.exploration import summary
+    from m3jax.exploration.report import summary
 
     lines = summary.notes(found)
     for one in summary.tables(found):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,17 +17,17 @@ import jax
 import numpy as np
 
 from m3jax import prng
-from m3jax.evaluation import answers, programs
-from m3jax.evaluation.examples import Example, load_examples
-from m3jax.evaluation.requests import Prepared, prepare
 from m3jax.evaluation.results import Result
 from m3jax.evaluation.running import continuations, log_likelihoods
-from m3jax.evaluation.tasks import Task, TaskError, load_tasks
-from m3jax.evaluation.tokenizer import Tokenizer, open_tokenizer
+from m3jax.evaluation.tasks import answers, programs
+from m3jax.evaluation.tasks.examples import Example, load_examples
+from m3jax.evaluation.tasks.requests import Prepared, prepare
+from m3jax.evaluation.tasks.task import Task, TaskError, load_tasks
 from m3jax.models.config import Config
 from m3jax.models.generation import Sampling
 from m3jax.models.layers import Parameters
 from m3jax.models.parameters import read_model_config
+from m3jax.models.tokenizer import Tokenizer
 
 
 class Evaluator(Protocol):
@@ -54,6 +54,9 @@ class TaskEvaluator:
 
     A score is a function of the parameters, the task and the key: the batches that
     an example comes in, and the other tasks, change nothing but rounding.
+
+    Attributes:
+      tasks: in the order of the results.
     """
 
     def __init__(
@@ -90,9 +93,14 @@ class TaskEvaluator:
                     "machine; allow it with --allow_code_execution "
                     "(allow_code_execution=True)"
                 )
-        self._tasks = [(task, load_examples(task)) for task in tasks]
-        self._config, self._tokenizer = config, tokenizer
-        self._tokens_per_batch, self._dtype = tokens_per_batch, dtype
+        self.tasks = tuple(tasks)
+        self._examples = [load_examples(task) for task in tasks]
+        self._tokenizer, self._length = tokenizer, config.max_position_embeddings
+        self._options: dict[str, Any] = {
+            "config": config,
+            "tokens_per_batch": tokens_per_batch,
+            "dtype": dtype,
+        }
         self._prepare = functools.cache(self._prepared)
 
     @classmethod
@@ -114,31 +122,25 @@ class TaskEvaluator:
         """
         config, folder = read_model_config(name)
         tasks = [task for path in specs for task in load_tasks(path)]
-        return cls(tasks, config, open_tokenizer(folder), **options)
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        return tuple(task for task, _ in self._tasks)
+        return cls(tasks, config, Tokenizer(folder), **options)
 
     @property
     def full_budget(self) -> int:
         """Examples of the largest task: the least budget that is all there is."""
-        return max(len(examples) for _, examples in self._tasks)
+        return max(map(len, self._examples))
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the scores depend on beside parameters, budget and key."""
         tasks = {}
-        for task, examples in self._tasks:
+        for task, examples in zip(self.tasks, self._examples, strict=True):
             fields = {**dataclasses.asdict(task), "data": None}
             content = [fields, [dataclasses.asdict(example) for example in examples]]
             digest = hashlib.sha256(json.dumps(content).encode())
             tasks[task.name] = digest.hexdigest()
-        dtype = None if self._dtype is None else np.dtype(self._dtype).name
-        return {
-            "tasks": tasks,
-            "dtype": dtype,
-            "tokens_per_batch": self._tokens_per_batch,
-        }
+        options = {name: self._options[name] for name in ("dtype", "tokens_per_batch")}
+        if options["dtype"] is not None:
+            options["dtype"] = np.dtype(options["dtype"]).name
+        return {"tasks": tasks, **options}
 
     def __call__(
         self, parameters: Parameters, budget: int | None, key: jax.Array
@@ -172,30 +174,24 @@ class TaskEvaluator:
         if budget is not None and budget < 1:
             raise ValueError(f"budget={budget} needs 1 example or more")
         key = jax.random.key(0) if key is None else key
-        for place in range(len(self._tasks)):
-            yield self._evaluate(parameters, place, budget, key)
-
-    def _evaluate(
-        self, parameters: Parameters, place: int, budget: int | None, key: jax.Array
-    ) -> Result:
-        task, examples = self._tasks[place]
-        examples = examples[:budget]
-        prepared = [self._prepare(place, i) for i in range(len(examples))]
-        if task.kind in ("loss", "choice"):
-            records = self._score(parameters, task, examples, prepared)
-        else:
-            records = self._generate(parameters, task, examples, prepared, key)
-        return Result(
-            task=task.name,
-            metric=task.metric,
-            records=tuple(records),
-            truncated=sum(item.truncated for item in prepared),
-        )
+        for place, task in enumerate(self.tasks):
+            examples = self._examples[place][:budget]
+            prepared = [self._prepare(place, i) for i in range(len(examples))]
+            found: Iterable[dict[str, Any]]
+            if task.kind in ("loss", "choice"):
+                found = self._score(parameters, task, examples, prepared)
+            else:
+                found = self._generate(parameters, task, examples, prepared, key)
+            records = (
+                {"index": example.index, "prompt": example.prompt, **own}
+                for example, own in zip(examples, found, strict=True)
+            )
+            truncated = sum(item.truncated for item in prepared)
+            yield Result(task.name, task.metric, tuple(records), truncated)
 
     def _prepared(self, place: int, example: int) -> Prepared:
-        task, examples = self._tasks[place]
-        length = self._config.max_position_embeddings
-        return prepare(examples[example], task, self._tokenizer, length)
+        own = self._examples[place][example]
+        return prepare(own, self.tasks[place], self._tokenizer, self._length)
 
     def _score(
         self,
@@ -203,50 +199,39 @@ class TaskEvaluator:
         task: Task,
         examples: Sequence[Example],
         prepared: Sequence[Prepared],
-    ) -> list[dict[str, Any]]:
+    ) -> Iterable[dict[str, Any]]:
+        """Scores completions or choices; what is found of each example."""
         contexts = [context for item in prepared for context in item.contexts]
         completions = [part for item in prepared for part in item.completions]
-        scored = log_likelihoods(
-            parameters,
-            contexts,
-            completions,
-            config=self._config,
-            tokens_per_batch=self._tokens_per_batch,
-            dtype=self._dtype,
-        )
+        scored = log_likelihoods(parameters, contexts, completions, **self._options)
         scores = iter(scored)
-        records = []
         for example, item in zip(examples, prepared, strict=True):
             sums = [next(scores).log_likelihood for _ in item.completions]
             tokens = [len(part) for part in item.completions]
-            record: dict[str, Any] = {"index": example.index, "prompt": example.prompt}
             if task.kind == "loss":
-                record |= {
+                yield {
                     "completion": example.completion,
                     "log_likelihood": sums[0],
                     "tokens": tokens[0],
                     "score": -sums[0] / tokens[0],
                 }
-            else:
-                lengths = {
-                    "bytes": [len(choice.encode()) for choice in example.choices],
-                    "tokens": tokens,
-                    "none": [1] * len(tokens),
-                }[task.normalise]
-                normal = [s / n for s, n in zip(sums, lengths, strict=True)]
-                # A model that gives NaN has chosen nothing.
-                valid = not any(map(math.isnan, normal))
-                chosen = int(np.argmax(normal)) if valid else None
-                record |= {
-                    "choices": example.choices,
-                    "log_likelihoods": sums,
-                    "normalised": normal,
-                    "chosen": chosen,
-                    "correct": example.correct,
-                    "score": float(chosen == example.correct),
-                }
-            records.append(record)
-        return records
+                continue
+            lengths = {
+                "bytes": [len(choice.encode()) for choice in example.choices],
+                "tokens": tokens,
+                "none": [1] * len(tokens),
+            }[task.normalise]
+            normal = [s / n for s, n in zip(sums, lengths, strict=True)]
+            # A model that gives NaN has chosen nothing.
+            chosen = None if any(map(math.isnan, normal)) else int(np.argmax(normal))
+            yield {
+                "choices": example.choices,
+                "log_likelihoods": sums,
+                "normalised": normal,
+                "chosen": chosen,
+                "correct": example.correct,
+                "score": float(chosen == example.correct),
+            }
 
     def _generate(
         self,
@@ -256,64 +241,42 @@ class TaskEvaluator:
         prepared: Sequence[Prepared],
         key: jax.Array,
     ) -> list[dict[str, Any]]:
-        prompts = [item.contexts[0] for item in prepared]
-        outputs = self._write(parameters, prompts, task, key)
-        if task.kind == "code":
-            marks = _run_all(task, examples, outputs)
-        else:
-            marks = []
-            for example, output in zip(examples, outputs, strict=True):
-                answer = answers.found(output, task)
-                right = answers.is_right(answer, task, example)
-                marks.append(
-                    {"found": answer, "answer": example.answer, "score": float(right)}
-                )
-        return [
-            {
-                "index": example.index,
-                "prompt": example.prompt,
-                "output": output,
-                **mark,
-            }
-            for example, output, mark in zip(examples, outputs, marks, strict=True)
-        ]
-
-    def _write(
-        self,
-        parameters: Parameters,
-        prompts: Sequence[Sequence[int]],
-        task: Task,
-        key: jax.Array,
-    ) -> list[str]:
-        """What the model writes behind each prompt, up to the task's stop texts."""
+        """What the model writes behind each prompt, up to a stop text, and its mark."""
         for word in prng.name_words([task.name])[0]:
             key = jax.random.fold_in(key, word)
         written = continuations(
             parameters,
-            prompts,
-            config=self._config,
+            [item.contexts[0] for item in prepared],
             max_new_tokens=task.max_new_tokens,
             stop_tokens=self._tokenizer.stop_tokens,
             sampling=Sampling(task.temperature, task.top_k, task.top_p),
             key=key,
-            tokens_per_batch=self._tokens_per_batch,
-            dtype=self._dtype,
+            **self._options,
         )
         texts = map(self._tokenizer.decode, written)
-        return [answers.until_stop(text, task.stop) for text in texts]
+        outputs = [answers.until_stop(text, task.stop) for text in texts]
+        if task.kind != "code":
+            return list(map(functools.partial(_compare, task), examples, outputs))
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(functools.partial(_run, task), examples, outputs))
 
 
-def _run_all(
-    task: Task, examples: Sequence[Example], outputs: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Runs the program of each example with its tests."""
+def _compare(task: Task, example: Example, output: str) -> dict[str, Any]:
+    """Marks an answer by the example's."""
+    answer = answers.found(output, task)
+    right = answers.is_right(answer, task, example)
+    return {
+        "output": output,
+        "found": answer,
+        "answer": example.answer,
+        "score": float(right),
+    }
 
-    def mark(example: Example, output: str) -> dict[str, Any]:
-        program = "\n\n".join((example.setup, answers.code(output), example.tests))
-        passed, why = programs.passes(
-            program, seconds=task.seconds, megabytes=task.megabytes
-        )
-        return {"problem": why, "score": float(passed)}
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(mark, examples, outputs))
+def _run(task: Task, example: Example, output: str) -> dict[str, Any]:
+    """Marks a program by running it with the example's tests."""
+    program = "\n\n".join((example.setup, answers.code(output), example.tests))
+    passed, why = programs.passes(
+        program, seconds=task.seconds, megabytes=task.megabytes
+    )
+    return {"output": output, "problem": why, "score": float(passed)}

@@ -19,15 +19,14 @@ from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.engine.load import load
 from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
-from m3jax.exploration import folder as files
-from m3jax.exploration.apart import check_apart
-from m3jax.exploration.halving import rungs
-from m3jax.exploration.journal import Journal
-from m3jax.exploration.outputs import write_outputs
-from m3jax.exploration.result import Exploration
+from m3jax.evaluation.tasks.apart import check_apart
+from m3jax.exploration.report import folder as files
+from m3jax.exploration.report.log import Log
 from m3jax.exploration.run import Run, Say, nothing
-from m3jax.exploration.samplers import ADAPTIVE, make_sampler
-from m3jax.exploration.scoring import Objective, describe, losses
+from m3jax.exploration.search.halving import rungs
+from m3jax.exploration.search.result import Exploration
+from m3jax.exploration.search.samplers import ADAPTIVE, make_sampler
+from m3jax.exploration.search.scoring import Objective, describe, losses
 from m3jax.exploration.space import Space
 from m3jax.recipe import Recipe, RecipeError
 
@@ -171,8 +170,7 @@ def explore(
             claim = files.claimed(path, overwrite=overwrite, resume=resume)
             stack.enter_context(claim)
         trials, rows = (
-            Journal(path and path / name, header)
-            for name in (files.TRIALS, files.SCORES)
+            Log(path and path / name, header) for name in (files.TRIALS, files.SCORES)
         )
         lists = {"validation": evaluator, "test": test, "ood": ood}
         run = Run(
@@ -197,7 +195,7 @@ def explore(
         replay = _replay(found, base, models, tokenizer_from)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
-            write_outputs(found, path, say)
+            files.write_outputs(found, path, say)
         return found
 
 

@@ -17,14 +17,14 @@ import jax
 from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.evaluation.evaluator import Evaluator
-from m3jax.exploration.halving import Rung
-from m3jax.exploration.journal import Journal
-from m3jax.exploration.lanes import choose_places, in_order, make_lanes
 from m3jax.exploration.merger import Merger
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.samplers import Proposal, Sampler
-from m3jax.exploration.scoring import Objective, Scored, score
-from m3jax.exploration.trials import Trial, best
+from m3jax.exploration.report.log import Log
+from m3jax.exploration.search.halving import Rung
+from m3jax.exploration.search.places import choose_places, in_order, make_mergers
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.samplers import Proposal, Sampler
+from m3jax.exploration.search.scoring import Objective, Scored, score
+from m3jax.exploration.search.trials import Trial, best
 from m3jax.models.layers import Parameters
 from m3jax.recipe import Mixup, Recipe
 
@@ -38,15 +38,6 @@ class _Job:
     proposal: Proposal
     index: int
     budget: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Done:
-    """What came of a job, and the seconds that merging and evaluating took."""
-
-    trial: Trial
-    merging: float
-    evaluating: float
 
 
 def nothing(line: str) -> None:
@@ -77,8 +68,8 @@ class Run:
     budget: int | None
     test_all_draws: bool
     at_once: int | None
-    trials: Journal
-    rows: Journal
+    trials: Log
+    rows: Log
     times: Path | None = None
     say: Say = nothing
 
@@ -105,12 +96,12 @@ class Run:
             for name, tree in zip(["base", *names], trees, strict=True)
             if tree is not None
         ]
-        lanes = make_lanes(trees, self.recipe, places)
-        merger = lanes[0]
+        mergers = make_mergers(trees, self.recipe, places)
+        merger = mergers[0]
         for name, recipe in self._baselines(len(names)).items():
             make = functools.partial(merger, recipe, self.seed)
             rows.append(self._row(name, "baseline", make))
-        trials = self._all_trials(lanes, sampler, schedule)
+        trials = self._all_trials(mergers, sampler, schedule)
         winner = best(trials[-schedule[-1].draws :], 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
@@ -156,14 +147,14 @@ class Run:
         return row
 
     def _all_trials(
-        self, lanes: Sequence[Merger], sampler: Sampler, schedule: Sequence[Rung]
+        self, mergers: Sequence[Merger], sampler: Sampler, schedule: Sequence[Rung]
     ) -> list[Trial]:
         trials: list[Trial] = []
         total = sum(rung.draws for rung in schedule)
 
         def run(jobs: Sequence[_Job]) -> list[Trial]:
             start = len(trials)
-            for trial in self._run(jobs, start, lanes):
+            for trial in self._run(jobs, start, mergers):
                 trials.append(trial)
                 if len(trials) > len(self.trials.lines):
                     what = described(trial.objective, trial.scores, trial.mean_ratios)
@@ -188,37 +179,40 @@ class Run:
         return trials
 
     def _run(
-        self, jobs: Sequence[_Job], start: int, lanes: Sequence[Merger]
+        self, jobs: Sequence[_Job], start: int, mergers: Sequence[Merger]
     ) -> Iterator[Trial]:
-        """The trials of jobs, read from the journal or run and written down there.
+        """The trials of jobs, read from the log or run and written down there.
 
         Args:
           jobs: in their order.
-          start: the first one's place in the journal.
-          lanes: to run them on.
+          start: the first one's place in the log.
+          mergers: to run them on.
         """
         lines = self.trials.lines[start : start + len(jobs)]
         for i, line in enumerate(lines):
             yield _recorded(line, jobs[i], start + i)
         left = jobs[len(lines) :]
-        with contextlib.closing(in_order(self._do, left, lanes)) as found:
-            for done in found:
-                self.trials.append(done.trial.to_dict())
-                self._note_times(done)
-                yield done.trial
+        with contextlib.closing(in_order(self._do, left, mergers)) as found:
+            for trial, seconds in found:
+                self.trials.append(trial.to_dict())
+                if self.times is not None:
+                    entry = {"index": trial.index, "budget": trial.budget, **seconds}
+                    with durable.naming(self.times), self.times.open("a") as file:
+                        file.write(json.dumps(entry) + "\n")
+                yield trial
 
-    def _do(self, job: _Job, merger: Merger) -> _Done:
-        """Merges a draw and evaluates it."""
+    def _do(self, job: _Job, merger: Merger) -> tuple[Trial, dict[str, float]]:
+        """Merges a draw and evaluates it; the seconds that it took."""
         recipe, seed = job.proposal.recipe, job.proposal.seed
         start = time.perf_counter()
         parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
-        lists = [(name, self.budget) for name in self.evaluators if self.test_all_draws]
-        scores = {
-            name: self._score(name, parameters, own).scores
-            for name, own in {**dict(lists), "validation": job.budget}.items()
+        own = self._score("validation", parameters, job.budget).scores
+        others = [name for name in self.evaluators if name != "validation"]
+        other = {
+            name: self._score(name, parameters, self.budget).scores
+            for name in (others if self.test_all_draws else ())
         }
-        own = scores.pop("validation")
         trial = Trial(
             index=job.index,
             budget=job.budget,
@@ -227,25 +221,16 @@ class Run:
             ratios=merger.ratios(recipe, seed),
             scores=own,
             objective=self.objective(own),
-            other=scores,
+            other=other,
         )
-        return _Done(trial, merged - start, time.perf_counter() - merged)
+        return trial, {
+            "merge_seconds": round(merged - start, 6),
+            "evaluate_seconds": round(time.perf_counter() - merged, 6),
+        }
 
     def _score(self, name: str, parameters: Parameters, budget: int | None) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
         return score(self.evaluators[name], parameters, budget, key)
-
-    def _note_times(self, done: _Done) -> None:
-        if self.times is None:
-            return
-        entry = {
-            "index": done.trial.index,
-            "budget": done.trial.budget,
-            "merge_seconds": round(done.merging, 6),
-            "evaluate_seconds": round(done.evaluating, 6),
-        }
-        with durable.naming(self.times), self.times.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def _same(parameters: Parameters) -> Parameters:
@@ -253,7 +238,7 @@ def _same(parameters: Parameters) -> Parameters:
 
 
 def _recorded(line: Mapping[str, Any], job: _Job, place: int) -> Trial:
-    """The trial of a line of the journal, which has to be that of the job."""
+    """The trial of a line of the log, which has to be that of the job."""
     trial = Trial.from_dict(line)
     if _Job(Proposal(trial.recipe, trial.seed), trial.index, trial.budget) != job:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What config.json says of a model.
+"""What a decoder is, and what config.json says of one.
 
 Every attribute is read, or known not to change what the model computes, or refused by
 name: an attribute that is passed over in silence is a wrong result.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
+
+import jax
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 
@@ -150,3 +153,27 @@ class Fields:
             f"{self.name}: {self._prefix}{shown(attribute)[1:-1]} = {shown(value)}: "
             f"{why}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A decoder, as pure functions of a checkpoint's own pytree.
+
+    Attributes:
+      read_config: (fields of config.json, model_type) -> its `Config`; refuses what it
+        does not know.
+      parameter_shapes: config -> shape of every tensor but ``lm_head.weight``, by name.
+      embedding: parameters -> (V, H).
+      hidden_states: (parameters, tokens, positions, cache, config, dtype) -> normalised
+        hidden states and the cache with these tokens; see `decoder.hidden_states`.
+      buffers: names of tensors that some checkpoints carry and that follow from the
+        config.
+      prefix: that some checkpoints leave out of all names.
+    """
+
+    read_config: Callable[[Fields, str], Config]
+    parameter_shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    embedding: Callable[[Any], jax.Array]
+    hidden_states: Callable[..., Any]
+    buffers: re.Pattern[str]
+    prefix: str = ""

@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.models.architecture import Architecture
-from m3jax.models.config import Config, Fields
+from m3jax.models.config import Architecture, Config, Fields
 from m3jax.models.gpt2 import GPT2
 from m3jax.models.layers import Cache, Parameters, positions_of, product
 from m3jax.models.llama import LLAMA

@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.models.architecture import Architecture
-from m3jax.models.config import Config, Fields
+from m3jax.models.config import Architecture, Config, Fields
 from m3jax.models.layers import Attention, Cache, Parameters, along_last, product
 
 _ACTIVATIONS = {

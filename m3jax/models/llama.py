@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.models.architecture import Architecture
+from m3jax.models.config import Architecture
 from m3jax.models.layers import Attention, Cache, Parameters, along_last, linear
 from m3jax.models.llama_config import LlamaConfig, read_config
 from m3jax.models.rope import rotate

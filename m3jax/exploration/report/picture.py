@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.trials import Trial
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.trials import Trial
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -82,28 +82,13 @@ def draw(found: Exploration, path: Path) -> None:
 
 def _panel(axis: Any, found: Exploration, task: str) -> None:
     x = _x_axis(found, task)
-    axis.scatter(
-        [x.value(trial) for trial in found.draws],
-        [trial.scores[task] for trial in found.draws],
-        s=24,
-        color=_FAINT,
-        alpha=0.8,
-        linewidths=0,
-        label="draws",
-        zorder=3,
-    )
+    draws = [(x.value(trial), trial.scores[task]) for trial in found.draws]
+    style: dict[str, Any] = {"s": 24, "color": _FAINT, "alpha": 0.8, "linewidths": 0}
+    axis.scatter(*zip(*draws, strict=True), label="draws", zorder=3, **style)
     _references(axis, found, task, x.model)
-    axis.scatter(
-        [x.value(found.winner)],
-        [_score(found.rows[-1], task)],
-        s=150,
-        marker="*",
-        color=_GOLD,
-        edgecolors=_INK,
-        linewidths=0.8,
-        label="winner",
-        zorder=5,
-    )
+    best = x.value(found.winner), _score(found.rows[-1], task)
+    style = {"s": 150, "marker": "*", "color": _GOLD, "edgecolors": _INK}
+    axis.scatter(*best, label="winner", zorder=5, linewidths=0.8, **style)
     axis.set_xlabel(x.label, color=_INK)
     if x.model is not None:
         axis.set_xlim(-0.04, 1.04)
@@ -124,45 +109,41 @@ def _references(axis: Any, found: Exploration, task: str, model: int | None) -> 
     count = len(found.models)
     parents = [row for row in found.rows if row.kind == "parent"]
     baselines = [row for row in found.rows if row.kind == "baseline"]
+
+    def put(row: Row, x: float | None, line: Mapping[str, Any], **mark: Any) -> None:
+        y, name = _score(row, task), row.name
+        name = name.replace("_", " ") if row.kind == "baseline" else _text(name)
+        if x is None:
+            axis.axhline(y, label=name, **line)
+        else:
+            axis.scatter([x], [y], label=name, zorder=4, **mark)
+
     if len(parents) > count:
-        base = parents.pop(0)
-        axis.axhline(
-            _score(base, task), color=_INK, ls=(0, (1, 2)), lw=1.3, label="base"
-        )
+        put(parents.pop(0), None, {"color": _INK, "ls": (0, (1, 2)), "lw": 1.3})
     for i, row in enumerate(parents):
-        y, name = _score(row, task), _text(row.name)
         color = _COLORS[i % len(_COLORS)]
-        if model is None:
-            axis.axhline(y, color=color, lw=1.3, label=name)
-        else:
-            axis.scatter(
-                [float(i == model)],
-                [y],
-                s=60,
-                marker="D",
-                color=color,
-                edgecolors="white",
-                linewidths=0.6,
-                label=name,
-                zorder=4,
-                clip_on=False,
-            )
+        put(
+            row,
+            None if model is None else float(i == model),
+            {"color": color, "lw": 1.3},
+            s=60,
+            marker="D",
+            color=color,
+            clip_on=False,
+            edgecolors="white",
+            linewidths=0.6,
+        )
     for row, marker, dashes in zip(baselines, "s^", ("--", "-."), strict=True):
-        y, name = _score(row, task), row.name.replace("_", " ")
-        if model is None:
-            axis.axhline(y, color=_INK, ls=dashes, lw=1, label=name)
-        else:
-            axis.scatter(
-                [1 / count],
-                [y],
-                s=55,
-                marker=marker,
-                facecolors="none",
-                edgecolors=_INK,
-                linewidths=1.3,
-                label=name,
-                zorder=4,
-            )
+        put(
+            row,
+            None if model is None else 1 / count,
+            {"color": _INK, "ls": dashes, "lw": 1},
+            s=55,
+            marker=marker,
+            facecolors="none",
+            edgecolors=_INK,
+            linewidths=1.3,
+        )
 
 
 def _x_axis(found: Exploration, task: str) -> _Axis:

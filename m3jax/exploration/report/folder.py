@@ -1,14 +1,18 @@
-"""The folder that an exploration writes into."""
+"""The folder that an exploration writes into, and what it leaves there."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.exploration.report import summary
+from m3jax.exploration.search.result import Exploration
 
 TRIALS, SCORES, TIMES = "trials.jsonl", "scores.jsonl", "times.jsonl"
 SUMMARY, TABLE, PICTURE = "summary.json", "summary.md", "scores.png"
@@ -71,3 +75,39 @@ def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
             raise
     finally:
         os.close(fd)
+
+
+def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) -> None:
+    """Writes summary.json, summary.md, winner.json and scores.png into a folder.
+
+    Without matplotlib there is no picture, and `say` is told so.
+    """
+    for name, content in (
+        (SUMMARY, summary.as_dict(found)),
+        (WINNER, found.replay),
+    ):
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        _write(folder / name, text + "\n")
+    _write(folder / TABLE, summary.as_markdown(found))
+    try:
+        from m3jax.exploration.report import picture
+    except ImportError:
+        say(
+            f"{PICTURE} was not drawn, it needs matplotlib; install it with: "
+            "pip install 'm3jax[plot]'"
+        )
+        return
+    with durable.naming(folder / PICTURE):
+        picture.draw(found, folder / PICTURE)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that is there completely or not at all."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        with durable.naming(path):
+            unfinished.write_text(text, encoding="utf-8")
+        durable.sync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3jax.exploration import bootstrap
-from m3jax.exploration.bootstrap import Interval
-from m3jax.exploration.result import Exploration, Row
-from m3jax.exploration.trials import Scores, finite
+from m3jax.evaluation.results import as_json
+from m3jax.exploration.report import bootstrap
+from m3jax.exploration.report.bootstrap import Interval
+from m3jax.exploration.search.result import Exploration, Row
+from m3jax.exploration.search.trials import Scores
 
 OBJECTIVE = "objective"
 _TITLES = {
@@ -32,19 +33,20 @@ class Cell:
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "—"
+        text = f"{self.mean:.4f}"
         if self.interval is not None:
-            return f"{self.mean:.4f} [{self.interval[0]:.4f}, {self.interval[1]:.4f}]"
+            text += f" [{self.interval[0]:.4f}, {self.interval[1]:.4f}]"
         if self.deviation is not None:
-            return f"{self.mean:.4f} ± {self.deviation:.4f}"
-        return f"{self.mean:.4f}"
+            text += f" ± {self.deviation:.4f}"
+        return text
 
     def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"mean": finite(self.mean)}
-        if self.interval is not None:
-            found["interval"] = list(self.interval)
-        if self.deviation is not None:
-            found["standard_deviation"] = finite(self.deviation)
-        return found
+        found = {
+            "mean": self.mean,
+            "interval": self.interval,
+            "standard_deviation": self.deviation,
+        }
+        return {name: own for name, own in found.items() if own is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +95,17 @@ def tables(found: Exploration) -> list[Table]:
     return [_table(found, name) for name in found.rows[0].scored]
 
 
-def as_json(found: Exploration) -> dict[str, Any]:
+def as_dict(found: Exploration) -> dict[str, Any]:
     """All of the summary as JSON values."""
-    return {
+    summary = {
         "winner": found.winner.to_dict(),
         "models": list(found.models),
         "draws": len(found.draws),
         "seed": found.seed,
         **{table.name: table.to_dict() for table in tables(found)},
     }
+    values: dict[str, Any] = as_json(summary)
+    return values
 
 
 def as_markdown(found: Exploration) -> str:
@@ -147,72 +151,60 @@ def _table(found: Exploration, name: str) -> Table:
     comparable = set(tasks) == set(found.rows[0].scored["validation"].scores)
     columns = [*tasks, OBJECTIVE] if comparable and len(tasks) > 1 else tasks
     samples = {row.name: _samples(found, row, name, comparable) for row in found.rows}
-    rows = [
-        (row.name, _cells(found, row, name, columns, samples[row.name]))
-        for row in found.rows
-    ]
+    rows = []
+    for row in found.rows:
+        means, own = row.scored[name].scores, samples[row.name]
+        cells = (
+            Cell(_value(found, means, column), _interval(own, column))
+            for column in columns
+        )
+        rows.append((row.name, tuple(cells)))
     draws = [
-        trial.scores if name == "validation" else trial.other.get(name)
+        trial.scores if name == "validation" else trial.other.get(name, {})
         for trial in found.draws
     ]
     if all(draws):
         label = f"{len(draws)} draws, mean ± deviation"
-        own = [scores for scores in draws if scores]
-        rows.insert(len(rows) - 1, (label, _over_draws(found, own, columns)))
-    winner = found.rows[-1]
+        over = tuple(_over_draws(found, draws, column) for column in columns)
+        rows.insert(len(rows) - 1, (label, over))
+    *others, winner = found.rows
     gains = {}
-    if comparable:
-        for row in found.rows[:-1]:
-            gains[row.name] = _gain(found, winner, row, name, samples)
+    for row in others if comparable else ():
+        ours, theirs = (found.objective(r.scored[name].scores) for r in (winner, row))
+        apart = {
+            column: own - samples[row.name][column]
+            for column, own in samples[winner.name].items()
+        }
+        gains[row.name] = Cell(ours - theirs, _interval(apart, OBJECTIVE))
     return Table(name, _TITLES[name], tuple(columns), tuple(rows), gains)
 
 
-def _samples(found: Exploration, row: Row, name: str, comparable: bool) -> Any:
+def _samples(
+    found: Exploration, row: Row, name: str, comparable: bool
+) -> dict[str, Any]:
     """Resampled means by task, the objective among them; {} without examples."""
     examples = row.scored[name].examples
     if examples is None:
         return {}
     means = bootstrap.resampled(examples, found.seed)
-    if comparable:
-        means[OBJECTIVE] = found.objective(means)
-    return means
+    return {**means, OBJECTIVE: found.objective(means)} if comparable else means
 
 
-def _cells(
-    found: Exploration, row: Row, name: str, columns: Sequence[str], samples: Any
-) -> tuple[Cell, ...]:
-    scores = row.scored[name].scores
-    return tuple(
-        Cell(
-            found.objective(scores) if column == OBJECTIVE else scores[column],
-            bootstrap.interval(samples[column]) if column in samples else None,
-        )
-        for column in columns
+def _interval(samples: Mapping[str, Any], column: str) -> Interval | None:
+    return bootstrap.interval(samples[column]) if column in samples else None
+
+
+def _value(found: Exploration, scores: Scores, column: str) -> float:
+    return found.objective(scores) if column == OBJECTIVE else scores[column]
+
+
+def _over_draws(found: Exploration, draws: Sequence[Scores], column: str) -> Cell:
+    own = [_value(found, scores, column) for scores in draws]
+    own = [value for value in own if math.isfinite(value)]
+    return Cell(
+        statistics.fmean(own) if own else math.nan,
+        deviation=statistics.stdev(own) if len(own) > 1 else None,
     )
-
-
-def _over_draws(
-    found: Exploration, draws: Sequence[Scores], columns: Sequence[str]
-) -> tuple[Cell, ...]:
-    cells = []
-    for column in columns:
-        own = [
-            found.objective(scores) if column == OBJECTIVE else scores[column]
-            for scores in draws
-        ]
-        own = [value for value in own if math.isfinite(value)]
-        deviation = statistics.stdev(own) if len(own) > 1 else None
-        cells.append(
-            Cell(statistics.fmean(own) if own else math.nan, deviation=deviation)
-        )
-    return tuple(cells)
-
-
-def _gain(found: Exploration, winner: Row, row: Row, name: str, samples: Any) -> Cell:
-    ours, theirs = (found.objective(r.scored[name].scores) for r in (winner, row))
-    pair = [samples[r.name].get(OBJECTIVE) for r in (winner, row)]
-    apart = None if pair[0] is None else bootstrap.interval(pair[0] - pair[1])
-    return Cell(ours - theirs, apart)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.evaluation.tasks import TaskError
-from m3jax.evaluation.tokenizer import Tokenizer
+from m3jax.evaluation.tasks.task import TaskError
+from m3jax.models.tokenizer import Tokenizer
 
 _SHORTEST = 3  # letters; shorter tokens are mostly parts of words
 _COUNT = 8

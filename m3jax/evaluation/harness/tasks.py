@@ -15,8 +15,8 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from m3jax.evaluation.harness import HarnessModel
-from m3jax.evaluation.tasks import TaskError
+from m3jax.evaluation.harness.model import HarnessModel
+from m3jax.evaluation.tasks.task import TaskError
 
 _RESAMPLES = 1000  # for the standard error of a metric that is no mean
 

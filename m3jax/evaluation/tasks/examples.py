@@ -10,7 +10,7 @@ from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.files import InputFile
-from m3jax.evaluation.tasks import Task, TaskError
+from m3jax.evaluation.tasks.task import Task, TaskError
 
 _PLACE = re.compile(r"\{(\w+)\}")
 

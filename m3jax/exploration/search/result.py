@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from m3jax.exploration.scoring import Objective, Scored
-from m3jax.exploration.trials import Trial
+from m3jax.exploration.search.scoring import Objective, Scored
+from m3jax.exploration.search.trials import Trial
 
 
 @dataclasses.dataclass(frozen=True)

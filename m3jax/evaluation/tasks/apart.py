@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
-from m3jax.evaluation.tasks import Task, TaskError
+from m3jax.evaluation.tasks.task import Task, TaskError
 
 
 def check_apart(chosen_on: Sequence[Task], reported: Sequence[Task]) -> list[str]:
@@ -38,11 +37,6 @@ def check_apart(chosen_on: Sequence[Task], reported: Sequence[Task]) -> list[str
                     f"{pair} have {common} of {len(theirs)} test lines in common"
                 )
     return notes
-
-
-def digest(task: Task) -> str:
-    """Of the lines of a task's data."""
-    return hashlib.sha256(b"\n".join(_lines(task))).hexdigest()
 
 
 def _lines(task: Task) -> list[bytes]:

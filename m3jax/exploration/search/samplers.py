@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from m3jax import prng
 from m3jax.exploration.space import Space, Values
@@ -27,27 +27,39 @@ class Proposal:
     seed: int
 
 
-class Sampler(Protocol):
+@dataclasses.dataclass
+class Sampler:
     """Proposes trials, in order.
 
     Attributes:
+      recipe: to start from; all of it but what is searched stays.
+      seed: of the exploration.
       count: of the trials.
       generation: how many may be asked for before the first of them is told of.
+      space: what is searched; None: nothing.
+      listed: the values of each trial, where they are known beforehand.
     """
 
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def generation(self) -> int: ...
+    recipe: Recipe
+    seed: int
+    count: int
+    generation: int
+    space: Space | None = None
+    listed: Sequence[Values] = ()
 
     def ask(self, index: int) -> Proposal:
         """The trial of this index; asked for in order."""
-        ...
+        if self.space is None:
+            return Proposal(self.recipe, trial_seed(self.seed, index))
+        new = self.space.new_seeds
+        seed = trial_seed(self.seed, index) if new else self.seed
+        return Proposal(self.space.apply(self.recipe, self._values(index)), seed)
 
     def tell(self, index: int, objective: float) -> None:
         """What came of it, higher being better; NaN if nothing did."""
-        ...
+
+    def _values(self, index: int) -> Values:
+        return self.listed[index]
 
 
 def make_sampler(
@@ -73,16 +85,22 @@ def make_sampler(
     """
     if name not in SAMPLERS:
         raise RecipeError(f"sampler={name!r} needs one of {', '.join(SAMPLERS)}")
-    if name == "recipe":
-        return _Drawn(recipe, draws, seed)
+    if name == "recipe":  # its own Beta or Dirichlet: as it is, with a seed a trial
+        fixed = recipe.mixup.ratios is not None or not recipe.mixup.alpha
+        masked = recipe.dare.drop_rate and recipe.dare.strategy == "random"
+        if fixed and not masked and draws > 1:
+            raise RecipeError(
+                "nothing is drawn: the recipe has fixed ratios, or mixup.alpha is 0 or "
+                "None, and no random DARE; set mixup.alpha, or choose another sampler"
+            )
+        return Sampler(recipe, seed, draws, draws)
     assert space is not None
-    if name == "grid":
-        return _Listed(recipe, space, seed, space.grid(draws))
-    if space.dimensions == 0:
+    if name != "grid" and space.dimensions == 0:
         raise RecipeError(f"sampler={name!r} needs more to search than seeds")
-    if name == "sobol":
-        return _Listed(recipe, space, seed, _sobol(space, draws, seed))
-    return _Asked(name, recipe, space, draws, seed, generation)
+    if name in ADAPTIVE:
+        return _Asked(name, recipe, space, draws, seed, generation)
+    listed = space.grid(draws) if name == "grid" else _sobol(space, draws, seed)
+    return Sampler(recipe, seed, len(listed), len(listed), space, listed)
 
 
 def trial_seed(seed: int, index: int) -> int:
@@ -91,46 +109,7 @@ def trial_seed(seed: int, index: int) -> int:
     return int(key[1])
 
 
-class _Drawn:
-    """The recipe's own Beta or Dirichlet: the recipe as it is, a seed a trial."""
-
-    def __init__(self, recipe: Recipe, draws: int, seed: int):
-        fixed = recipe.mixup.ratios is not None or not recipe.mixup.alpha
-        masked = recipe.dare.drop_rate and recipe.dare.strategy == "random"
-        if fixed and not masked and draws > 1:
-            raise RecipeError(
-                "nothing is drawn: the recipe has fixed ratios, or mixup.alpha is 0 or "
-                "None, and no random DARE; set mixup.alpha, or choose another sampler"
-            )
-        self._recipe, self._seed = recipe, seed
-        self.count = self.generation = draws
-
-    def ask(self, index: int) -> Proposal:
-        return Proposal(self._recipe, trial_seed(self._seed, index))
-
-    def tell(self, index: int, objective: float) -> None:
-        pass
-
-
-class _Listed:
-    """Values that are known beforehand."""
-
-    def __init__(
-        self, recipe: Recipe, space: Space, seed: int, values: Sequence[Values]
-    ):
-        self._recipe, self._space, self._seed = recipe, space, seed
-        self._values = values
-        self.count = self.generation = len(values)
-
-    def ask(self, index: int) -> Proposal:
-        recipe = self._space.apply(self._recipe, self._values[index])
-        return Proposal(recipe, _seed(self._space, self._seed, index))
-
-    def tell(self, index: int, objective: float) -> None:
-        pass
-
-
-class _Asked:
+class _Asked(Sampler):
     """Values that optuna's ask and tell suggest."""
 
     def __init__(
@@ -142,23 +121,21 @@ class _Asked:
         seed: int,
         generation: int,
     ):
+        super().__init__(recipe, seed, draws, generation, space)
         self._optuna = _import_optuna(name)
         samplers = self._optuna.samplers
-        made = (samplers.TPESampler if name == "tpe" else samplers.CmaEsSampler)(
-            seed=seed
+        made = samplers.TPESampler if name == "tpe" else samplers.CmaEsSampler
+        self._study = self._optuna.create_study(
+            sampler=made(seed=seed), direction="maximize"
         )
-        self._study = self._optuna.create_study(sampler=made, direction="maximize")
         unit = self._optuna.distributions.FloatDistribution(0.0, 1.0)
         self._dimensions = {f"x{i}": unit for i in range(space.dimensions)}
-        self._recipe, self._space, self._seed = recipe, space, seed
-        self.count, self.generation = draws, generation
+        self._space = space
         self._asked: dict[int, Any] = {}  # optuna's trials that it was not told of
 
-    def ask(self, index: int) -> Proposal:
+    def _values(self, index: int) -> Values:
         asked = self._asked[index] = self._study.ask(self._dimensions)
-        point = [asked.params[name] for name in self._dimensions]
-        recipe = self._space.apply(self._recipe, self._space.values(point))
-        return Proposal(recipe, _seed(self._space, self._seed, index))
+        return self._space.values([asked.params[name] for name in self._dimensions])
 
     def tell(self, index: int, objective: float) -> None:
         asked = self._asked.pop(index)
@@ -166,10 +143,6 @@ class _Asked:
             self._study.tell(asked, objective)
         else:
             self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
-
-
-def _seed(space: Space, seed: int, index: int) -> int:
-    return trial_seed(seed, index) if space.new_seeds else seed
 
 
 def _sobol(space: Space, draws: int, seed: int) -> list[Values]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from m3jax.evaluation.attacks import Variants, attacked_prompt
+from m3jax.evaluation.attacks.prompts import Variants, attacked_prompt
 from m3jax.evaluation.evaluator import TaskEvaluator
 from m3jax.evaluation.results import Result
-from m3jax.evaluation.tasks import Task
+from m3jax.evaluation.tasks.task import Task
 from m3jax.models.layers import Parameters
 
 
@@ -75,27 +75,18 @@ def under_attack(
       limit: the first of each task, on which it is reported; None: all.
       seed: of attacks and sampling.
     """
-    tried = min(examples, limit or examples)
+    tried, key = min(examples, limit or examples), jax.random.key(seed)
+
+    def run(task: Task, limit: int | None, prompt: str) -> Result:
+        asked = evaluator(dataclasses.replace(task, prompt=prompt))
+        (result,) = asked.evaluate(parameters, limit, key)
+        return result
+
+    def score(task: Task, prompt: str) -> float:
+        return run(task, tried, prompt).mean
+
     for task, without in zip(tasks, clean, strict=True):
-        run = functools.partial(_run, task, parameters, evaluator, seed)
-
-        def score(prompt: str, run: Callable[..., Result] = run) -> float:
-            return run(prompt, tried).mean
-
+        tries = functools.partial(score, task)
         for attack in attacks:
-            prompt = attacked_prompt(attack, task, score, seed, neighbours)
-            yield Robustness(attack, prompt, without, run(prompt, limit))
-
-
-def _run(
-    task: Task,
-    parameters: Parameters,
-    evaluator: Callable[[Task], TaskEvaluator],
-    seed: int,
-    prompt: str,
-    limit: int | None,
-) -> Result:
-    """The result of a task with another prompt."""
-    asked = evaluator(dataclasses.replace(task, prompt=prompt))
-    (result,) = asked.evaluate(parameters, limit, jax.random.key(seed))
-    return result
+            prompt = attacked_prompt(attack, task, tries, seed, neighbours)
+            yield Robustness(attack, prompt, without, run(task, limit, prompt))

@@ -13,7 +13,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 Line = dict[str, Any]
 
 
-class Journal:
+class Log:
     """The lines of a file, the first of which says what they belong to.
 
     Attributes:
@@ -49,29 +49,10 @@ class Journal:
         """Writes a line, and waits until the disk has it."""
         if self._path is None:
             return
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        fd = os.open(self._path, flags, 0o666)
-        try:
-            left = memoryview(_encode(line))
-            while len(left):
-                left = left[os.write(fd, left) :]
-            os.fsync(fd)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
-        finally:
-            os.close(fd)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there completely or not at all."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        with durable.naming(path):
-            unfinished.write_text(text, encoding="utf-8")
-        durable.sync(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with durable.naming(self._path), self._path.open("ab") as file:
+            file.write(_encode(line))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _encode(line: Line) -> bytes:

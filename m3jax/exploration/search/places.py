@@ -1,6 +1,6 @@
 """Several draws at once: on devices of their own, or on one that has the room.
 
-A lane is where one draw at a time is merged and evaluated. What a draw is, and what it
+A place is where one draw at a time is merged and evaluated. What a draw is, and what it
 scores, does not depend on it.
 """
 
@@ -58,7 +58,7 @@ def choose_places(trees: Sequence[Any], at_once: int | None, most: int) -> list[
     return [devices[i % len(devices)] for i in range(min(at_once, most))]
 
 
-def make_lanes(
+def make_mergers(
     trees: list[Any], recipe: Recipe, places: Sequence[Place]
 ) -> list[Merger]:
     """A merger for each place; the same one for the same place.
@@ -84,34 +84,34 @@ def make_lanes(
 
 
 def in_order(
-    work: Callable[[T, L], R], items: Sequence[T], lanes: Sequence[L]
+    work: Callable[[T, L], R], items: Sequence[T], workers: Sequence[L]
 ) -> Generator[R]:
-    """Yields ``work(item, lane)`` in the order of the items; a lane has one at a time.
+    """Yields ``work(item, worker)`` in the items' order; a worker has one at a time.
 
-    With a single lane nothing leaves this thread. With more, an item's error is raised
-    when its turn comes; what is at work by then is not waited for, which is what
+    With a single worker nothing leaves this thread. With more, an item's error is
+    raised when its turn comes; what is at work by then is not waited for, which is what
     `pipeline.for_each` has to do with its files.
     """
-    if len(lanes) == 1:
-        yield from (work(item, lanes[0]) for item in items)
+    if len(workers) == 1:
+        yield from (work(item, workers[0]) for item in items)
         return
     free: queue.SimpleQueue[L] = queue.SimpleQueue()
-    for lane in lanes:
-        free.put(lane)
+    for worker in workers:
+        free.put(worker)
     # What the caller has set for its own thread. A device of our choice would compile
     # everything once more; the models' arrays are where they have to be as it is.
     config: Any = jax.config
     x64, device = config.jax_enable_x64, config.jax_default_device
 
     def run(item: T) -> R:
-        lane = free.get()
+        worker = free.get()
         try:
             with jax.enable_x64(x64), jax.default_device(device):
-                return work(item, lane)
+                return work(item, worker)
         finally:
-            free.put(lane)
+            free.put(worker)
 
-    pool = ThreadPoolExecutor(len(lanes), thread_name_prefix=_THREADS)
+    pool = ThreadPoolExecutor(len(workers), thread_name_prefix=_THREADS)
     try:
         for future in [pool.submit(run, item) for item in items]:
             yield future.result()

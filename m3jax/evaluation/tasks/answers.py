@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
-from m3jax.evaluation.examples import Example
-from m3jax.evaluation.tasks import Task
+from m3jax.evaluation.tasks.examples import Example
+from m3jax.evaluation.tasks.task import Task
 
 # A minus is a sign unless it stands behind a number or a word: "10-5" ends in 5.
 _NUMBER = re.compile(r"(?:(?<![\w)])-\s?)?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
-from m3jax.exploration.trials import Scores, all_finite, finite, number, numbers
+from m3jax.evaluation.results import as_json
+from m3jax.exploration.search.trials import Scores, with_nan
 from m3jax.models.layers import Parameters
 from m3jax.recipe import RecipeError
 
@@ -31,18 +32,13 @@ class Scored:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; null for what is not finite."""
-        examples: dict[str, list[float | None]] | None = None
-        if self.examples is not None:
-            examples = {k: list(map(finite, own)) for k, own in self.examples.items()}
-        return {"scores": all_finite(self.scores), "examples": examples}
+        found: dict[str, Any] = as_json(dataclasses.asdict(self))
+        return found
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Scored:
-        examples = entry["examples"] and {
-            name: [number(value) for value in own]
-            for name, own in entry["examples"].items()
-        }
-        return cls(numbers(entry["scores"]), examples)
+        examples = entry["examples"]
+        return cls(with_nan(entry["scores"]), examples and with_nan(examples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +61,7 @@ class Objective:
         """
         self.check(list(scores))
         signed = [
-            -self.weights.get(name, 1.0)
-            if name in self.losses
-            else self.weights.get(name, 1.0)
+            self.weights.get(name, 1.0) * (-1 if name in self.losses else 1)
             for name in scores
         ]
         parts = [w * s for w, s in zip(signed, scores.values(), strict=True)]

@@ -3,7 +3,7 @@
     from lm_eval import simple_evaluate
 
     model = load_model("merged")
-    lm = HarnessModel(model.parameters, model.config, FolderTokenizer(model.folder))
+    lm = HarnessModel(model.parameters, model.config, Tokenizer(model.folder))
     simple_evaluate(lm, tasks=["gsm8k"])
     lm.parameters = another_merge  # of the same shapes: compiles nothing
 
@@ -21,12 +21,12 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from m3jax.evaluation.answers import until_stop
 from m3jax.evaluation.running import continuations, log_likelihoods
-from m3jax.evaluation.tokenizer import FolderTokenizer
+from m3jax.evaluation.tasks.answers import until_stop
 from m3jax.models.config import Config
 from m3jax.models.generation import Sampling
 from m3jax.models.layers import Parameters
+from m3jax.models.tokenizer import Tokenizer
 
 _MAX_NEW_TOKENS = 256  # HFLM's default
 
@@ -42,7 +42,7 @@ class HarnessModel(TemplateLM):
         self,
         parameters: Parameters,
         config: Config,
-        tokenizer: FolderTokenizer,
+        tokenizer: Tokenizer,
         *,
         tokens_per_batch: int = 4096,
         dtype: Any = None,

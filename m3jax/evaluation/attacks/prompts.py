@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Sequence
 from string import ascii_lowercase, ascii_uppercase
 
-from m3jax.evaluation.tasks import Task, TaskError
+from m3jax.evaluation.tasks.task import Task, TaskError
 
 ATTACKS = ("deepwordbug", "stresstest", "words")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from m3jax.evaluation.examples import Example
-from m3jax.evaluation.tasks import Task, TaskError
-from m3jax.evaluation.tokenizer import Tokenizer
+from m3jax.evaluation.tasks.examples import Example
+from m3jax.evaluation.tasks.task import Task, TaskError
+from m3jax.models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

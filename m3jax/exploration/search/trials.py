@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3jax.evaluation.results import as_json
 from m3jax.recipe import Recipe
 
 Scores = dict[str, float]
@@ -46,16 +47,19 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; null for what is not finite."""
-        return {
-            "index": self.index,
-            "budget": self.budget,
-            "seed": self.seed,
-            "ratios": self.ratios,
-            "objective": finite(self.objective),
-            "scores": all_finite(self.scores),
-            **{name: all_finite(scores) for name, scores in self.other.items()},
-            "recipe": self.recipe.to_dict(),
-        }
+        found: dict[str, Any] = as_json(
+            {
+                "index": self.index,
+                "budget": self.budget,
+                "seed": self.seed,
+                "ratios": self.ratios,
+                "objective": self.objective,
+                "scores": self.scores,
+                **self.other,
+                "recipe": self.recipe.to_dict(),
+            }
+        )
+        return found
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Trial:
@@ -67,9 +71,9 @@ class Trial:
             recipe=Recipe.from_dict(line["recipe"]),
             seed=line["seed"],
             ratios=ratios and {name: tuple(own) for name, own in ratios.items()},
-            scores=numbers(line["scores"]),
-            objective=number(line["objective"]),
-            other={k: numbers(v) for k, v in line.items() if k not in known},
+            scores=with_nan(line["scores"]),
+            objective=with_nan(line["objective"]),
+            other={k: with_nan(v) for k, v in line.items() if k not in known},
         )
 
 
@@ -83,17 +87,10 @@ def best(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(trials, key=rank)[:count]
 
 
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def all_finite(scores: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: finite(value) for name, value in scores.items()}
-
-
-def number(value: float | None) -> float:
+def with_nan(value: Any) -> Any:
+    """What `as_json` was given: NaN for each null."""
+    if isinstance(value, dict):
+        return {name: with_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [with_nan(part) for part in value]
     return math.nan if value is None else value
-
-
-def numbers(scores: Mapping[str, float | None]) -> Scores:
-    return {name: number(value) for name, value in scores.items()}

@@ -1,0 +1,1 @@
+"""Prompts disturbed on purpose, and how much of its score a model keeps."""

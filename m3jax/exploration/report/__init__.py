@@ -1,0 +1,1 @@
+"""What an exploration leaves behind: trials, table, picture, winner."""

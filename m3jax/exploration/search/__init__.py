@@ -1,0 +1,1 @@
+"""What is drawn, where it is merged, and what it scores."""
