@@ -67,6 +67,8 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
     except (Exception, KeyboardInterrupt, signals.Terminated) as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, flags.UnrecognizedFlagError):
+            error = _with_hint(error, module)
         code, message = _explain(error, getattr(module, "LESS_MEMORY", _LESS_MEMORY))
         print(f"m3jax {name}: {message}", file=sys.stderr)
         getattr(module, "failed", lambda code: None)(code)
@@ -120,6 +122,19 @@ def _classify(error: BaseException, less_memory: str) -> tuple[int, str]:
     if isinstance(error, ValueError):
         return USAGE, text
     return SYSTEM, f"{type(error).__name__}: {text}; this is a bug: --debug shows where"
+
+
+def _with_hint(error: flags.UnrecognizedFlagError, module: ModuleType) -> Exception:
+    """The error; of a recipe's field that was given as a bare flag, one that says so."""
+    if hasattr(module, "prepare"):
+        from m3jax.commands import config
+
+        for field in config.field_names():
+            if error.flagname in (field, field.rpartition(".")[2]):
+                return UsageError(
+                    f"unknown flag --{error.flagname}; did you mean --config.{field}?"
+                )
+    return error
 
 
 def _help(name: str, module: ModuleType) -> str:
