@@ -125,7 +125,7 @@ def _classify(error: BaseException, less_memory: str) -> tuple[int, str]:
 
 
 def _with_hint(error: flags.UnrecognizedFlagError, module: ModuleType) -> Exception:
-    """The error; of a recipe's field that was given as a bare flag, one that says so."""
+    """The error; where a recipe's field was given as a bare flag, one that says so."""
     if hasattr(module, "prepare"):
         from m3jax.commands import config
 

@@ -17,7 +17,7 @@ from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.record import Record, read_record
 from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import UsageError
-from m3jax.commands.tables import clean, fact, table
+from m3jax.commands.tables import clean, fact, shape, table
 from m3jax.recipe import Recipe, RecipeError
 
 USAGE = "m3jax inspect DIR [--tensors | --json]"
@@ -198,11 +198,6 @@ def _tensors(checkpoint: Checkpoint, *, folded: bool) -> list[str]:
         for label, names in groups
     ]
     return table(("tensor", "count", "dtype", "shape", "bytes"), rows, "<><<>")
-
-
-def shape(sizes: tuple[int, ...]) -> str:
-    """``2048 × 5632``, or ``scalar``."""
-    return " × ".join(map(str, sizes)) or "scalar"
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
