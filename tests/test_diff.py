@@ -359,6 +359,7 @@ MODELS = {
         "lm_head.weight": (9, 4),
         **sublayers("model.layers", ["mlp.gate.weight", "attn.kv_a_proj_with_mqa"], 61),
         **sublayers("model.layers.3.mlp.experts", ["up_proj.weight"], 64),
+        **{f"stack{i}.0.w": (3,) for i in range(500)},
         "model.layers.999999999.w": (3,),
         **sublayers("model.layers", [f"odd{i}.{'long' * 30}" for i in range(60)], 2),
     },

@@ -85,18 +85,17 @@ def _report(comparison: Comparison, a: str, b: str, *, every: bool) -> list[str]
     lines = [f"A  {clean(a)}", f"B  {clean(b)}", ""]
     if not comparison.tensors:
         return [*lines, "no tensor has one shape in A and B", *_remarks(comparison)]
-    named = [(tensor_names.describe(t.name), t) for t in comparison.weights]
-    if every:
-        named = [(tensor_names.describe(t.name), t) for t in comparison.tensors]
+    shown = comparison.tensors if every else comparison.weights
+    named = [(tensor_names.describe(tensor.name), tensor) for tensor in shown]
     named.sort(key=lambda item: item[0].order)
-    if every:
-        rows = [_row(tensor.name, tensor.sums) for _, tensor in named]
-    else:
-        rows = _grouped((_layer(name, tensor), tensor) for name, tensor in named)
+    rows = _grouped(
+        (t.name if every or n.layer is None else f"{n.stack}.{n.layer}".strip("."), t)
+        for n, t in named
+    )
+    if not every:
         named.sort(key=lambda item: item[0].kind_order)
         rows += [(), *_grouped((name.label, tensor) for name, tensor in named)]
-    count = len(comparison.weights)
-    rows += [(), _row(f"all {count} tensors", comparison.total)]
+    rows += [(), _row(f"all {len(comparison.weights)} tensors", comparison.total)]
     lines += table(("tensors", *_HEADER), rows, "<>>>>")
     return [*lines, *_remarks(comparison)]
 
@@ -107,12 +106,6 @@ def _grouped(labelled: Iterable[tuple[str, Compared]]) -> list[tuple[str, ...]]:
     for label, tensor in labelled:
         groups.setdefault(label, []).append(tensor.sums)
     return [_row(name, add(sums)) for name, sums in groups.items()]
-
-
-def _layer(name: tensor_names.TensorName, tensor: Compared) -> str:
-    if name.layer is None:
-        return tensor.name
-    return f"{name.stack}.{name.layer}".strip(".")
 
 
 def _row(label: str, sums: Sums) -> tuple[str, ...]:
@@ -131,16 +124,11 @@ def _number(value: float | None, spec: str) -> str:
 
 def _remarks(comparison: Comparison) -> list[str]:
     """What could not be compared, or is not only a matter of values."""
-    tensors = comparison.tensors
-    left_out = set(tensors) - set(comparison.weights)
+    tensors, lines = comparison.tensors, []
+    some_left_out = len(comparison.weights) < len(tensors)
     remarks: list[dict[str, str]] = [
-        *(
-            {
-                n: f"only in {side}: {dtype}, {shape(s)}"
-                for n, (dtype, s) in only.items()
-            }
-            for side, only in (("A", comparison.only_a), ("B", comparison.only_b))
-        ),
+        {n: f"only in A: {d}, {shape(s)}" for n, (d, s) in comparison.only_a.items()},
+        {n: f"only in B: {d}, {shape(s)}" for n, (d, s) in comparison.only_b.items()},
         {
             name: f"shape is {shape(in_a)} in A, {shape(in_b)} in B"
             for name, (in_a, in_b) in comparison.shapes.items()
@@ -157,24 +145,18 @@ def _remarks(comparison: Comparison) -> list[str]:
         },
         {
             t.name: f"integers, {percent(t.sums.equal, t.sums.elements)} of them equal"
-            for t in left_out
-            if not t.same
+            for t in tensors
+            if some_left_out and t.integer and not t.same
         },
     ]
-    lines = _listed(remarks) + [f"note: {clean(note)}" for note in comparison.notes]
-    if comparison.same:
-        lines.append("A and B are equal: the same tensors with the same bits")
-    return ["", *lines] if lines else []
-
-
-def _listed(remarks: Iterable[dict[str, str]]) -> list[str]:
-    """A line per remark; tensors of which the same is said share it."""
-    lines = []
-    for said in remarks:
+    for said in remarks:  # tensors of which the same is said share a line
         for label, names in tensor_names.alike(said, said.__getitem__):
             count = f" ({len(names)} tensors)" if len(names) > 1 else ""
             lines.append(f"{label}{count}: {said[names[0]]}")
-    return lines
+    lines += [f"note: {clean(note)}" for note in comparison.notes]
+    if comparison.same:
+        lines.append("A and B are equal: the same tensors with the same bits")
+    return ["", *lines] if lines else []
 
 
 def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
@@ -184,12 +166,8 @@ def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
         "same": comparison.same,
         "total": _sums_as_json(comparison.total),
         "tensors": {
-            tensor.name: {
-                "shape": tensor.shape,
-                "dtypes": tensor.dtypes,
-                **_sums_as_json(tensor.sums),
-            }
-            for tensor in comparison.tensors
+            t.name: {"shape": t.shape, "dtypes": t.dtypes, **_sums_as_json(t.sums)}
+            for t in comparison.tensors
         },
         "only_a": _tensors_as_json(comparison.only_a),
         "only_b": _tensors_as_json(comparison.only_b),

@@ -17,7 +17,7 @@ from m3jax.commands import tensor_names
 from m3jax.commands.tables import clean, percent
 from m3jax.engine.compare import Comparison, Sums, add
 
-_MOST_ROWS = 32  # of a panel
+_MOST_STACKS, _MOST_ROWS = 8, 32  # that have a panel; of a panel
 _ROW, _WIDTH, _MARGIN = 0.24, 11.5, 2.4  # inches
 _DECADES = 4  # of distances that have colours of their own
 _LONGEST_NAME, _LONGEST_KIND = 100, 44  # characters
@@ -78,13 +78,19 @@ def draw(comparison: Comparison, a: str, b: str) -> Figure:
 def _panels(comparison: Comparison) -> dict[str, _Panel]:
     """Stack of layers -> kind -> layer -> sums, in the order of the data's flow."""
     named = [(tensor_names.describe(t.name), t) for t in comparison.weights]
-    stacks = [name for name, _ in named if name.layer is not None]
+    layers = [name for name, _ in named if name.layer is not None]
     collected: dict[str, dict[str, dict[int, list[Sums]]]] = {_OUTSIDE: {}}
-    collected |= {_title(name): {} for name in sorted(stacks, key=lambda n: n.order)}
+    stacks = list(
+        dict.fromkeys(_title(n) for n in sorted(layers, key=lambda n: n.order))
+    )
+    collected |= {title: {} for title in stacks[:_MOST_STACKS]}
     for name, tensor in sorted(named, key=lambda item: item[0].kind_order):
         outside = name.layer is None
         kind = tensor.name.removesuffix(".weight") if outside else name.label
-        row = collected[_title(name)].setdefault(kind, {})
+        title = _title(name)
+        if title not in collected:
+            title = f"{len(stacks) - _MOST_STACKS} other stacks, by layer"
+        row = collected.setdefault(title, {}).setdefault(kind, {})
         row.setdefault(name.layer or 0, []).append(tensor.sums)
     return {
         title: _few(
