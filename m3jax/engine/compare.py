@@ -26,7 +26,7 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.float8 import Dequantised, dequantise
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.sources import Source
-from m3jax.engine.pipeline import Clock, available_cores, for_each
+from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
 # Elements whose products one BLAS call adds up: fixed, so that no sum depends on
@@ -34,7 +34,6 @@ from m3jax.engine.progress import Progress
 TILE = 4096
 _BLOCK = 16 * TILE  # elements widened to float64 at a time; they stay in the cache
 CHUNK = 1 << 20  # elements that a thread reads at a time
-_MAX_THREADS = 16
 
 
 class Sums(NamedTuple):
@@ -167,7 +166,7 @@ def compare(
     Args:
       a, b: the checkpoints.
       threads: that read and compute; None: one more than cores, at most 16.
-      chunk_size: elements read at a time, rounded up to whole tiles.
+      chunk_size: elements read at a time, rounded up to whole blocks.
       progress: is told the bytes read.
 
     Raises:
@@ -188,9 +187,9 @@ def compare(
     def work(name: str, buffers: _Buffers, turn: Any) -> None:
         sums[name] = buffers.compare(*pairs[name], progress)
 
-    threads = threads or min(_MAX_THREADS, available_cores() + 1)
-    chunk = -(-chunk_size // TILE) * TILE
-    buffers = [_Buffers(chunk) for _ in range(max(1, min(threads, len(paired))))]
+    chunk = -(-chunk_size // _BLOCK) * _BLOCK
+    count = max(1, min(reading_threads(threads), len(paired)))
+    buffers = [_Buffers(chunk) for _ in range(count)]
     for_each(paired, buffers, work, Clock())
     return Comparison(
         tensors=tuple(
@@ -244,14 +243,13 @@ class _Buffers:
     def __init__(self, chunk: int):
         # Of the widest dtype; pages that narrower ones do not touch cost nothing.
         self._bytes = np.empty((2, 8 * chunk), np.uint8)
-        self._wide = np.empty((3, min(chunk, _BLOCK)), np.float64)
+        self._wide = np.empty((3, _BLOCK), np.float64)
         self._chunk = chunk
 
     def compare(self, a: Source, b: Source, progress: Progress) -> Sums:
-        """The sums over a tensor, which adds up its tiles in their order."""
+        """The sums over a tensor, which adds up its blocks in their order."""
         size = math.prod(a.shape)
-        tiles = np.empty((4, -(-size // TILE)))
-        counts = [Sums(size)]
+        sums = []
         for start in range(0, size, self._chunk):
             sides = []
             for source, buffer in zip((a, b), self._bytes, strict=True):
@@ -260,51 +258,39 @@ class _Buffers:
                 source.read_into(side, start)
                 sides.append(side)
             for first in range(0, count, _BLOCK):
-                x, y = (side[first : first + _BLOCK] for side in sides)
-                tile = (start + first) // TILE
-                counts.append(self._block(x, y, tiles[:, tile : tile + _BLOCK // TILE]))
+                block = slice(first, first + _BLOCK)
+                sums.append(self._block(sides[0][block], sides[1][block]))
             progress.advance(sum(side.nbytes for side in sides))
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # float64 squares may overflow
-            sums = tiles.sum(axis=1).tolist()
-        keys = "a_squared", "b_squared", "product", "difference_squared"
-        return add(counts)._replace(**dict(zip(keys, sums, strict=True)))
+        return add(sums)
 
-    def _block(self, a: np.ndarray, b: np.ndarray, tiles: np.ndarray) -> Sums:
-        """The counts of a block; the sums of its tiles are written to `tiles`.
-
-        Args:
-          a, b: (n,) the entries, n <= _BLOCK.
-          tiles: (4, ceil(n / TILE)): Σ a², Σ b², Σ a·b, Σ (a − b)² of each tile.
-        """
-        x, y, _ = wide = self._wide[:, : len(a)]
-        x[:], y[:] = a, b
-        bits = f"u{a.itemsize}"
-        same = a.view(bits) == b.view(bits) if a.dtype == b.dtype else x == y
-        largest, nonfinite = self._add_up(wide, tiles), 0
-        if not np.isfinite(tiles).all():
-            bad = ~(np.isfinite(x) & np.isfinite(y))
+    def _block(self, a: np.ndarray, b: np.ndarray) -> Sums:
+        """The sums over a block: (n,) entries of each side, n <= _BLOCK."""
+        count = len(a)
+        wide = self._wide[:, : -(-count // TILE) * TILE]  # the last tile ends in zeros
+        wide[:2, count:] = 0
+        wide[0, :count], wide[1, :count] = a, b
+        if a.dtype == b.dtype:
+            bits = f"u{a.itemsize}"
+            equal = int(np.count_nonzero(a.view(bits) == b.view(bits)))
+        else:
+            equal = int(np.count_nonzero(wide[0, :count] == wide[1, :count]))
+        found, nonfinite = _sums(*wide), 0
+        if not np.isfinite(found).all():
+            bad = ~np.isfinite(wide[:2]).all(axis=0)
             nonfinite = int(np.count_nonzero(bad))
-            x[bad] = y[bad] = 0
-            largest = self._add_up(wide, tiles)
-        equal = int(np.count_nonzero(same))
-        return Sums(equal=equal, nonfinite=nonfinite, largest=largest)
+            wide[:2, bad] = 0
+            found = _sums(*wide)
+        return Sums(count, equal, nonfinite, *found)
 
-    @staticmethod
-    def _add_up(wide: np.ndarray, tiles: np.ndarray) -> float:
-        """Writes the sums of tiles; returns the largest difference."""
-        x, y, difference = wide
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.subtract(x, y, out=difference)
-            full = len(x) // TILE * TILE
-            pairs = (x, x), (y, y), (x, y), (difference, difference)
-            for (left, right), sums in zip(pairs, tiles, strict=True):
-                rows = left[:full].reshape(-1, TILE), right[:full].reshape(-1, TILE)
-                np.vecdot(*rows, out=sums[: full // TILE])
-                if full < len(x):  # the last tile of a tensor may be shorter
-                    sums[-1] = np.vecdot(left[full:], right[full:])
-        return max(float(difference.max()), -float(difference.min()))
+
+def _sums(x: np.ndarray, y: np.ndarray, difference: np.ndarray) -> list[float]:
+    """Σ x², Σ y², Σ x·y, Σ (x − y)² and max |x − y|; `difference` is overwritten."""
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 squares may overflow
+        np.subtract(x, y, out=difference)
+        tiles = [side.reshape(-1, TILE) for side in (x, y, difference)]
+        pairs = (0, 0), (1, 1), (0, 1), (2, 2)
+        sums = [float(np.vecdot(tiles[i], tiles[j]).sum()) for i, j in pairs]
+    return [*sums, max(float(difference.max()), -float(difference.min()))]
 
 
 def _quotient(numerator: float, denominator: float) -> float | None:

@@ -19,6 +19,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def reading_threads(asked: int | None) -> int:
+    """Of a pass that only reads: as many as asked, or one more than cores up to 16."""
+    return asked or min(16, available_cores() + 1)
+
+
 class Stopped(Exception):
     """Another thread failed, or the user interrupted the run."""
 

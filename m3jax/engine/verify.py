@@ -23,10 +23,9 @@ from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.record import Record, read_record
 from m3jax.checkpoints.safetensors import header_of
 from m3jax.checkpoints.sources import FileTensor, Source
-from m3jax.engine.pipeline import Clock, available_cores, for_each
+from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
-_MAX_THREADS = 16
 _Place = tuple[str, str]  # file and name of a tensor
 
 
@@ -84,8 +83,9 @@ def verify(
         problems += _other_files(folder, record)
         problems += _side_files(folder, record)
         present = {place: found[place] for place in sorted(recorded & found.keys())}
-        threads = threads or min(_MAX_THREADS, available_cores() + 1)
-        problems += _differences(record, present, threads, progress or Progress())
+        problems += _differences(
+            record, present, reading_threads(threads), progress or Progress()
+        )
     return problems
 
 
