@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import sys
 
-import m3jax
+from m3jax.commands import signals
 
 COMMANDS = {
     "merge": "merge a base and fine-tuned models into a new checkpoint",
@@ -20,28 +18,39 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command that the arguments name; returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    name = arguments[0] if arguments else "--help"
+    """Runs the command that the arguments name.
+
+    Args:
+      argv: the arguments; None: those of this process, which is then a command's
+        alone: Ctrl-C and SIGTERM end it at once while it loads what it needs.
+
+    Returns:
+      The exit code.
+    """
+    if argv is None:
+        with signals.handled_by(signals.leave):
+            return main(sys.argv[1:])
+    name = argv[0] if argv else "--help"
     if name in ("--help", "-h", "-help", "--helpfull", "help"):
         print(_usage())
         return 0
     if name in ("--version", "-version", "version"):
+        import m3jax
+
         print(f"m3jax {m3jax.__version__}")
         return 0
     if name not in COMMANDS:
+        import difflib
+
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(COMMANDS)}"
         print(f"m3jax: no command {name!r}; {hint}", file=sys.stderr)
         return 2
-    try:
-        from m3jax.commands import cli
+    import importlib
 
-        module = importlib.import_module(f"m3jax.commands.{name}")
-        return cli.run(name, module, arguments[1:])
-    except KeyboardInterrupt:  # before `run` could catch it, or once more behind it
-        print(f"m3jax {name}: interrupted", file=sys.stderr)
-        return 130
+    from m3jax.commands import cli
+
+    return cli.run(name, importlib.import_module(f"m3jax.commands.{name}"), argv[1:])
 
 
 def _usage() -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import BFLOAT16, ODD_SHAPES, encode, random_model, write
 from command_line import Run
+from matplotlib.text import Text
 
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.engine.compare import TILE, Comparison, compare
@@ -113,7 +114,7 @@ def test_neither_chunks_nor_threads_change_a_bit(tmp_path):
     folders = write(tmp_path / "a", a), write(tmp_path / "b", b)
     expected = compared(*folders, threads=1)
     assert expected.total.nonfinite == 1
-    for chunk_size in (1, 2 * TILE, 16 * TILE, 17 * TILE):
+    for chunk_size in (1, 16 * TILE, 17 * TILE, 37 * TILE):
         for threads in (1, 4):
             found = compared(*folders, threads=threads, chunk_size=chunk_size)
             assert found == expected
@@ -311,7 +312,139 @@ def test_plot(tmp_path, run: Run, layers):
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
-    assert width > 400 and height > 800
+    assert width > 400 and height > 400
+
+
+def sublayers(prefix, names, layers):
+    return {f"{prefix}.{i}.{name}": (4, 4) for i in range(layers) for name in names}
+
+
+ATTENTION = [f"self_attn.{kind}_proj.{w}" for kind in "qkv" for w in ("weight", "bias")]
+MODELS = {
+    "Whisper": {
+        **{f"model.{s}.{n}.weight": (9, 4) for s in ("encoder", "decoder")
+           for n in ("embed_positions", "layer_norm")},
+        "model.encoder.conv1.weight": (4, 3, 3),
+        **sublayers("model.encoder.layers", [*ATTENTION, "fc1.weight"], 32),
+        **sublayers(
+            "model.decoder.layers",
+            [*ATTENTION, "encoder_attn.q_proj.weight", "encoder_attn_layer_norm.bias"],
+            4,
+        ),
+    },
+    "CLIP": {
+        "text_model.embeddings.token_embedding.weight": (9, 4),
+        "vision_model.embeddings.position_embedding.weight": (9, 4),
+        "logit_scale": (),
+        "text_projection.weight": (4, 4),
+        **sublayers("text_model.encoder.layers", [*ATTENTION, "layer_norm1.bias"], 12),
+        **sublayers("vision_model.encoder.layers", [*ATTENTION, "mlp.fc1.bias"], 24),
+    },
+    "BERT": {
+        "bert.embeddings.word_embeddings.weight": (9, 4),
+        "cls.predictions.transform.LayerNorm.weight": (4,),
+        **sublayers(
+            "bert.encoder.layer",
+            [
+                "attention.self.query.weight",
+                "attention.output.dense.weight",
+                "attention.output.LayerNorm.weight",
+                "intermediate.dense.bias",
+                "output.dense.weight",
+            ],
+            12,
+        ),
+    },
+    "MoE": {
+        "lm_head.weight": (9, 4),
+        **sublayers("model.layers", ["mlp.gate.weight", "attn.kv_a_proj_with_mqa"], 61),
+        **sublayers("model.layers.3.mlp.experts", ["up_proj.weight"], 64),
+        **{f"stack{i}.0.w": (3,) for i in range(500)},
+        "model.layers.999999999.w": (3,),
+        **sublayers("model.layers", [f"odd{i}.{'long' * 30}" for i in range(60)], 2),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_that_a_picture_says_can_be_read(tmp_path, name):
+    """No text lies over another or is cut off."""
+    from m3jax.commands import plots
+
+    a = random_model(0, MODELS[name])
+    b = random_model(1, MODELS[name], base=a)
+    comparison = compared(write(tmp_path / "a", a), write(tmp_path / "b", b))
+    figure = plots.draw(comparison, "org/" + "a" * 300, "b")
+    figure.draw_without_rendering()
+    ticks = {  # that lie beyond the axis, and are not drawn
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        if not min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())
+    }
+    texts = [text for text in figure.findobj(Text) if text not in ticks]
+    texts = [text for text in texts if text.get_window_extent().width > 1]
+    boxes = [text.get_window_extent() for text in texts]
+    assert len(boxes) > 30
+    for i, box in enumerate(boxes):
+        said = texts[i].get_text()
+        assert box.x0 >= 0 and box.y0 >= 0, said
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, said
+        for other, text in zip(boxes[:i], texts, strict=False):
+            # A line's box is a little higher than its letters.
+            assert not other.padded(-1).overlaps(box.padded(-1)), (
+                said,
+                text.get_text(),
+            )
+
+
+def test_integers_are_left_out_of_sums(tmp_path, run: Run):
+    weights = random_model(0, {"h.0.w": (5, 3), "h.1.w": (5, 3)})
+    ids = np.arange(1000)
+    a = {**weights, "position_ids": ids, "h.0.mask": ids > 3}
+    b = {name: -values for name, values in weights.items()} | {
+        "position_ids": np.where(ids == 7, 0, ids),
+        "h.0.mask": ids > 3,
+    }
+    folders = write(tmp_path / "a", a), write(tmp_path / "b", b)
+    ran = run("diff", *folders)
+    rows = {line.split("  ")[0]: line.split()[-5:] for line in ran.out.splitlines()}
+    assert rows["all 2 tensors"][0] == "2.000e+00"
+    assert rows["h.0"][0] == "2.000e+00"
+    assert "position_ids: integers, 99.90 % of them equal\n" in ran.out
+    assert "mask" not in ran.out
+    every = run("diff", *folders, "--tensors").out
+    assert "h.0.mask" in every and "all 2 tensors" in every
+    found = strict_json(run("diff", *folders, "--json").out)
+    assert found["total"]["elements"] == 30
+    assert found["tensors"]["position_ids"]["equal"] == 999
+
+
+def test_work_grows_with_the_number_of_tensors(tmp_path, run: Run):
+    """Not with its square: a thousand more names do not make each cost more."""
+
+    def calls(count: int) -> int:
+        names = (
+            f"h.{i}.mlp.experts.{j}.w" for i in range(count // 8) for j in range(8)
+        )
+        model = {name: np.zeros(1, np.float32) for name in names}
+        folder = write(tmp_path / str(count), model)
+        counted = 0
+
+        def count_(frame, event, argument):
+            nonlocal counted
+            counted += 1
+
+        sys.setprofile(count_)
+        try:
+            assert run("diff", folder, folder).code == 0
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    calls(8)
+    assert calls(1600) < 10 * calls(400)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import importlib
 import os
 import resource
 import shutil
@@ -25,7 +24,6 @@ from command_line import Ran, Run
 from interruptions import RECIPES, Merge, Observer, held, partial_of, write_models
 
 import m3jax
-from m3jax.__main__ import main
 from m3jax.checkpoints.output import SpaceError
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.engine import streamed
@@ -478,14 +476,6 @@ class TestExitCodes:
         assert ran.code == code
         assert ran.error.startswith(f"m3jax merge: {text}; what is done so far")
         check_resumes(ran, merge, output, run, expected)
-
-    def test_stopped_while_it_starts(self, capsys, monkeypatch):
-        def interrupted(name):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(importlib, "import_module", interrupted)
-        assert main(["verify"]) == 130
-        assert capsys.readouterr().err == "m3jax verify: interrupted\n"
 
     def test_a_bug(self, merge, output, run, monkeypatch):
         def broken(*arguments):

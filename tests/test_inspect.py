@@ -235,7 +235,52 @@ def test_help(run: Run, command):
             "k norm",
         ),
         ("h.0.attn.c_attn.weight", "h", 0, "attention", "qkv"),
-        ("h.0.mlp.c_proj.weight", "h", 0, "MLP", "mlp.c_proj"),
+        ("h.0.mlp.c_proj.weight", "h", 0, "MLP", "down"),
+        ("h.0.attn.c_proj.weight", "h", 0, "attention", "o"),
+        *[
+            (f"bert.encoder.layer.3.{name}", "bert.encoder.layer", 3, part, kind)
+            for name, part, kind in [
+                ("attention.self.query.weight", "attention", "q"),
+                ("attention.output.dense.bias", "attention", "o bias"),
+                ("attention.output.LayerNorm.weight", "norms", "attention norm"),
+                ("intermediate.dense.weight", "MLP", "up"),
+                ("output.dense.weight", "MLP", "down"),
+                ("output.LayerNorm.weight", "norms", "MLP norm"),
+            ]
+        ],
+        ("bert.pooler.dense.weight", "", None, "head", "pooler.dense"),
+        *[
+            (f"model.decoder.layers.3.{name}", "model.decoder.layers", 3, part, kind)
+            for name, part, kind in [
+                ("self_attn.q_proj.weight", "attention", "q"),
+                ("encoder_attn.q_proj.weight", "attention", "cross q"),
+                ("encoder_attn_layer_norm.bias", "norms", "cross attention norm bias"),
+                ("final_layer_norm.weight", "norms", "MLP norm"),
+            ]
+        ],
+        ("model.decoder.layer_norm.weight", "", None, "norms", "decoder.layer_norm"),
+        (
+            "vision_model.encoder.layers.0.layer_norm2.weight",
+            "vision_model.encoder.layers",
+            0,
+            "norms",
+            "before MLP",
+        ),
+        ("text_projection.weight", "", None, "head", "text_projection"),
+        (
+            "model.layers.1.mlp.shared_experts.up_proj.weight",
+            "model.layers",
+            1,
+            "MLP",
+            "shared up",
+        ),
+        (
+            "model.layers.1.block_sparse_moe.gate.weight",
+            "model.layers",
+            1,
+            "MLP",
+            "router",
+        ),
         ("h.0.ln_2.weight", "h", 0, "norms", "before MLP"),
         ("wte.weight", "", None, "embeddings", "embeddings"),
         ("0.weight", "", 0, "other", "weight"),

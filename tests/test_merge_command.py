@@ -191,6 +191,35 @@ class TestDryRun:
         assert "in 1 file" in facts["written"]
         assert sorted(models.rglob("*")) == before
 
+    def test_plan_says_dtype_and_place(self, merge, models: Path):
+        def said(*arguments: str) -> dict[str, str]:
+            ran = merge("--dry_run", *arguments)
+            assert (ran.code, ran.err) == (0, "")
+            return {line[:11].strip(): line[11:] for line in ran.out.splitlines()}
+
+        assert said("--output=-")["output"] == "not given"
+        facts = said()
+        assert (facts["dtype"], facts["output"]) == ("bfloat16", "merged, free")
+        assert said("--output=a/x")["output"].startswith("taken: a/x: lies in (or hol")
+        assert merge().code == 0
+        assert said()["output"] == (
+            "taken: merged: exists already; pass --overwrite to replace it"
+        )
+        assert said("--overwrite")["output"] == "merged, which will be replaced"
+
+    def test_plan_says_when_the_base_widens_the_output(self, merge, models: Path):
+        base = checkpoints.read(models / "base")
+        wide = {name: values.astype(np.float32) for name, values in base.items()}
+        checkpoints.write(models / "wide", wide)
+        ran = merge("--dry_run", "--base=wide")
+        elements = sum(int(np.prod(shape)) for shape in SHAPES.values())
+        assert (
+            f"dtype      float32, wider than the models' bfloat16: {2 * elements} B "
+            "more to write; --config.dtype=bfloat16 would not\n"
+        ) in ran.out
+        ran = merge("--dry_run", "--base=wide", "--config.dtype=bfloat16")
+        assert "dtype      bfloat16\n" in ran.out
+
     def test_plan_says_how_much_is_written(self, merge, models: Path):
         planned = merge("--dry_run", "--config.max_shard_size=100B").out
         merge("--config.max_shard_size=100B")
@@ -225,6 +254,21 @@ class TestMisuse:
                 ["--config.bogus=1"],
                 "unknown recipe field 'bogus'; known: method, mixup",
             ),
+            (
+                ["--method=ties"],
+                "unknown flag --method; did you mean --config.method?",
+            ),
+            (["--scaling=1"], "unknown flag --scaling; did you mean --config.scaling?"),
+            (
+                ["--trim_rate", "1"],
+                "unknown flag --trim_rate; did you mean --config.tri",
+            ),
+            (
+                ["--drop_rate=1"],
+                "unknown flag --drop_rate; did you mean --config.dare.",
+            ),
+            (["--mixup.alpha=1"], "unknown flag --mixup.alpha; did you mean --config."),
+            (["--alpha=1"], "unknown flag --alpha; did you mean --config.mixup.alpha?"),
             (["--config.dare.p=1"], "unknown recipe field 'dare.p'; known: method, mi"),
             (["--config.method=slerp"], "method='slerp' needs one of average, task_ar"),
             (["--config.scaling=abc"], "scaling='abc' needs a finite number"),

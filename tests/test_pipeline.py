@@ -29,7 +29,7 @@ def no_deadlock():
 def test_turns_are_in_order():
     order = []
 
-    def work(item, lane, turn):
+    def work(item, worker, turn):
         time.sleep(random.random() / 1000)
         with turn():
             order.append(item)
@@ -40,9 +40,9 @@ def test_turns_are_in_order():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_failures(seed):
-    """Before, in and behind a turn, in several lanes at once; also Ctrl-C."""
+    """Before, in and behind a turn, in several workers at once; also Ctrl-C."""
     rng = random.Random(seed)
-    count, lanes = rng.randrange(1, 120), rng.randrange(1, 33)
+    count, workers = rng.randrange(1, 120), rng.randrange(1, 33)
     fate = {
         rng.randrange(count): rng.choice(["before", "in", "behind", "Ctrl-C"])
         for _ in range(rng.randrange(1, 5))
@@ -52,9 +52,9 @@ def test_random_failures(seed):
     main = threading.main_thread().ident
     assert main is not None
 
-    def work(item, lane, turn):
-        assert lane not in at_work
-        at_work.add(lane)
+    def work(item, worker, turn):
+        assert worker not in at_work
+        at_work.add(worker)
         try:
             time.sleep(pauses[item])
             if fate.get(item) == "before":
@@ -68,10 +68,10 @@ def test_random_failures(seed):
             if fate.get(item) == "behind":
                 raise RuntimeError(item)
         finally:
-            at_work.discard(lane)
+            at_work.discard(worker)
 
     try:
-        for_each(range(count), range(lanes), work, Clock())
+        for_each(range(count), range(workers), work, Clock())
     except RuntimeError as error:
         assert fate[error.args[0]] in ("before", "in", "behind")
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ def test_nothing_is_at_work_after_ctrl_c():
     main = threading.main_thread().ident
     assert main is not None
 
-    def work(item, lane, turn):
+    def work(item, worker, turn):
         at_work.set()
         for _ in range(3):  # a user without patience
             signal.pthread_kill(main, signal.SIGINT)
@@ -124,10 +124,10 @@ def test_a_failure_keeps_nothing_alive():
     """Buffers of a failed merge are gone at once, not when garbage is collected."""
     gc.disable()
     try:
-        lane = np.zeros(1000)
-        users = sys.getrefcount(lane)
+        worker = np.zeros(1000)
+        users = sys.getrefcount(worker)
         with contextlib.suppress(ZeroDivisionError):
-            for_each([0], [lane], lambda *_: 1 / 0, Clock())
-        assert sys.getrefcount(lane) == users
+            for_each([0], [worker], lambda *_: 1 / 0, Clock())
+        assert sys.getrefcount(worker) == users
     finally:
         gc.enable()

@@ -61,7 +61,7 @@ def test_a_merge_verifies(merged, run: Run):
 
 
 def test_tensors_larger_than_a_block(merged, monkeypatch):
-    monkeypatch.setattr("m3jax.engine.verify._BLOCK", 1001)
+    monkeypatch.setattr("m3jax.checkpoints.sources._HASHED", 1001)
     assert m3jax.verify(merged) == []
 
 

@@ -15,24 +15,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
 import traceback
-from types import FrameType, ModuleType
+from types import ModuleType
 
 from absl import flags
 
-DIFFERENT, USAGE, INPUT, SYSTEM, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+from m3jax.commands import signals
+
+DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
 class UsageError(ValueError):
     """The command line is wrong; the message says what would be right."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 def run(name: str, module: ModuleType, arguments: list[str]) -> int:
@@ -55,27 +52,27 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         print(_help(name, module))
         return 0
     logging.captureWarnings(True)
-    before = signal.signal(signal.SIGTERM, _terminate)
     debug = "--debug" in arguments
     try:
         arguments = getattr(module, "prepare", list)(arguments)
         positional = flags.FLAGS([f"m3jax {name}", *arguments])[1:]
         debug = _DEBUG.value
-        code = module.main(positional)
-        sys.stdout.flush()
+        with signals.handled_by(signals.stop):
+            code = module.main(positional)
+            sys.stdout.flush()
         return code or 0
     except BrokenPipeError:  # `m3jax inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, KeyboardInterrupt, Terminated) as error:
+    except (Exception, KeyboardInterrupt, signals.Terminated) as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, flags.UnrecognizedFlagError):
+            error = _with_hint(error, module)
         code, message = _explain(error, getattr(module, "LESS_MEMORY", _LESS_MEMORY))
         print(f"m3jax {name}: {message}", file=sys.stderr)
         getattr(module, "failed", lambda code: None)(code)
         return code
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def leave_at_once(code: int) -> None:
@@ -105,9 +102,9 @@ def _classify(error: BaseException, less_memory: str) -> tuple[int, str]:
     if isinstance(error, (RecipeError, UsageError, flags.Error)):
         return USAGE, text
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, text or "interrupted"
-    if isinstance(error, Terminated):
-        return TERMINATED, text or "terminated"
+        return signals.INTERRUPTED, text or "interrupted"
+    if isinstance(error, signals.Terminated):
+        return signals.TERMINATED, text or "terminated"
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text  # XLA's
     ):
@@ -127,6 +124,19 @@ def _classify(error: BaseException, less_memory: str) -> tuple[int, str]:
     return SYSTEM, f"{type(error).__name__}: {text}; this is a bug: --debug shows where"
 
 
+def _with_hint(error: flags.UnrecognizedFlagError, module: ModuleType) -> Exception:
+    """The error; where a recipe's field was given as a bare flag, one that says so."""
+    if hasattr(module, "prepare"):
+        from m3jax.commands import config
+
+        for field in config.field_names():
+            if error.flagname in (field, field.rpartition(".")[2]):
+                return UsageError(
+                    f"unknown flag --{error.flagname}; did you mean --config.{field}?"
+                )
+    return error
+
+
 def _help(name: str, module: ModuleType) -> str:
     described, _, _ = (module.__doc__ or "").strip().partition("\n\n")
     lines = [f"m3jax {name}: {described}", "", f"usage: {module.USAGE}", ""]
@@ -137,8 +147,3 @@ def _help(name: str, module: ModuleType) -> str:
             lines.append(f"  {names:22} {flag.help}{default}")
     lines += getattr(module, "MORE_HELP", [])
     return "\n".join(lines)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise Terminated

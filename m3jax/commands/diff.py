@@ -7,7 +7,8 @@ For each tensor A of the first and B of the second, as flat vectors:
     equal      share of entries with the same bits (the same value, if dtypes differ)
     largest    max |A − B|
 
-Rows of several tensors take the norms over all their entries. "—" is undefined: a
+Rows of several tensors take the norms over all their entries; those of integers (such
+as position_ids) are left out of them, and mentioned if they differ. "—" is undefined: a
 division by 0. Entries that are NaN or infinite are left out of all but `equal`.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from absl import flags
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import DIFFERENT, UsageError
-from m3jax.commands.inspect import shape
-from m3jax.commands.tables import clean, table
+from m3jax.commands.tables import clean, percent, shape, table
 from m3jax.engine.compare import Compared, Comparison, Sums, add, compare
 
 USAGE = "m3jax diff A B [--tensors | --json] [--plot=FILE.png] [--exit_code]"
@@ -85,45 +85,27 @@ def _report(comparison: Comparison, a: str, b: str, *, every: bool) -> list[str]
     lines = [f"A  {clean(a)}", f"B  {clean(b)}", ""]
     if not comparison.tensors:
         return [*lines, "no tensor has one shape in A and B", *_remarks(comparison)]
-    tensors = sorted(
-        comparison.tensors, key=lambda t: tensor_names.describe(t.name).order
+    shown = comparison.tensors if every else comparison.weights
+    named = [(tensor_names.describe(tensor.name), tensor) for tensor in shown]
+    named.sort(key=lambda item: item[0].order)
+    rows = _grouped(
+        (t.name if every or n.layer is None else f"{n.stack}.{n.layer}".strip("."), t)
+        for n, t in named
     )
-    rows: list[tuple[str, ...]] = []
-    if every:
-        rows = [_row(tensor.name, tensor.sums) for tensor in tensors]
-    else:
-        rows += _grouped(tensors, _layer)
-        rows += [(), *_grouped(sorted(tensors, key=_kind_order), _kind)]
-    rows += [(), _row(f"all {len(tensors)} tensors", comparison.total)]
+    if not every:
+        named.sort(key=lambda item: item[0].kind_order)
+        rows += [(), *_grouped((name.label, tensor) for name, tensor in named)]
+    rows += [(), _row(f"all {len(comparison.weights)} tensors", comparison.total)]
     lines += table(("tensors", *_HEADER), rows, "<>>>>")
     return [*lines, *_remarks(comparison)]
 
 
-def _grouped(
-    tensors: Iterable[Compared], label: Callable[[Compared], str]
-) -> list[tuple[str, ...]]:
+def _grouped(labelled: Iterable[tuple[str, Compared]]) -> list[tuple[str, ...]]:
     """A row per label, in order of its first tensor."""
     groups: dict[str, list[Sums]] = {}
-    for tensor in tensors:
-        groups.setdefault(label(tensor), []).append(tensor.sums)
+    for label, tensor in labelled:
+        groups.setdefault(label, []).append(tensor.sums)
     return [_row(name, add(sums)) for name, sums in groups.items()]
-
-
-def _layer(tensor: Compared) -> str:
-    name = tensor_names.describe(tensor.name)
-    return (
-        tensor.name if name.layer is None else f"{name.stack}.{name.layer}".strip(".")
-    )
-
-
-def _kind(tensor: Compared) -> str:
-    name = tensor_names.describe(tensor.name)
-    return name.kind if name.kind == name.part else f"{name.part}: {name.kind}"
-
-
-def _kind_order(tensor: Compared) -> tuple[Any, ...]:
-    section, stack, _, *rest = tensor_names.describe(tensor.name).order
-    return section, *rest, stack
 
 
 def _row(label: str, sums: Sums) -> tuple[str, ...]:
@@ -131,7 +113,7 @@ def _row(label: str, sums: Sums) -> tuple[str, ...]:
         label,
         _number(sums.relative_distance, ".3e"),
         _number(sums.cosine, ".8f"),
-        _percent(sums.equal, sums.elements),
+        percent(sums.equal, sums.elements),
         _number(sums.largest, ".3e"),
     )
 
@@ -140,58 +122,41 @@ def _number(value: float | None, spec: str) -> str:
     return "—" if value is None else "0" if value == 0 else f"{value:{spec}}"
 
 
-def _percent(part: int, whole: int) -> str:
-    """A share; 0 and 100 % are said of exactly none and all alone."""
-    if whole == 0:
-        return "—"
-    percent = 100 * part / whole
-    return f"{percent if part in (0, whole) else min(max(percent, 0.01), 99.99):.2f} %"
-
-
 def _remarks(comparison: Comparison) -> list[str]:
     """What could not be compared, or is not only a matter of values."""
-    dtypes = {t.name: t.dtypes for t in comparison.tensors if len({*t.dtypes}) > 1}
-    lines = [
-        *_listed(
-            {
-                name: f"only in {side}: {dtype}, {shape(sizes)}"
-                for name, (dtype, sizes) in only.items()
-            }
-            for side, only in (("A", comparison.only_a), ("B", comparison.only_b))
-        ),
-        *_listed(
-            [
-                {
-                    name: f"shape is {shape(in_a)} in A, {shape(in_b)} in B"
-                    for name, (in_a, in_b) in comparison.shapes.items()
-                },
-                {
-                    name: f"dtype is {in_a} in A, {in_b} in B"
-                    for name, (in_a, in_b) in dtypes.items()
-                },
-                {
-                    tensor.name: f"{tensor.sums.nonfinite:,} entries are NaN or "
-                    "infinite in A or B"
-                    for tensor in comparison.tensors
-                    if tensor.sums.nonfinite
-                },
-            ]
-        ),
-        *[f"note: {clean(note)}" for note in comparison.notes],
+    tensors, lines = comparison.tensors, []
+    some_left_out = len(comparison.weights) < len(tensors)
+    remarks: list[dict[str, str]] = [
+        {n: f"only in A: {d}, {shape(s)}" for n, (d, s) in comparison.only_a.items()},
+        {n: f"only in B: {d}, {shape(s)}" for n, (d, s) in comparison.only_b.items()},
+        {
+            name: f"shape is {shape(in_a)} in A, {shape(in_b)} in B"
+            for name, (in_a, in_b) in comparison.shapes.items()
+        },
+        {
+            t.name: f"dtype is {t.dtypes[0]} in A, {t.dtypes[1]} in B"
+            for t in tensors
+            if len({*t.dtypes}) > 1
+        },
+        {
+            t.name: f"{t.sums.nonfinite:,} entries are NaN or infinite in A or B"
+            for t in tensors
+            if t.sums.nonfinite
+        },
+        {
+            t.name: f"integers, {percent(t.sums.equal, t.sums.elements)} of them equal"
+            for t in tensors
+            if some_left_out and t.integer and not t.same
+        },
     ]
-    if comparison.same:
-        lines.append("A and B are equal: the same tensors with the same bits")
-    return ["", *lines] if lines else []
-
-
-def _listed(remarks: Iterable[dict[str, str]]) -> list[str]:
-    """A line per remark; tensors of which the same is said share it."""
-    lines = []
-    for said in remarks:
+    for said in remarks:  # tensors of which the same is said share a line
         for label, names in tensor_names.alike(said, said.__getitem__):
             count = f" ({len(names)} tensors)" if len(names) > 1 else ""
             lines.append(f"{label}{count}: {said[names[0]]}")
-    return lines
+    lines += [f"note: {clean(note)}" for note in comparison.notes]
+    if comparison.same:
+        lines.append("A and B are equal: the same tensors with the same bits")
+    return ["", *lines] if lines else []
 
 
 def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
@@ -201,12 +166,8 @@ def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
         "same": comparison.same,
         "total": _sums_as_json(comparison.total),
         "tensors": {
-            tensor.name: {
-                "shape": tensor.shape,
-                "dtypes": tensor.dtypes,
-                **_sums_as_json(tensor.sums),
-            }
-            for tensor in comparison.tensors
+            t.name: {"shape": t.shape, "dtypes": t.dtypes, **_sums_as_json(t.sums)}
+            for t in comparison.tensors
         },
         "only_a": _tensors_as_json(comparison.only_a),
         "only_b": _tensors_as_json(comparison.only_b),

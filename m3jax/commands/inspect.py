@@ -5,9 +5,9 @@ The table folds tensors that differ in their layer alone into one row.
 
 from __future__ import annotations
 
+import collections
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -17,7 +17,7 @@ from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.record import Record, read_record
 from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import UsageError
-from m3jax.commands.tables import clean, fact, table
+from m3jax.commands.tables import clean, fact, shape, table
 from m3jax.recipe import Recipe, RecipeError
 
 USAGE = "m3jax inspect DIR [--tensors | --json]"
@@ -40,32 +40,70 @@ _FACTS = (
 )
 
 
+_PROVENANCE = (
+    "recipe",
+    "seed",
+    "ratios",
+    "base",
+    "models",
+    "tokenizer_from",
+    "versions",
+)
+
+
 def main(positional: list[str]) -> int:
     if len(positional) != 1:
         raise UsageError(f"needs one checkpoint, not {len(positional)}; usage: {USAGE}")
     with open_checkpoint(positional[0], mergeable=False) as checkpoint:
-        record, problem = _record(checkpoint)
-        if _JSON.value:
-            print(json.dumps(_as_json(checkpoint, record, problem), indent=1))
-            return 0
-        lines = [*_summary(checkpoint), *_architecture(checkpoint.config)]
-        if record:
-            lines += ["", *_provenance(record)]
-        elif problem:
-            lines += fact("provenance", f"cannot be used: {problem}")
-        print("\n".join([*lines, "", *_tensors(checkpoint, folded=not _TENSORS.value)]))
+        facts = _facts(checkpoint)
+    print(json.dumps(facts, indent=1) if _JSON.value else "\n".join(_report(facts)))
     return 0
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that is known, as --json prints it."""
+    tensors: dict[str, dict[str, Any]] = {
+        name: {
+            "dtype": tensor.dtype.code,
+            "shape": tensor.shape,
+            "bytes": math.prod(tensor.shape) * tensor.dtype.itemsize,
+            "file": tensor.place,
+        }
+        for name, tensor in checkpoint.stored.items()
+    }
+    dtypes: dict[str, dict[str, int]] = {}
+    for tensor in tensors.values():
+        of_dtype = dtypes.setdefault(
+            tensor["dtype"], {"tensors": 0, "parameters": 0, "bytes": 0}
+        )
+        of_dtype["tensors"] += 1
+        of_dtype["parameters"] += math.prod(tensor["shape"])
+        of_dtype["bytes"] += tensor["bytes"]
+    record, problem = _record(checkpoint)
+    return {
+        "path": checkpoint.name,
+        "location": str(checkpoint.location),
+        "revision": checkpoint.revision,
+        "kind": _kind(checkpoint),
+        "parameters": sum(facts["parameters"] for facts in dtypes.values()),
+        "bytes": sum(facts["bytes"] for facts in dtypes.values()),
+        "dtypes": dict(sorted(dtypes.items(), key=lambda item: -item[1]["bytes"])),
+        "files": {file.path.name: file.size for file in checkpoint.files},
+        "architecture": _architecture(checkpoint.config),
+        "provenance": record and {name: getattr(record, name) for name in _PROVENANCE},
+        "provenance_problem": problem,
+        "tensors": tensors,
+    }
 
 
 def _record(checkpoint: Checkpoint) -> tuple[Record | None, str | None]:
     """The record of the folder, or what is wrong with it."""
+    if not checkpoint.location.is_dir():
+        return None, None
     try:
-        record = (
-            read_record(checkpoint.location) if checkpoint.location.is_dir() else None
-        )
+        return read_record(checkpoint.location), None
     except CheckpointError as error:
         return None, str(error)
-    return record, None
 
 
 def _kind(checkpoint: Checkpoint) -> str:
@@ -82,52 +120,10 @@ def _kind(checkpoint: Checkpoint) -> str:
     return f"folder, {held}"
 
 
-def _summary(checkpoint: Checkpoint) -> list[str]:
-    tensors = checkpoint.stored
-    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    in_file: dict[str, int] = {}
-    for tensor in tensors.values():
-        name = tensor.place
-        in_file[name] = in_file.get(name, 0) + 1
-    return [
-        *fact("checkpoint", clean(checkpoint.name)),
-        *fact("kind", _kind(checkpoint)),
-        *fact("parameters", f"{count:,} in {_tensor_count(len(tensors))}"),
-        *fact("bytes", reporting.size(_bytes(checkpoint, tensors))),
-        *fact(
-            "dtypes",
-            [
-                f"{dtype}: {facts['parameters']:,} parameters in "
-                f"{_tensor_count(facts['tensors'])}"
-                for dtype, facts in _dtypes(checkpoint).items()
-            ]
-            or ["none"],
-        ),
-        *fact(
-            "files",
-            [
-                f"{clean(file.path.name)}, {reporting.size(file.size)}, "
-                + _tensor_count(in_file.get(file.path.name, 0))
-                for file in checkpoint.files
-            ],
-        ),
-    ]
-
-
-def _architecture(config: dict[str, Any] | None) -> list[str]:
-    if config is None:
-        return fact("architecture", "unknown: there is no config.json")
-    facts = _config_facts(config)
-    lines = [", ".join(_short(name) for name in facts.pop("architectures")[:3])]
-    lines[0] = lines[0] or "unnamed in config.json"
-    for group in _FACTS:
-        found = [f"{field} {_short(facts[field])}" for field in group if field in facts]
-        lines += [", ".join(found)] if found else []
-    return fact("architecture", lines)
-
-
-def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
+def _architecture(config: dict[str, Any] | None) -> dict[str, Any] | None:
     """What config.json says of the architecture; nothing nested or strange."""
+    if config is None:
+        return None
     names = config.get("architectures")
     names = names if isinstance(names, list) else []
     text, quantization = config.get("text_config"), config.get("quantization_config")
@@ -141,26 +137,70 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _provenance(record: Record) -> list[str]:
-    versions = ", ".join(f"{name} {v}" for name, v in record.versions.items())
+def _report(facts: dict[str, Any]) -> list[str]:
+    """The facts as text."""
+    tensors = facts["tensors"]
+    in_file = collections.Counter(tensor["file"] for tensor in tensors.values())
+    dtypes = [
+        f"{dtype}: {of_dtype['parameters']:,} parameters in "
+        + _count(of_dtype["tensors"])
+        for dtype, of_dtype in facts["dtypes"].items()
+    ]
+    files = [
+        f"{clean(name)}, {reporting.size(size)}, {_count(in_file[name])}"
+        for name, size in facts["files"].items()
+    ]
+    lines = [
+        *fact("checkpoint", clean(facts["path"])),
+        *fact("kind", facts["kind"]),
+        *fact("parameters", f"{facts['parameters']:,} in {_count(len(tensors))}"),
+        *fact("bytes", reporting.size(facts["bytes"])),
+        *fact("dtypes", dtypes or ["none"]),
+        *fact("files", files),
+        *fact("architecture", _architecture_lines(facts["architecture"])),
+    ]
+    if facts["provenance"]:
+        lines += ["", *_provenance(facts["provenance"])]
+    elif facts["provenance_problem"]:
+        lines += fact("provenance", f"cannot be used: {facts['provenance_problem']}")
+    return [*lines, "", *_table(tensors)]
+
+
+def _architecture_lines(facts: dict[str, Any] | None) -> list[str]:
+    if facts is None:
+        return ["unknown: there is no config.json"]
+    names = ", ".join(_short(name) for name in facts["architectures"][:3])
+    groups = [
+        ", ".join(
+            f"{field} {_short(facts[field])}" for field in group if field in facts
+        )
+        for group in _FACTS
+    ]
+    return [names or "unnamed in config.json", *filter(None, groups)]
+
+
+def _provenance(record: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
+    ratios = reporting.ratios(record["ratios"]).split("\n")
+    method = _short(record["recipe"].get("method"))
     lines = [
         *fact("merged by", clean(versions)),
-        *fact("method", f"{_short(record.recipe.get('method'))}, seed {record.seed}"),
-        *fact("recipe", _recipe(record)),
-        *fact("ratios", _lines(reporting.ratios(record.ratios))),
+        *fact("method", f"{method}, seed {record['seed']}"),
+        *fact("recipe", _recipe(record["recipe"])),
+        *fact("ratios", [clean(line.strip()) for line in ratios]),
     ]
-    checkpoints = [("base", record.base)] if record.base else []
-    checkpoints += [(f"model {i}", m) for i, m in enumerate(record.models, start=1)]
-    for role, checkpoint in checkpoints:
+    checkpoints = {"base": record["base"]} if record["base"] else {}
+    checkpoints |= {f"model {i}": m for i, m in enumerate(record["models"], start=1)}
+    for role, checkpoint in checkpoints.items():
         revision = f" at {checkpoint['revision']}" if checkpoint["revision"] else ""
         lines += fact(role, clean(f"{checkpoint['path']}{revision}"))
     return lines
 
 
-def _recipe(record: Record) -> list[str]:
+def _recipe(recorded: dict[str, Any]) -> list[str]:
     """The fields that are not the default."""
     try:
-        recipe = Recipe.from_dict(record.recipe)
+        recipe = Recipe.from_dict(recorded)
     except RecipeError as error:
         return [clean(f"not one that this m3jax knows: {error}")]
     fields, defaults = _dotted(recipe.to_dict()), _dotted(Recipe().to_dict())
@@ -171,106 +211,37 @@ def _recipe(record: Record) -> list[str]:
 def _dotted(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, dict):
-            found |= _dotted(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
+        inner = isinstance(value, dict)
+        found |= _dotted(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return found
 
 
-def _tensors(checkpoint: Checkpoint, *, folded: bool) -> list[str]:
-    """The table of tensors, one kind of all layers in a row if `folded`."""
-    stored = checkpoint.stored
-    if folded:
-        groups = tensor_names.alike(
-            stored, lambda name: (stored[name].dtype.code, stored[name].shape)
-        )
+def _table(tensors: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each tensor, or for one kind of all layers."""
+    if _TENSORS.value:
+        groups = [(name, [name]) for name in tensor_names.in_order(tensors)]
     else:
-        groups = [(name, [name]) for name in tensor_names.in_order(stored)]
+        groups = tensor_names.alike(
+            tensors, lambda name: (tensors[name]["dtype"], tensors[name]["shape"])
+        )
     rows = [
         (
             label,
             str(len(names)),
-            stored[names[0]].dtype.code,
-            shape(stored[names[0]].shape),
-            reporting.size(_bytes(checkpoint, names)),
+            tensors[names[0]]["dtype"],
+            shape(tensors[names[0]]["shape"]),
+            reporting.size(sum(tensors[name]["bytes"] for name in names)),
         )
         for label, names in groups
     ]
     return table(("tensor", "count", "dtype", "shape", "bytes"), rows, "<><<>")
 
 
-def shape(sizes: tuple[int, ...]) -> str:
-    """``2048 × 5632``, or ``scalar``."""
-    return " × ".join(map(str, sizes)) or "scalar"
-
-
-def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
-    """Tensors, parameters and bytes of each dtype, the largest first."""
-    found: dict[str, dict[str, int]] = {}
-    for name, tensor in checkpoint.stored.items():
-        facts = found.setdefault(
-            tensor.dtype.code, {"tensors": 0, "parameters": 0, "bytes": 0}
-        )
-        facts["tensors"] += 1
-        facts["parameters"] += math.prod(tensor.shape)
-        facts["bytes"] += _bytes(checkpoint, [name])
-    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
-
-
-def _bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    tensors = [checkpoint.stored[name] for name in names]
-    return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
-
-
-def _tensor_count(count: int) -> str:
-    return f"{count:,} tensor" + ("" if count == 1 else "s")
-
-
-def _lines(text: str) -> list[str]:
-    return [clean(line.strip()) for line in text.split("\n")]
+def _count(tensors: int) -> str:
+    return f"{tensors:,} tensor" + "s" * (tensors != 1)
 
 
 def _short(value: object) -> str:
     """A value of an untrusted JSON file, on one short line."""
     text = clean(value if isinstance(value, str) else json.dumps(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _as_json(
-    checkpoint: Checkpoint, record: Record | None, problem: str | None
-) -> dict[str, Any]:
-    tensors = checkpoint.stored
-    return {
-        "path": checkpoint.name,
-        "location": str(checkpoint.location),
-        "revision": checkpoint.revision,
-        "kind": _kind(checkpoint),
-        "parameters": sum(math.prod(t.shape) for t in tensors.values()),
-        "bytes": _bytes(checkpoint, tensors),
-        "dtypes": _dtypes(checkpoint),
-        "files": {file.path.name: file.size for file in checkpoint.files},
-        "architecture": None
-        if checkpoint.config is None
-        else _config_facts(checkpoint.config),
-        "provenance": record
-        and {
-            "recipe": record.recipe,
-            "seed": record.seed,
-            "ratios": record.ratios,
-            "base": record.base,
-            "models": record.models,
-            "tokenizer_from": record.tokenizer_from,
-            "versions": record.versions,
-        },
-        "provenance_problem": problem,
-        "tensors": {
-            name: {
-                "dtype": tensor.dtype.code,
-                "shape": tensor.shape,
-                "bytes": _bytes(checkpoint, [name]),
-                "file": tensor.place,
-            }
-            for name, tensor in tensors.items()
-        },
-    }

@@ -100,7 +100,7 @@ def main(positional: list[str]) -> int:
     if _DRY_RUN.value:
         try:
             with prepare(base, models, recipe, seed, execution) as prepared:
-                print(reporting.plan(prepared))
+                print(reporting.plan(prepared, output))
         except MismatchError as error:
             print("\n".join(error.mismatches))
             count = len(error.mismatches)

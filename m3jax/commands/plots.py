@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import tensor_names
-from m3jax.commands.tables import clean
+from m3jax.commands.tables import clean, percent
 from m3jax.engine.compare import Comparison, Sums, add
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and two more.
-_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-_COLORS += ["#882255", "#777777"]
-_INK, _FAINT = "#222222", "#8A8A8A"
-_MOST_LINES = len(_COLORS)
-_FEW_LAYERS = 40  # up to which a line has a mark at every layer
-_LONGEST_NAME = 60  # characters
-_LONGEST_KIND = 24
-_LEGEND_COLUMNS = 4
-
+_MOST_STACKS, _MOST_ROWS = 8, 32  # that have a panel; of a panel
+_ROW, _WIDTH, _MARGIN = 0.24, 11.5, 2.4  # inches
+_DECADES = 4  # of distances that have colours of their own
+_LONGEST_NAME, _LONGEST_KIND = 100, 44  # characters
+_INK = "#222222"
 _OUTSIDE = "outside the layers"
-_Series = dict[str, dict[int, Sums]]  # kind -> layer -> sums
+_Panel = dict[str, dict[int, Sums]]  # kind -> layer -> sums
 
 
 def difference(comparison: Comparison, a: str, b: str, path: Path) -> None:
-    """Draws a comparison: a column per part of the model, x is the layer.
+    """Writes the picture of a comparison; see `draw`."""
+    draw(comparison, a, b).savefig(path, dpi=160, metadata={"Software": None})
 
-    The upper row has the relative distance, the lower one the share of equal entries.
+
+def draw(comparison: Comparison, a: str, b: str) -> Figure:
+    """Draws a comparison: a panel per stack of layers, a row per kind of tensor.
+
+    The colours are, for each layer, the relative distance on the left, the share of
+    equal entries on the right; the number behind a row is that of all its tensors.
 
     Raises:
       CheckpointError: no tensor could be compared.
@@ -40,171 +43,173 @@ def difference(comparison: Comparison, a: str, b: str, path: Path) -> None:
     panels = _panels(comparison)
     if not panels:
         raise CheckpointError(f"{a} and {b} have no tensor in common; nothing to draw")
-    widths = [_width(title, series) for title, series in panels.items()]
-    figure = Figure(
-        figsize=(1.6 + sum(widths), 7.0),
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
-    )
-    axes = figure.subplots(
-        2, len(panels), squeeze=False, sharex="col", width_ratios=widths
-    )
-    _titles(figure, comparison.total, a, b)
-    for column, (title, series) in zip(axes.T, panels.items(), strict=True):
-        draw = _draw_bars if title == _OUTSIDE else _draw_lines
-        draw(column[0], series, _distance)
-        _from_zero(column[0], series)
-        draw(column[1], series, _equal)
-        column[1].set_ylim(0, 100)
-        pad = 28 if max(map(len, panels.values())) <= _LEGEND_COLUMNS else 44
-        column[0].set_title(title, loc="left", weight="bold", color=_INK, pad=pad)
-        if title != _OUTSIDE:
-            _legend(column[0], len(series))
-            column[1].set_xlabel("layer", color=_INK)
-            column[1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes[0, 0].set_ylabel("distance  ‖A − B‖ / ‖A‖,  %", color=_INK)
-    axes[1, 0].set_ylabel("equal entries,  %", color=_INK)
-    for axis in axes.flat:
-        _plain(axis)
-    figure.align_ylabels(axes[:, 0])
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-
-
-def _panels(comparison: Comparison) -> dict[str, _Series]:
-    """Part of the model -> kind -> layer -> sums, in the order of the data's flow."""
-    named = [(tensor_names.describe(t.name), t.sums) for t in comparison.tensors]
-    stacks = {name.stack for name, sums in named if name.layer is not None}
-    collected: dict[str, dict[str, dict[int, list[Sums]]]] = {}
-    for name, sums in sorted(named, key=lambda item: item[0].order):
-        inside = name.layer is not None
-        kind = f"{name.stack} {name.kind}" if inside and len(stacks) > 1 else name.kind
-        series = collected.setdefault(name.part if inside else _OUTSIDE, {})
-        series.setdefault(kind, {}).setdefault(name.layer or 0, []).append(sums)
-    order = sorted(collected, key=lambda part: (*tensor_names.PARTS, part).index(part))
-    return {
-        part: _few(
-            {
-                kind: {layer: add(sums) for layer, sums in layers.items()}
-                for kind, layers in collected[part].items()
-            }
+    rows = [len(panel) for panel in panels.values()]
+    height = _MARGIN + _ROW * (sum(rows) + 3 * len(rows))
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(_WIDTH, height), layout=layout)
+    axes = figure.subplots(len(rows), 2, squeeze=False, height_ratios=rows)
+    cells = [
+        s for panel in panels.values() for row in panel.values() for s in row.values()
+    ]
+    for column, measure in zip(axes.T, _measures(cells), strict=True):
+        for axis, (title, panel) in zip(column, panels.items(), strict=True):
+            colors = _draw(axis, panel, measure)
+            if title != _OUTSIDE:
+                columns = _columns(panel)
+                places = range(0, len(columns), -(-len(columns) // 8))
+                axis.set_xticks(places, [str(columns[i]) for i in places])
+        bar = figure.colorbar(
+            colors,
+            ax=column,
+            location="bottom",
+            aspect=45,
+            format=lambda value, place: f"{100 * value:g} %",
         )
-        for part in order
+        bar.minorticks_off()
+        bar.set_label(measure.label, color=_INK)
+    for axis, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        axis.set_yticks(range(len(panel)), [_text(k, _LONGEST_KIND) for k in panel])
+        heading = _text(title, _LONGEST_NAME)
+        axis.set_title(heading, loc="left", weight="bold", fontsize=10, color=_INK)
+    _titles(figure, comparison.total, a, b)
+    return figure
+
+
+def _panels(comparison: Comparison) -> dict[str, _Panel]:
+    """Stack of layers -> kind -> layer -> sums, in the order of the data's flow."""
+    named = [(tensor_names.describe(t.name), t) for t in comparison.weights]
+    layers = [name for name, _ in named if name.layer is not None]
+    collected: dict[str, dict[str, dict[int, list[Sums]]]] = {_OUTSIDE: {}}
+    stacks = list(
+        dict.fromkeys(_title(n) for n in sorted(layers, key=lambda n: n.order))
+    )
+    collected |= {title: {} for title in stacks[:_MOST_STACKS]}
+    for name, tensor in sorted(named, key=lambda item: item[0].kind_order):
+        outside = name.layer is None
+        kind = tensor.name.removesuffix(".weight") if outside else name.label
+        title = _title(name)
+        if title not in collected:
+            title = f"{len(stacks) - _MOST_STACKS} other stacks, by layer"
+        row = collected.setdefault(title, {}).setdefault(kind, {})
+        row.setdefault(name.layer or 0, []).append(tensor.sums)
+    return {
+        title: _few(
+            {k: {i: add(s) for i, s in row.items()} for k, row in panel.items()}
+        )
+        for title, panel in collected.items()
+        if panel
     }
 
 
-def _few(series: _Series) -> _Series:
-    """At most as many kinds as there are colours; the smallest are put together."""
-    if len(series) <= _MOST_LINES:
-        return series
-    by_size = sorted(series, key=lambda kind: -add(series[kind].values()).elements)
-    kept = set(by_size[: _MOST_LINES - 1])
-    others: dict[int, Sums] = {}
-    for kind in by_size[_MOST_LINES - 1 :]:
-        for layer, sums in series[kind].items():
-            others[layer] = others.get(layer, Sums()) + sums
-    found = {kind: layers for kind, layers in series.items() if kind in kept}
-    return found | {f"{len(series) - len(kept)} others": dict(sorted(others.items()))}
+def _columns(panel: _Panel) -> list[int]:
+    """The layers, of which a strange name may skip a billion."""
+    return sorted({layer for row in panel.values() for layer in row})
 
 
-def _width(title: str, series: _Series) -> float:
-    """Inches."""
-    if title == _OUTSIDE:
-        return 0.9 + 0.55 * len(series)
-    return 3.6
+def _title(name: tensor_names.TensorName) -> str:
+    return _OUTSIDE if name.layer is None else f"{name.stack or 'layers'}, by layer"
 
 
-def _distance(sums: Sums) -> float | None:
-    relative = sums.relative_distance
-    return None if relative is None else 100 * relative
+def _few(panel: _Panel) -> _Panel:
+    """A panel of at most `_MOST_ROWS` rows; the smallest kinds are put together."""
+    if len(panel) <= _MOST_ROWS:
+        return panel
+    by_size = sorted(panel, key=lambda kind: -add(panel[kind].values()).elements)
+    others = by_size[_MOST_ROWS - 1 :]
+    layers = sorted({layer for kind in others for layer in panel[kind]})
+    joined = {
+        layer: add(panel[kind][layer] for kind in others if layer in panel[kind])
+        for layer in layers
+    }
+    kept = {kind: row for kind, row in panel.items() if kind not in set(others)}
+    return {**kept, f"{len(others)} others": joined}
 
 
-def _equal(sums: Sums) -> float | None:
-    share = sums.equal_share
-    return None if share is None else 100 * share
+class _Measure(NamedTuple):
+    """What is drawn of sums: number, colour and text."""
+
+    label: str
+    value: Callable[[Sums], float | None]
+    text: Callable[[Sums], str]
+    norm: Normalize
+    colors: str
 
 
-def _draw_lines(
-    axis: Any, series: _Series, value: Callable[[Sums], float | None]
-) -> None:
-    for (kind, layers), color in zip(series.items(), _COLORS, strict=False):
-        points = [(layer, value(sums)) for layer, sums in layers.items()]
-        points = [(layer, y) for layer, y in points if y is not None]
-        axis.plot(
-            *zip(*points, strict=True) if points else ([], []),
-            color=color,
-            linewidth=1.6,
-            marker="o" if len(points) <= _FEW_LAYERS else None,
-            markersize=3.5,
-            label=_text(kind, _LONGEST_KIND),
-            clip_on=False,
-        )
-
-
-def _draw_bars(
-    axis: Any, series: _Series, value: Callable[[Sums], float | None]
-) -> None:
-    labels = [_text(kind, _LONGEST_KIND) for kind in series]
-    heights = [value(add(layers.values())) for layers in series.values()]
-    axis.bar(labels, [height or 0 for height in heights], color=_COLORS[0], width=0.55)
-    axis.set_xlim(-0.7, len(labels) - 0.3)
-    axis.tick_params(axis="x", rotation=35)
-    for label in axis.get_xticklabels():
-        label.set(ha="right", rotation_mode="anchor")
-
-
-def _from_zero(axis: Any, series: _Series) -> None:
-    """Each panel has its own scale: norms move a hundred times less than the rest."""
-    sums = [sums for layers in series.values() for sums in layers.values()]
-    highest = max((_distance(one) or 0 for one in sums), default=0)
-    axis.set_ylim(0, 1.08 * highest or 1)
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
-
-
-def _legend(axis: Any, count: int) -> None:
-    axis.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=min(count, _LEGEND_COLUMNS),
-        frameon=False,
-        fontsize=9,
-        labelcolor=_INK,
-        handlelength=1.2,
-        columnspacing=1.1,
-        handletextpad=0.5,
-        borderaxespad=0.2,
+def _measures(cells: list[Sums]) -> tuple[_Measure, _Measure]:
+    """Distances are logarithmic: norms move a hundred times less than the rest."""
+    found = [distance for sums in cells if (distance := sums.relative_distance)]
+    highest = 10.0 ** math.ceil(math.log10(max(found, default=1.0)))
+    lowest = 10.0 ** math.floor(math.log10(min(found, default=1.0)))
+    lowest = min(max(lowest, highest / 10**_DECADES), highest / 10)
+    return (
+        _Measure(
+            "distance  ‖A − B‖ / ‖A‖",
+            lambda sums: sums.relative_distance,
+            lambda sums: (
+                "—"
+                if sums.relative_distance is None
+                else f"{100 * sums.relative_distance:.2g} %"
+            ),
+            LogNorm(lowest, highest, clip=True),
+            "YlOrRd",
+        ),
+        _Measure(
+            "share of equal entries",
+            lambda sums: sums.equal_share,
+            lambda sums: percent(sums.equal, sums.elements),
+            Normalize(0, 1),
+            "YlGnBu",
+        ),
     )
+
+
+def _draw(axis: Any, panel: _Panel, measure: _Measure) -> Any:
+    """A row of cells for each kind; white where there is no tensor, or no number."""
+    columns = {layer: place for place, layer in enumerate(_columns(panel))}
+    cells = np.full((len(panel), len(columns)), np.nan)
+    for place, row in enumerate(panel.values()):
+        for layer, sums in row.items():
+            cells[place, columns[layer]] = measure.value(sums)  # None becomes NaN
+        axis.text(
+            1.01,
+            place,
+            measure.text(add(row.values())),
+            transform=axis.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+            color=_INK,
+        )
+    edges = (np.arange(count + 1) - 0.5 for count in cells.shape[::-1])
+    colors = axis.pcolormesh(
+        *edges,
+        cells,
+        norm=measure.norm,
+        cmap=measure.colors,
+        edgecolor="white",
+        linewidth=0.3,
+    )
+    axis.invert_yaxis()
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelsize=8, colors=_INK)
+    return colors
 
 
 def _titles(figure: Figure, total: Sums, a: str, b: str) -> None:
     facts = []
-    if (distance := _distance(total)) is not None:
-        facts.append(f"distance {distance:.3g} %")
+    if (distance := total.relative_distance) is not None:
+        facts.append(f"distance {100 * distance:.3g} %")
     if total.cosine is not None:
         facts.append(f"cosine {total.cosine:.8f}")
-    if (equal := _equal(total)) is not None:
-        facts.append(f"{equal:.2f} % of {total.elements:,} entries equal")
+    if (equal := total.equal_share) is not None:
+        facts.append(f"{100 * equal:.2f} % of {total.elements:,} entries equal")
     facts.append(f"largest difference {total.largest:.3g}")
     names = [f"A  {_text(a, _LONGEST_NAME)}", f"B  {_text(b, _LONGEST_NAME)}"]
-    figure.suptitle(
-        "\n".join([*names, "  ·  ".join(facts)]),
-        x=0.012,
-        ha="left",
-        fontsize=12,
-        linespacing=1.5,
-        color=_INK,
-    )
-
-
-def _plain(axis: Any) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(_FAINT)
-    axis.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=_INK, labelsize=9)
+    text = "\n".join([*names, "  ·  ".join(facts)])
+    figure.suptitle(text, x=0.012, ha="left", fontsize=11, linespacing=1.5, color=_INK)
 
 
 def _text(label: str, longest: int) -> str:
-    """The end of a long name, `$` being no mathematics and `_` hiding no label."""
+    """The end of a long name, `$` being no mathematics."""
     text = label if len(label) <= longest else "…" + label[1 - longest :]
-    text = clean(text).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
+    return clean(text).replace("$", r"\$")

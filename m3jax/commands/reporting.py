@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m3jax.engine.progress import Progress
 
@@ -27,41 +27,82 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def plan(prepared: Prepared) -> str:
-    """The plan that --dry_run prints."""
+def plan(prepared: Prepared, output: str | None = None) -> str:
+    """The plan that --dry_run prints, for an output of that name."""
+    streamed = prepared.execution.executor == "streamed"
     merged = prepared.merged
-    passes = prepared.passes
     elements = sum(item.size for item in prepared.items)
-    read = prepared.read_bytes(range(len(prepared.items)))
-    lines = [
-        "method     " + " after ".join(
-            step.name for step in reversed(prepared.recipe.steps)
-        ),
-        f"tensors    {len(prepared.items)} ({len(merged)} merged, "
+    read = size(prepared.read_bytes(range(len(prepared.items))))
+    before = size(prepared.read_bytes(merged))
+    files = len(prepared.shards)
+    facts = {
+        "method": " after ".join(step.name for step in reversed(prepared.recipe.steps)),
+        "tensors": f"{len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
-        f"passes     {len(passes)}: {'; '.join(passes)}",
-        f"read       {size(read)} "
-        + (
-            f"in the last pass, {size(prepared.read_bytes(merged))} in each pass before"
-            if prepared.execution.executor == "streamed"
-            else "once; all passes are over device memory"
-        ),
-        f"written    {size(prepared.written_bytes)} in {len(prepared.shards)} file"
-        + ("s" if len(prepared.shards) > 1 else ""),
-        "memory     " + _memory(prepared),
-        "ratios     " + ratios(prepared.ratios),
-    ]
-    lines += [f"note       {note}" for note in prepared.inputs.notes]
-    return "\n".join(lines)
+        "passes": f"{len(prepared.passes)}: {'; '.join(prepared.passes)}",
+        "read": f"{read} in the last pass, {before} in each pass before"
+        if streamed
+        else f"{read} once; all passes are over device memory",
+        "written": f"{size(prepared.written_bytes)} in {files} file"
+        + "s" * (files > 1),
+        "dtype": _dtype(prepared),
+        "output": _place(prepared, output),
+        "memory": _memory(prepared) if streamed else _device_memory(prepared),
+        "ratios": ratios(prepared.ratios),
+    }
+    notes = [("note", note) for note in prepared.inputs.notes]
+    return "\n".join(f"{name:11}{fact}" for name, fact in [*facts.items(), *notes])
+
+
+def _dtype(prepared: Prepared) -> str:
+    """Of the output; with what makes it larger than the models, if anything does."""
+    tensors = [prepared.inputs.tensors[i] for i in prepared.merged]
+    names = {t.dtype.numpy.name for t in tensors} or {"that of each tensor"}
+    widest = [max(m.source.dtype.itemsize for m in t.models) for t in tensors]
+    sizes = [prepared.items[i].size for i in prepared.merged]
+    wider = sum(
+        count * max(0, tensor.dtype.itemsize - width)
+        for count, tensor, width in zip(sizes, tensors, widest, strict=True)
+    )
+    text = ", ".join(sorted(names))
+    if not wider:
+        return text
+    theirs = sorted({m.source.dtype.numpy.name for t in tensors for m in t.models})
+    return (
+        f"{text}, wider than the models' {', '.join(theirs)}: {size(wider)} more to "
+        f"write; --config.dtype={theirs[0]} would not"
+    )
+
+
+def _place(prepared: Prepared, output: str | None) -> str:
+    """The output's name, and whether it may be taken."""
+    from m3jax.checkpoints import destination, store
+    from m3jax.checkpoints.errors import CheckpointError
+    from m3jax.checkpoints.files import exists
+    from m3jax.engine.prepare import check_apart
+
+    if output is None:
+        return "not given"
+    execution, final = prepared.execution, store.parse(output)
+    try:
+        destination.check_free(
+            final, overwrite=execution.overwrite, resume=execution.resume
+        )
+        check_apart(final, prepared.checkpoints)
+    except CheckpointError as error:
+        return f"taken: {error}"
+    return f"{output}, " + ("which will be replaced" if exists(final) else "free")
 
 
 def _memory(prepared: Prepared) -> str:
-    if prepared.execution.executor == "streamed":
-        return (
-            f"{size(prepared.buffer_bytes)} of buffers: "
-            f"{prepared.execution.num_threads} threads, chunks of "
-            f"{prepared.tiles * 1024:,} elements, {len(prepared.devices)} device(s)"
-        )
+    return (
+        f"{size(prepared.buffer_bytes)} of buffers: "
+        f"{prepared.execution.num_threads} threads, chunks of "
+        f"{prepared.tiles * 1024:,} elements, {len(prepared.devices)} device(s)"
+    )
+
+
+def _device_memory(prepared: Prepared) -> str:
     from m3jax.engine.sharded import device_memory, mesh_of
 
     mesh, needed = mesh_of(prepared), device_memory(prepared)
@@ -86,19 +127,15 @@ def ratios(drawn: Mapping[str, tuple[float, ...]] | None) -> str:
 
 def summary(result: MergeResult, *, profile: bool) -> str:
     """What the merge ends with."""
-    lines = []
+    facts: list[tuple[str, str]] = []
     if profile:
-        lines += [
-            f"{name:11}{seconds:8.2f} s, all threads"
-            for name, seconds in result.seconds.items()
-        ]
+        facts += [(n, f"{s:8.2f} s, all threads") for n, s in result.seconds.items()]
         wall = ", ".join(f"{name} {spent:.2f} s" for name, spent in result.wall.items())
-        lines.append(f"wall       {wall}")
+        facts.append(("wall", wall))
     if result.resumed:
-        lines.append(f"resumed    {result.resumed} tensors had been written before")
-    lines.append("ratios     " + ratios(result.ratios))
-    lines.append(f"output     {result.output}")
-    return "\n".join(lines)
+        facts.append(("resumed", f"{result.resumed} tensors had been written before"))
+    facts += [("ratios", ratios(result.ratios)), ("output", str(result.output))]
+    return "\n".join(f"{name:11}{fact}" for name, fact in facts)
 
 
 @contextlib.contextmanager
@@ -107,33 +144,25 @@ def progress() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _Lines()
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import (
-        Progress as Bars,
-    )
 
-    with Bars(
-        TextColumn("{task.description:>20}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    with rich.Progress(
+        rich.TextColumn("{task.description:>20}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as bars:
         yield _Bars(bars)
 
 
 class _Bars(Progress):
-    def __init__(self, bars) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, bars: Any) -> None:
         self._bars = bars
-        self._task = None
+
+        self._task: Any = None
 
     def stage(self, label: str, total: int) -> None:
         self._task = self._bars.add_task(label, total=total)
@@ -147,9 +176,7 @@ class _Bars(Progress):
 
 
 class _Lines(Progress):
-    def __init__(self) -> None:
-        self._label, self._total, self._done = "", 0, 0
-        self._start = self._last = time.monotonic()
+    _label, _total, _done, _last = "", 0, 0, 0.0
 
     def stage(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, total, 0
@@ -162,10 +189,9 @@ class _Lines(Progress):
         if now - self._last >= _SECONDS_BETWEEN_LINES and self._total:
             self._last = now
             rate = self._done / (now - self._start)
-            left = (self._total - self._done) / rate
             self._print(
-                f"{self._label}: {self._done / self._total:.0%}, "
-                f"{size(rate)}/s, {left:.0f} s left"
+                f"{self._label}: {self._done / self._total:.0%}, {size(rate)}/s, "
+                f"{(self._total - self._done) / rate:.0f} s left"
             )
 
     def note(self, line: str) -> None:

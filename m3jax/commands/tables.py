@@ -42,3 +42,16 @@ def table(
 def clean(text: str) -> str:
     """Text of an untrusted file with what could upset a terminal replaced."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def percent(part: int, whole: int) -> str:
+    """A share; 0 and 100 % are said of exactly none and all alone."""
+    if whole == 0:
+        return "—"
+    share = 100 * part / whole
+    return f"{share if part in (0, whole) else min(max(share, 0.01), 99.99):.2f} %"
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """``2048 × 5632``, or ``scalar``."""
+    return " × ".join(map(str, sizes)) or "scalar"

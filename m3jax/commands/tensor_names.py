@@ -8,59 +8,68 @@ any other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 from m3jax.engine.plan import natural_order
 
 _FEW_NUMBERS = 6
 PARTS = ("embeddings", "attention", "MLP", "norms", "other", "head")
 
-# Names of modules, and the field's words for them, in the order of the computation.
-_KINDS = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "qkv_proj": "qkv",
-    "query_key_value": "qkv",
-    "c_attn": "qkv",
-    "o_proj": "o",
-    "out_proj": "o",
-    "router": "router",
-    "gate": "router",
-    "gate_proj": "gate",
-    "w1": "gate",
-    "up_proj": "up",
-    "w3": "up",
-    "gate_up_proj": "gate and up",
-    "fc1": "up",
-    "c_fc": "up",
-    "down_proj": "down",
-    "w2": "down",
-    "fc2": "down",
-    "input_layernorm": "before attention",
-    "pre_self_attn_layernorm": "before attention",
-    "ln_1": "before attention",
-    "q_norm": "q norm",
-    "k_norm": "k norm",
-    "post_attention_layernorm": "after attention",
-    "pre_feedforward_layernorm": "before MLP",
-    "ln_2": "before MLP",
-    "post_feedforward_layernorm": "after MLP",
-    "embed_tokens": "embeddings",
-    "wte": "embeddings",
-    "wpe": "positions",
-    "norm": "final norm",
-    "ln_f": "final norm",
-    "lm_head": "head",
+# The field's words for modules, in the order of the computation, and their names; of
+# several that end a tensor's name, the longest counts.
+_MODULES = {
+    "q": "q_proj query q_lin SelfAttention.q EncDecAttention.q",
+    "k": "k_proj key k_lin SelfAttention.k EncDecAttention.k",
+    "v": "v_proj value v_lin SelfAttention.v EncDecAttention.v",
+    "qkv": "qkv_proj query_key_value c_attn",
+    "o": "o_proj out_proj out_lin attn.c_proj attn.dense attention.dense "
+    "self_attention.dense attention.output.dense crossattention.output.dense "
+    "SelfAttention.o EncDecAttention.o",
+    "router": "router gate",
+    "gate": "gate_proj w1",
+    "up": "up_proj w3 fc1 c_fc lin1 intermediate.dense dense_h_to_4h",
+    "gate and up": "gate_up_proj",
+    "down": "down_proj w2 fc2 lin2 mlp.c_proj output.dense dense_4h_to_h",
+    "before attention": "input_layernorm pre_self_attn_layernorm ln_1 layer_norm1",
+    "attention norm": "self_attn_layer_norm encoder_attn_layer_norm sa_layer_norm "
+    "attention.output.LayerNorm crossattention.output.LayerNorm",
+    "q norm": "q_norm",
+    "k norm": "k_norm",
+    "after attention": "post_attention_layernorm",
+    "before MLP": "pre_feedforward_layernorm ln_2 layer_norm2",
+    "after MLP": "post_feedforward_layernorm",
+    "MLP norm": "final_layer_norm output.LayerNorm output_layer_norm",
+    "embeddings": "embed_tokens wte",
+    "positions": "wpe",
+    "final norm": "norm ln_f",
+    "head": "lm_head",
 }
-_ORDER = {kind: place for place, kind in enumerate(dict.fromkeys(_KINDS.values()))}
+_KINDS = {name: kind for kind, names in _MODULES.items() for name in names.split()}
+_ORDER = {kind: place for place, kind in enumerate(_MODULES)}
+_OUTSIDE = {"final norm"}  # what a layer does not have, and what only a layer has
+_INSIDE = {"MLP norm", "attention norm"}
+_FURTHER = {  # of the same kind, beside it: what says so, and the word for it
+    "cross": re.compile(r"encoder_attn|cross_?att|EncDecAttention"),
+    "shared": re.compile(r"shared_expert"),
+}
 _PART_PATTERNS = (
-    ("norms", re.compile(r"norm|(^|[._])ln(_|\d|\.|$)")),
-    ("head", re.compile(r"^(lm_head|embed_out|output|score)\b")),
-    ("embeddings", re.compile(r"emb|(^|\.)wte|(^|\.)wpe")),
-    ("attention", re.compile(r"attn|attention|(^|\.)[qkvo]_proj")),
-    ("MLP", re.compile(r"mlp|ffn|feed_forward|experts?\b|\bmoe\b|(^|\.)fc\d")),
+    ("norms", re.compile(r"norm|(^|[._])ln(_|\d|\.|$)", re.IGNORECASE)),
+    ("embeddings", re.compile(r"emb|(^|\.)(wte|wpe|conv\d|patch)")),
+    ("attention", re.compile(r"attn|attention|(^|\.)[qkvo]_(proj|lin)", re.IGNORECASE)),
+    (
+        "MLP",
+        re.compile(
+            r"mlp|ffn|feed_forward|moe|experts?\b|intermediate|(^|\.)(fc\d|lin\d)"
+            r"|(^|\.)output\.dense|DenseReluDense"
+        ),
+    ),
+)
+_HEAD = re.compile(
+    r"^(output|score)\b|(^|\.)(lm_head|embed_out|classifier|cls|pooler|proj_out"
+    r"|(text|visual)_projection)\b"
 )
 
 
@@ -81,14 +90,29 @@ class TensorName:
     kind: str
 
     @property
-    def order(self) -> tuple[int, str, int, int, int, str]:
+    def order(self) -> tuple[Any, ...]:
         """Sorts tensors as data flows: embeddings, layers, final norm, head."""
+        section, *kind = self.kind_order[:5]
+        return section, *self.kind_order[5:], self.layer or 0, *kind
+
+    @property
+    def kind_order(self) -> tuple[Any, ...]:
+        """Sorts kinds of tensors as data flows, and each of them by stack."""
         part = PARTS.index(self.part)
         section = 1 if self.layer is not None else 0 if part == 0 else 2
-        known = _ORDER.get(self.kind.removesuffix(" bias"), len(_ORDER))
-        return section, self.stack, self.layer or 0, part, known, self.kind
+        word, _, rest = self.kind.partition(" ")
+        further, kind = (1, rest) if word in _FURTHER else (0, self.kind)
+        known = _ORDER.get(kind.removesuffix(" bias"), len(_ORDER))
+        stack = "decoder" in self.stack, self.stack
+        return section, part, further, known, self.kind, *stack
+
+    @property
+    def label(self) -> str:
+        """Part and kind: ``attention: q``."""
+        return self.kind if self.kind == self.part else f"{self.part}: {self.kind}"
 
 
+@functools.cache
 def describe(name: str) -> TensorName:
     """Takes a tensor's name apart."""
     numbered = re.match(r"(.*?)\.?(?<![^.])(\d{1,9})\.(.+)", name)
@@ -99,10 +123,15 @@ def describe(name: str) -> TensorName:
     if last not in ("weight", "bias"):
         module, last = own, "weight"
     part = next((p for p, pattern in _PART_PATTERNS if pattern.search(own)), "other")
+    if layer is None and part != "norms" and _HEAD.search(own):
+        part = "head"
     words = [word for word in module.split(".") if not word.isdecimal()]
-    kind = _KINDS.get(words[-1] if words else "", "")
-    if not kind or (kind == "final norm" and layer is not None):
+    ends = (".".join(words[-count:]) for count in (3, 2, 1))
+    kind = next((_KINDS[end] for end in ends if end in _KINDS), "")
+    if not kind or kind in (_INSIDE if layer is None else _OUTSIDE):
         kind = ".".join(words[-2:]) or last
+    further = next((w for w, pattern in _FURTHER.items() if pattern.search(own)), None)
+    kind = f"{further} {kind}" if further else kind
     return TensorName(stack, layer, part, f"{kind} bias" if last == "bias" else kind)
 
 

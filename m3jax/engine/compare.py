@@ -9,17 +9,16 @@ For tensors A and B of one shape, seen as flat vectors of float64:
     largest difference  max |A − B|
 
 The sums are taken in float64 over tiles of fixed size, so no result depends on the
-number of threads or the size of a chunk. Entries that are NaN or infinite on a side
-are counted and left out of the sums.
+number of threads (each compares whole tensors) or the size of a chunk. Entries that
+are NaN or infinite on a side are counted and left out of the sums.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.float8 import Dequantised, dequantise
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.sources import Source
-from m3jax.engine.pipeline import Clock, available_cores, for_each
+from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
 # Elements whose products one BLAS call adds up: fixed, so that no sum depends on
@@ -35,12 +34,10 @@ from m3jax.engine.progress import Progress
 TILE = 4096
 _BLOCK = 16 * TILE  # elements widened to float64 at a time; they stay in the cache
 CHUNK = 1 << 20  # elements that a thread reads at a time
-_MAX_THREADS = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """What is added up over pairs of entries (a, b); `+` joins tensors.
+class Sums(NamedTuple):
+    """What is added up over pairs of entries (a, b); see `add`.
 
     Attributes:
       elements: number of pairs.
@@ -61,11 +58,6 @@ class Sums:
     difference_squared: float = 0.0
     largest: float = 0.0
 
-    def __add__(self, other: Sums) -> Sums:
-        names = [field.name for field in dataclasses.fields(self)]
-        added = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return Sums(**{**added, "largest": max(self.largest, other.largest)})
-
     @property
     def distance(self) -> float:
         """‖A − B‖."""
@@ -76,19 +68,25 @@ class Sums:
         """‖A − B‖ / ‖A‖; 0 where both are 0, None where only A is."""
         if self.difference_squared == 0:
             return 0.0
-        return _finite(self.distance, math.sqrt(self.a_squared))
+        return _quotient(self.distance, math.sqrt(self.a_squared))
 
     @property
     def cosine(self) -> float | None:
         """None where a side is 0."""
         norms = math.sqrt(self.a_squared) * math.sqrt(self.b_squared)
-        cosine = _finite(self.product, norms)
+        cosine = _quotient(self.product, norms)
         return None if cosine is None else max(-1.0, min(1.0, cosine))
 
     @property
     def equal_share(self) -> float | None:
         """None where there are no entries."""
-        return self.equal / self.elements if self.elements else None
+        return _quotient(self.equal, self.elements)
+
+
+def add(sums: Iterable[Sums]) -> Sums:
+    """The sums over several tensors."""
+    *columns, largest = zip(Sums(), *sums, strict=True)
+    return Sums._make([*map(sum, columns), max(largest)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +97,14 @@ class Compared:
       name: of the tensor.
       shape: of it.
       dtypes: as stored in A and in B.
+      integer: whether it holds integers or bools, which merges copy: positions, masks.
       sums: over its entries.
     """
 
     name: str
     shape: tuple[int, ...]
     dtypes: tuple[str, str]
+    integer: bool
     sums: Sums
 
     @property
@@ -131,19 +131,23 @@ class Comparison:
     notes: tuple[str, ...]
 
     @property
+    def weights(self) -> tuple[Compared, ...]:
+        """The tensors of floats; where there is none, all.
+
+        The norm of a list of positions, 0, 1, 2, …, would swamp that of the weights.
+        """
+        return tuple(t for t in self.tensors if not t.integer) or self.tensors
+
+    @property
     def total(self) -> Sums:
-        return add(tensor.sums for tensor in self.tensors)
+        """The sums over `weights`."""
+        return add(tensor.sums for tensor in self.weights)
 
     @property
     def same(self) -> bool:
         """Whether names, dtypes, shapes and all entries are equal."""
         unpaired = self.only_a or self.only_b or self.shapes
         return not unpaired and all(tensor.same for tensor in self.tensors)
-
-
-def add(sums: Iterable[Sums]) -> Sums:
-    """The sums over several tensors."""
-    return sum(sums, Sums())
 
 
 def compare(
@@ -162,38 +166,48 @@ def compare(
     Args:
       a, b: the checkpoints.
       threads: that read and compute; None: one more than cores, at most 16.
-      chunk_size: elements read at a time, rounded up to whole tiles.
+      chunk_size: elements read at a time, rounded up to whole blocks.
       progress: is told the bytes read.
 
     Raises:
       CheckpointError: a file was changed or cut off while it was read.
     """
     notes: list[str] = []
-    tables = _weights(a, notes), _weights(b, notes)
-    shared = sorted(set(tables[0]) & set(tables[1]))
-    paired = [n for n in shared if tables[0][n].shape == tables[1][n].shape]
-    sums = _add_up(
-        [(tables[0][name], tables[1][name]) for name in paired],
-        threads or min(_MAX_THREADS, available_cores() + 1),
-        -(-chunk_size // TILE) * TILE,
-        progress or Progress(),
-    )
+    progress = progress or Progress()
+    sides = _weights(a, notes), _weights(b, notes)
+    pairs = {
+        name: (sides[0][name], sides[1][name])
+        for name in sorted(sides[0])
+        if name in sides[1]
+    }
+    paired = [name for name, (x, y) in pairs.items() if x.shape == y.shape]
+    progress.stage("comparing", sum(_bytes(s) for n in paired for s in pairs[n]))
+    sums: dict[str, Sums] = {}
+
+    def work(name: str, buffers: _Buffers, turn: Any) -> None:
+        sums[name] = buffers.compare(*pairs[name], progress)
+
+    chunk = -(-chunk_size // _BLOCK) * _BLOCK
+    count = max(1, min(reading_threads(threads), len(paired)))
+    buffers = [_Buffers(chunk) for _ in range(count)]
+    for_each(paired, buffers, work, Clock())
     return Comparison(
         tensors=tuple(
             Compared(
                 name,
-                tables[0][name].shape,
+                pairs[name][0].shape,
                 (a.stored[name].dtype.code, b.stored[name].dtype.code),
-                sums_of_tensor,
+                all(side.dtype.kind == "exact" for side in pairs[name]),
+                sums[name],
             )
-            for name, sums_of_tensor in zip(paired, sums, strict=True)
+            for name in paired
         ),
         only_a=_only(a, b),
         only_b=_only(b, a),
         shapes={
-            name: (tables[0][name].shape, tables[1][name].shape)
-            for name in shared
-            if name not in set(paired)
+            name: (x.shape, y.shape)
+            for name, (x, y) in pairs.items()
+            if x.shape != y.shape
         },
         notes=tuple(notes),
     )
@@ -219,154 +233,68 @@ def _only(one: Checkpoint, other: Checkpoint) -> dict[str, tuple[str, tuple[int,
     }
 
 
-def _add_up(
-    pairs: list[tuple[Source, Source]], threads: int, chunk: int, progress: Progress
-) -> list[Sums]:
-    """The sums of each pair of tensors; the chunks are shared out to threads."""
-    sizes = [math.prod(a.shape) for a, _ in pairs]
-    chunks = [
-        (item, start, min(chunk, size - start))
-        for item, size in enumerate(sizes)
-        for start in range(0, size, chunk)
-    ]
-    progress.stage(
-        "comparing",
-        sum(
-            size * (a.dtype.itemsize + b.dtype.itemsize)
-            for size, (a, b) in zip(sizes, pairs, strict=True)
-        ),
-    )
-    left = [-(-size // chunk) for size in sizes]
-    parts: list[list[_Part]] = [[] for _ in pairs]
-    sums = [Sums() for _ in pairs]
-    lock = threading.Lock()
-
-    def work(work_item: tuple[int, int, int], lane: _Lane, turn: Any) -> None:
-        item, start, count = work_item
-        part = lane.compare(*pairs[item], start, count)
-        with lock:
-            parts[item].append(part)
-            left[item] -= 1
-            complete = left[item] == 0
-        if complete:  # frees what was kept of its tiles
-            sums[item] = _join(parts[item])
-            parts[item] = []
-        progress.advance(count * sum(side.dtype.itemsize for side in pairs[item]))
-
-    lanes = [_Lane(chunk) for _ in range(max(1, min(threads, len(chunks))))]
-    for_each(chunks, lanes, work, Clock())
-    return sums
+def _bytes(source: Source) -> int:
+    return math.prod(source.shape) * source.dtype.itemsize
 
 
-@dataclasses.dataclass
-class _Part:
-    """What a chunk adds to the sums of a tensor.
-
-    Attributes:
-      start: its first element.
-      elements: of the chunk.
-      tiles: (4, tiles) float64: Σ a², Σ b², Σ a·b, Σ (a − b)² of each tile.
-      equal, nonfinite, largest: as in `Sums`.
-    """
-
-    start: int
-    elements: int
-    tiles: np.ndarray
-    equal: int = 0
-    nonfinite: int = 0
-    largest: float = 0.0
-
-
-def _join(parts: list[_Part]) -> Sums:
-    """Adds up a tensor's parts, whose tiles are brought into order first."""
-    parts = sorted(parts, key=lambda part: part.start)
-    with np.errstate(over="ignore", invalid="ignore"):  # float64 squares may overflow
-        sums = np.concatenate([part.tiles for part in parts], axis=1).sum(axis=1)
-    a_squared, b_squared, product, difference_squared = sums.tolist()
-    return Sums(
-        elements=sum(part.elements for part in parts),
-        equal=sum(part.equal for part in parts),
-        nonfinite=sum(part.nonfinite for part in parts),
-        a_squared=a_squared,
-        b_squared=b_squared,
-        product=product,
-        difference_squared=difference_squared,
-        largest=max(part.largest for part in parts),
-    )
-
-
-class _Lane:
-    """The buffers of one thread, reused for every chunk."""
+class _Buffers:
+    """What one thread reads into and computes in, for every chunk anew."""
 
     def __init__(self, chunk: int):
         # Of the widest dtype; pages that narrower ones do not touch cost nothing.
         self._bytes = np.empty((2, 8 * chunk), np.uint8)
-        self._wide = np.empty((3, min(chunk, _BLOCK)), np.float64)
-        self._same = np.empty(min(chunk, _BLOCK), np.bool_)
+        self._wide = np.empty((3, _BLOCK), np.float64)
+        self._chunk = chunk
 
-    def compare(self, a: Source, b: Source, start: int, count: int) -> _Part:
-        """Compares elements [start, start + count); `start` begins a tile."""
-        sides = []
-        for source, buffer in zip((a, b), self._bytes, strict=True):
-            side = buffer[: count * source.dtype.itemsize].view(source.dtype.numpy)
-            source.read_into(side, start)
-            sides.append(side)
-        part = self._add_up(start, *sides, finite_only=False)
-        if not np.isfinite(part.tiles).all():
-            part = self._add_up(start, *sides, finite_only=True)
-        return part
-
-    def _add_up(
-        self, start: int, a: np.ndarray, b: np.ndarray, *, finite_only: bool
-    ) -> _Part:
-        part = _Part(start, len(a), np.empty((4, -(-len(a) // TILE))))
-        with np.errstate(over="ignore", invalid="ignore"):
-            for first in range(0, len(a), _BLOCK):
+    def compare(self, a: Source, b: Source, progress: Progress) -> Sums:
+        """The sums over a tensor, which adds up its blocks in their order."""
+        size = math.prod(a.shape)
+        sums = []
+        for start in range(0, size, self._chunk):
+            sides = []
+            for source, buffer in zip((a, b), self._bytes, strict=True):
+                count = min(self._chunk, size - start)
+                side = buffer[: count * source.dtype.itemsize].view(source.dtype.numpy)
+                source.read_into(side, start)
+                sides.append(side)
+            for first in range(0, count, _BLOCK):
                 block = slice(first, first + _BLOCK)
-                tiles = part.tiles[:, first // TILE : (first + _BLOCK) // TILE]
-                self._add_block(a[block], b[block], part, tiles, finite_only)
-        return part
+                sums.append(self._block(sides[0][block], sides[1][block]))
+            progress.advance(sum(side.nbytes for side in sides))
+        return add(sums)
 
-    def _add_block(
-        self,
-        a: np.ndarray,
-        b: np.ndarray,
-        part: _Part,
-        tiles: np.ndarray,
-        finite_only: bool,
-    ) -> None:
-        """Adds a block's counts to `part` and writes the sums of its tiles."""
+    def _block(self, a: np.ndarray, b: np.ndarray) -> Sums:
+        """The sums over a block: (n,) entries of each side, n <= _BLOCK."""
         count = len(a)
-        wide_a, wide_b, difference = self._wide[:, :count]
-        same = self._same[:count]
-        np.copyto(wide_a, a, casting="unsafe")
-        np.copyto(wide_b, b, casting="unsafe")
+        wide = self._wide[:, : -(-count // TILE) * TILE]  # the last tile ends in zeros
+        wide[:2, count:] = 0
+        wide[0, :count], wide[1, :count] = a, b
         if a.dtype == b.dtype:
             bits = f"u{a.itemsize}"
-            np.equal(a.view(bits), b.view(bits), out=same)
+            equal = int(np.count_nonzero(a.view(bits) == b.view(bits)))
         else:
-            np.equal(wide_a, wide_b, out=same)
-        part.equal += int(np.count_nonzero(same))
-        if finite_only:
-            bad = ~(np.isfinite(wide_a) & np.isfinite(wide_b))
-            part.nonfinite += int(np.count_nonzero(bad))
-            wide_a[bad] = wide_b[bad] = 0
-        np.subtract(wide_a, wide_b, out=difference)
-        part.largest = max(
-            part.largest, float(difference.max()), -float(difference.min())
-        )
-        pairs = (wide_a, wide_a), (wide_b, wide_b), (wide_a, wide_b), (difference,) * 2
-        full = count // TILE * TILE
-        for (x, y), sums in zip(pairs, tiles, strict=True):
-            if full:
-                rows = x[:full].reshape(-1, TILE), y[:full].reshape(-1, TILE)
-                np.vecdot(*rows, out=sums[: full // TILE])
-            if full < count:  # the last tile of a tensor may be shorter
-                sums[-1] = np.vecdot(x[full:], y[full:])
+            equal = int(np.count_nonzero(wide[0, :count] == wide[1, :count]))
+        found, nonfinite = _sums(*wide), 0
+        if not np.isfinite(found).all():
+            bad = ~np.isfinite(wide[:2]).all(axis=0)
+            nonfinite = int(np.count_nonzero(bad))
+            wide[:2, bad] = 0
+            found = _sums(*wide)
+        return Sums(count, equal, nonfinite, *found)
 
 
-def _finite(numerator: float, denominator: float) -> float | None:
-    """Their quotient, None where it is not a finite number."""
+def _sums(x: np.ndarray, y: np.ndarray, difference: np.ndarray) -> list[float]:
+    """Σ x², Σ y², Σ x·y, Σ (x − y)² and max |x − y|; `difference` is overwritten."""
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 squares may overflow
+        np.subtract(x, y, out=difference)
+        tiles = [side.reshape(-1, TILE) for side in (x, y, difference)]
+        pairs = (0, 0), (1, 1), (0, 1), (2, 2)
+        sums = [float(np.vecdot(tiles[i], tiles[j]).sum()) for i, j in pairs]
+    return [*sums, max(float(difference.max()), -float(difference.min()))]
+
+
+def _quotient(numerator: float, denominator: float) -> float | None:
+    """None where it is not a finite number."""
     if denominator == 0 or not math.isfinite(denominator):
         return None
     quotient = numerator / denominator

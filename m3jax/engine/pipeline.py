@@ -19,6 +19,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def reading_threads(asked: int | None) -> int:
+    """Of a pass that only reads: as many as asked, or one more than cores up to 16."""
+    return asked or min(16, available_cores() + 1)
+
+
 class Stopped(Exception):
     """Another thread failed, or the user interrupted the run."""
 
@@ -33,17 +38,13 @@ class Line:
     def __init__(self, count: int) -> None:
         """`count`: of the items, which are known here by their index."""
         self._count = count
-        self._taken = 0
-        self._passed = 0
-        self._at_work = 0
+        self._taken = self._passed = self._at_work = 0
         self._stopped = False
-        lock = threading.Lock()
-        self._moved = threading.Condition(lock)
-        self._idle = threading.Condition(lock)
+        self._changed = threading.Condition(threading.Lock())
 
     def take(self) -> int | None:
         """The next item, or None at the end; `give_back` has to follow."""
-        with self._moved:
+        with self._changed:
             if self._stopped or self._taken == self._count:
                 return None
             self._taken += 1
@@ -52,33 +53,33 @@ class Line:
 
     def give_back(self) -> None:
         """The thread that took an item has finished with it, or has failed."""
-        with self._idle:
+        with self._changed:
             self._at_work -= 1
             if self._at_work == 0:
-                self._idle.notify_all()
+                self._changed.notify_all()
 
     @contextlib.contextmanager
     def turn(self, index: int, clock: Clock) -> Iterator[None]:
         """Waits until all items before `index` are through; raises Stopped."""
-        with clock.stage("waiting"), self._moved:
-            self._moved.wait_for(lambda: self._stopped or self._passed == index)
+        with clock.stage("waiting"), self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._passed == index)
             if self._stopped:
                 raise Stopped
         yield
-        with self._moved:
+        with self._changed:
             self._passed += 1
-            self._moved.notify_all()
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """Hands out nothing more, and makes waiting and later turns raise Stopped."""
-        with self._moved:
+        with self._changed:
             self._stopped = True
-            self._moved.notify_all()
+            self._changed.notify_all()
 
     def wait_until_idle(self) -> None:
         """Returns when no thread holds an item and none will be handed out."""
-        with self._idle:
-            self._idle.wait_for(
+        with self._changed:
+            self._changed.wait_for(
                 lambda: (
                     self._at_work == 0 and (self._stopped or self._taken == self._count)
                 )
@@ -105,11 +106,11 @@ class Clock:
 
 def for_each(
     items: Sequence[T],
-    lanes: Sequence[Any],
+    workers: Sequence[Any],
     work: Callable[[T, Any, Any], None],
     clock: Clock,
 ) -> None:
-    """Calls ``work(item, lane, turn)`` for all items, one thread per lane.
+    """Calls ``work(item, worker, turn)`` for all items, one thread per worker.
 
     Items start in order. `turn` is a context manager: its body runs for one item at a
     time, in order of the items. The first exception stops all threads, after the
@@ -118,7 +119,7 @@ def for_each(
 
     Args:
       items: the work.
-      lanes: what each thread owns (its buffers).
+      workers: what each thread owns (its buffers).
       work: is done once per item and calls `turn` at most once; if it does so for one
         item it does so for all.
       clock: counts the time spent waiting for a turn.
@@ -129,10 +130,10 @@ def for_each(
     line = Line(len(items))
     failures: list[BaseException] = []
 
-    def loop(lane: Any) -> None:
+    def loop(worker: Any) -> None:
         while (index := line.take()) is not None:
             try:
-                work(items[index], lane, lambda index=index: line.turn(index, clock))
+                work(items[index], worker, lambda index=index: line.turn(index, clock))
             except Stopped:
                 pass
             except BaseException as error:
@@ -142,8 +143,8 @@ def for_each(
                 line.give_back()
 
     threads = [
-        threading.Thread(target=loop, args=(lane,), name=f"m3jax-{i}", daemon=True)
-        for i, lane in enumerate(lanes[: max(1, len(items))])
+        threading.Thread(target=loop, args=(worker,), name=f"m3jax-{i}", daemon=True)
+        for i, worker in enumerate(workers[: max(1, len(items))])
     ]
     interrupted = _run(threads, line)
     for thread in threads:
@@ -153,7 +154,7 @@ def for_each(
         raise interrupted
     if failures:
         del failures[1:]
-        raise failures.pop()  # a list that kept it would keep the lanes alive
+        raise failures.pop()  # a list that kept it would keep the buffers alive
 
 
 def _run(threads: Sequence[threading.Thread], line: Line) -> BaseException | None:

@@ -17,7 +17,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
@@ -68,7 +67,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Waits until all processes are here."""
-        self._exchange(b"", lambda parts: b"")
+        self._exchange(b"", b"".join)
 
     def gather(self, value: Any) -> list[Any]:
         """What all processes give, in their order; anything that JSON can hold."""
@@ -102,12 +101,12 @@ class Processes:
 
     def same(self, facts: Mapping[str, str]) -> None:
         """Raises UnequalProcessesError if a fact is not the same everywhere."""
-        everywhere = self.gather(dict(facts))
+        first, *others = self.gather(dict(facts))
         lines = []
-        for index, theirs in enumerate(everywhere):
+        for index, theirs in enumerate(others, start=1):
             different = [
-                f"the {name}" + _both(theirs.get(name), value)
-                for name, value in everywhere[0].items()
+                f"the {name}" + _both(str(theirs.get(name)), value)
+                for name, value in first.items()
                 if theirs.get(name) != value
             ]
             if different:
@@ -128,12 +127,7 @@ class Processes:
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         pass
 
 
@@ -168,10 +162,8 @@ class JoinedProcesses(Processes):
         if not self.first:
             self._put(f"{step}/{self.index}", payload)
             return self._wait(f"{step}/all")
-        parts = [payload]
-        for index in range(1, self.count):
-            parts.append(self._wait(f"{step}/{index}"))
-        combined = combine(parts)
+        others = [self._wait(f"{step}/{i}") for i in range(1, self.count)]
+        combined = combine([payload, *others])
         self._put(f"{step}/all", combined)
         return combined
 
@@ -199,9 +191,8 @@ class JoinedProcesses(Processes):
 
     def _watch(self) -> None:
         """Gives signs of life, and looks for those of the others."""
-        began = time.monotonic()
+        began = reached = time.monotonic()
         heard: dict[str, tuple[str, float]] = {}
-        reached = began
         for beat in itertools.count():
             try:
                 self._store.post(str(self.index), json.dumps({"beat": beat}))
@@ -223,21 +214,19 @@ class JoinedProcesses(Processes):
 
     def _loss(self, heard: dict[str, tuple[str, float]], began: float) -> str | None:
         """Why the merge has to stop, if it has to."""
-        posts = [json.loads(text) for text, _ in heard.values()]
-        reasons = [post["reason"] for post in posts if "reason" in post]
-        if reasons:
-            return reasons[0]
         now = time.monotonic()
-        for index in range(self.count):
-            text, when = heard.get(str(index), ("", None))
-            if when is None and now - began > ARRIVAL:
+        posts = {key: (json.loads(text), when) for key, (text, when) in heard.items()}
+        for post, _ in posts.values():
+            if "reason" in post:
+                return post["reason"]
+        for index in set(range(self.count)) - {self.index}:
+            post, when = posts.get(str(index), (None, began))
+            if post is None and now - began > ARRIVAL:
                 return (
                     f"process {index} of {self.count} has not begun to merge within "
                     f"{ARRIVAL:.0f} s of process {self.index}"
                 )
-            if when is None or "done" in json.loads(text):
-                continue
-            if index != self.index and now - when > SILENCE:
+            if post is not None and "done" not in post and now - when > SILENCE:
                 return (
                     f"process {index} of {self.count} has given no sign of life for "
                     f"{SILENCE:.0f} s: it was killed or cannot be reached"
@@ -248,17 +237,10 @@ class JoinedProcesses(Processes):
         self._watching.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._leaving.set()
         self._watching.join()
-        last: dict[str, Any] = {"done": True}
-        if error is not None:
-            last = {"reason": self._reason_of(error)}
+        last = {"done": True} if error is None else {"reason": self._reason_of(error)}
         try:
             self._store.post(str(self.index), json.dumps(last))
             if error is not None and self.first:
@@ -293,10 +275,9 @@ def joined() -> Processes:
     return JoinedProcesses(store)
 
 
-def _both(theirs: str | None, first: str) -> str:
+def _both(theirs: str, first: str) -> str:
     """Both values where they are short enough to read."""
-    values = [str(theirs), first]
-    return f" ({' instead of '.join(values)})" if max(map(len, values)) < 60 else ""
+    return f" ({theirs} instead of {first})" if len(theirs + first) < 90 else ""
 
 
 def _first_line(error: BaseException) -> str:
@@ -304,27 +285,22 @@ def _first_line(error: BaseException) -> str:
 
 
 def _encode(counts: Counts) -> bytes:
-    if counts is None:
-        return b""
     file = io.BytesIO()
     if isinstance(counts, tuple):
         np.savez(file, *counts)
-    else:
+    elif counts is not None:
         np.save(file, counts, allow_pickle=False)
     return file.getvalue()
 
 
 def _decode(content: bytes) -> Counts:
-    if not content:
-        return None
-    found = np.load(io.BytesIO(content), allow_pickle=False)
-    if isinstance(found, np.ndarray):
-        return found
-    return tuple(found[f"arr_{i}"] for i in range(len(found.files)))
+    found = np.load(io.BytesIO(content), allow_pickle=False) if content else None
+    return (
+        found if found is None or isinstance(found, np.ndarray) else (*found.values(),)
+    )
 
 
 def _add(parts: list[bytes]) -> bytes:
-    found = [counts for part in parts if (counts := _decode(part)) is not None]
-    if not found:
-        return b""
-    return _encode(jax.tree.map(lambda *own: np.sum(own, axis=0), *found))
+    found = [_decode(part) for part in parts if part]
+    added = jax.tree.map(lambda *own: np.sum(own, axis=0), *found) if found else None
+    return _encode(added)

@@ -1,36 +1,32 @@
-"""Checks a merged checkpoint against its record, m3jax.json."""
+"""Checks a merged checkpoint against its record, m3jax.json.
+
+The tensors of an Orbax checkpoint are compared by what they hold, not by the files that
+hold it: a checkpoint that Orbax has read and written again is still the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from m3jax.checkpoints import hub, side_files
+from m3jax.checkpoints import hub, orbax, side_files, sources
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import (
-    InputFile,
-    Location,
-    exists,
-    inside,
-    open_file,
-)
+from m3jax.checkpoints.files import Location, exists, inside, open_file
 from m3jax.checkpoints.folder import INDEX
 from m3jax.checkpoints.index import read_index
-from m3jax.checkpoints.orbax import ITEM
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.record import Record, read_record
-from m3jax.checkpoints.safetensors import Header, TensorEntry, header_of
-from m3jax.engine.pipeline import Clock, available_cores, for_each
+from m3jax.checkpoints.safetensors import header_of
+from m3jax.checkpoints.sources import FileTensor, Source
+from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
-from m3jax.engine.verify_orbax import orbax_differences
 
-_BLOCK = 4 << 20  # bytes that a thread reads at a time
-_MAX_THREADS = 16
+_Place = tuple[str, str]  # file and name of a tensor
 
 
 def verify(
@@ -64,109 +60,75 @@ def verify(
             f"{fspath(path)}: has no {MANIFEST}, the record that m3jax leaves in the "
             "folder of a merge; there is nothing to verify it against"
         )
+    recorded = {(tensor.file, name) for name, tensor in record.tensors.items()}
+    found: dict[_Place, Source] = {}
+    lost: set[str] = set()
     problems: list[str] = []
-    threads = threads or min(_MAX_THREADS, available_cores() + 1)
-    progress = progress or Progress()
-    if any(tensor.file == ITEM for tensor in record.tensors.values()):
-        problems += _side_files(folder, record)
-        return problems + orbax_differences(folder, record, threads, progress)
     with contextlib.ExitStack() as stack:
-        files = _open(folder, record, stack, problems)
-        headers = _headers(files, problems)
-        tensors = _tensors(record, headers, problems)
-        problems += _unrecorded_files(folder, record)
-        problems += _index(folder, record)
+        for file in sorted({file for file, _ in recorded}):
+            try:
+                found |= _open(folder, file, stack)
+            except CheckpointError as error:
+                problems.append(str(error))
+                lost.add(file)
+        problems += [
+            f"{file}: lacks tensor {shown(name)}"
+            for file, name in sorted(recorded - found.keys())
+            if file not in lost
+        ]
+        problems += [
+            f"{file}: holds tensor {shown(name)}, which is not recorded"
+            for file, name in sorted(found.keys() - recorded)
+        ]
+        problems += _other_files(folder, record)
         problems += _side_files(folder, record)
-        problems += _checksums(
-            record,
-            files,
-            {
-                name: headers[record.tensors[name].file].tensors[name]
-                for name in tensors
-            },
-            threads,
-            progress,
+        present = {place: found[place] for place in sorted(recorded & found.keys())}
+        problems += _differences(
+            record, present, reading_threads(threads), progress or Progress()
         )
     return problems
 
 
 def _open(
-    folder: Location, record: Record, stack: contextlib.ExitStack, problems: list[str]
-) -> dict[str, InputFile]:
-    """The recorded safetensors files."""
-    files = {}
-    for name in sorted({tensor.file for tensor in record.tensors.values()}):
-        try:
-            files[name] = stack.enter_context(open_file(inside(folder, name)))
-        except CheckpointError as error:
-            problems.append(str(error))
-    return files
+    folder: Location, file: str, stack: contextlib.ExitStack
+) -> Mapping[_Place, Source]:
+    """The tensors of a recorded file, or of the folder of an Orbax checkpoint."""
+    if file == orbax.ITEM:
+        tensors, *_ = orbax.read_item(folder / file)
+        return {(file, name): tensor for name, tensor in tensors.items()}
+    opened = stack.enter_context(open_file(inside(folder, file)))
+    return {
+        (file, name): FileTensor(opened, entry)
+        for name, entry in header_of(opened).tensors.items()
+    }
 
 
-def _headers(files: Mapping[str, InputFile], problems: list[str]) -> dict[str, Header]:
-    """The headers of the files whose headers can be read."""
-    headers = {}
-    for name, file in files.items():
-        try:
-            headers[name] = header_of(file)
-        except CheckpointError as error:
-            problems.append(str(error))
-    return headers
-
-
-def _tensors(
-    record: Record, headers: Mapping[str, Header], problems: list[str]
-) -> list[str]:
-    """The tensors that stand where they should, with dtype and shape as recorded."""
-    found = []
-    for name, recorded in record.tensors.items():
-        if recorded.file not in headers:
-            continue  # which is a problem already
-        entry = headers[recorded.file].tensors.get(name)
-        if entry is None:
-            problems.append(f"{recorded.file}: lacks tensor {shown(name)}")
-        elif (entry.dtype.code, entry.shape) != (recorded.dtype, recorded.shape):
-            problems.append(
-                f"{recorded.file}: tensor {shown(name)} is {entry.dtype.code} of shape "
-                f"{shown(list(entry.shape))}, recorded is {shown(recorded.dtype)} of "
-                f"shape {shown(list(recorded.shape))}"
-            )
-        else:
-            found.append(name)
-    problems += [
-        f"{file}: holds tensor {shown(name)}, which is not recorded"
-        for file, header in headers.items()
-        for name in header.tensors
-        if name not in record.tensors or record.tensors[name].file != file
-    ]
-    return found
-
-
-def _unrecorded_files(folder: Location, record: Record) -> Iterator[str]:
-    recorded = {tensor.file for tensor in record.tensors.values()}
-    for name in sorted(path.name for path in folder.iterdir()):
-        if name.endswith(".safetensors") and name not in recorded:
-            yield f"{shown(name)}: a safetensors file that is not recorded"
-
-
-def _index(folder: Location, record: Record) -> list[str]:
-    """What is wrong with the index, which there is where there are several files."""
+def _other_files(folder: Location, record: Record) -> Iterator[str]:
+    """What is wrong with the index, and files of tensors that should not be there."""
     expected = {name: tensor.file for name, tensor in record.tensors.items()}
-    needed = len(set(expected.values())) > 1
+    files = set(expected.values())
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name.endswith(".safetensors") and name not in files:
+            yield f"{shown(name)}: a safetensors file that is not recorded"
     if not exists(folder / INDEX):
-        return [f"{INDEX}: is missing"] if needed else []
-    if not needed:
-        return [f"{INDEX}: is not recorded; the checkpoint is one file"]
+        if len(files) > 1:
+            yield f"{INDEX}: is missing"
+        return
+    if len(files) == 1:
+        yield f"{INDEX}: is not recorded; the checkpoint is one file"
+        return
     try:
         found = read_index(inside(folder, INDEX))
     except CheckpointError as error:
-        return [str(error)]
-    return [
-        f"{INDEX}: tensor {shown(name)} is in {shown(found.get(name, 'no file'))}, "
-        f"recorded is {shown(expected.get(name, 'no file'))}"
-        for name in sorted({*found, *expected})
-        if found.get(name) != expected.get(name)
-    ]
+        yield str(error)
+        return
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            yield (
+                f"{INDEX}: tensor {shown(name)} is in "
+                f"{shown(found.get(name, 'no file'))}, recorded is "
+                f"{shown(expected.get(name, 'no file'))}"
+            )
 
 
 def _side_files(folder: Location, record: Record) -> Iterator[str]:
@@ -181,32 +143,35 @@ def _side_files(folder: Location, record: Record) -> Iterator[str]:
             yield f"{name}: has checksum {checksum}, recorded is {recorded}"
 
 
-def _checksums(
-    record: Record,
-    files: Mapping[str, InputFile],
-    entries: Mapping[str, TensorEntry],
-    threads: int,
-    progress: Progress,
+def _differences(
+    record: Record, present: Mapping[_Place, Source], threads: int, progress: Progress
 ) -> list[str]:
-    """The tensors whose bytes are not as recorded, read in the order of the files."""
-    order = sorted(entries, key=lambda n: (record.tensors[n].file, entries[n].start))
-    progress.stage("verifying", sum(e.stop - e.start for e in entries.values()))
-    problems: dict[str, str] = {}
+    """The tensors whose dtype, shape or bytes are not as recorded."""
+    problems: dict[_Place, str] = {}
+    labels = {(file, name): f"{file}: tensor {shown(name)}" for file, name in present}
+    for place, tensor in present.items():
+        recorded = record.tensors[place[1]]
+        if (tensor.dtype.code, tensor.shape) != (recorded.dtype, recorded.shape):
+            problems[place] = (
+                f"{labels[place]} is {tensor.dtype.code} of shape "
+                f"{shown(list(tensor.shape))}, recorded is {shown(recorded.dtype)} of "
+                f"shape {shown(list(recorded.shape))}"
+            )
+    whole = {place: found for place, found in present.items() if place not in problems}
+    sizes = (math.prod(s.shape) * s.dtype.itemsize for s in whole.values())
+    progress.stage("verifying", sum(sizes))
 
-    def work(name: str, buffer: np.ndarray, turn: Any) -> None:
-        recorded, entry = record.tensors[name], entries[name]
-        checksum = xxhash.xxh3_128()
-        for offset in range(entry.start, entry.stop, _BLOCK):
-            part = buffer[: min(_BLOCK, entry.stop - offset)]
-            files[recorded.file].read_into(memoryview(part), offset)
-            checksum.update(part)
-            progress.advance(len(part))
-        if checksum.hexdigest() != recorded.checksum:
-            problems[name] = (
-                f"{recorded.file}: tensor {shown(name)} has checksum "
-                f"{checksum.hexdigest()}, recorded is {recorded.checksum}"
+    def work(place: _Place, nothing: None, turn: Any) -> None:
+        recorded = record.tensors[place[1]].checksum
+        try:
+            checksum = sources.checksum(whole[place], progress.advance)
+        except CheckpointError as error:
+            problems[place] = str(error)
+            return
+        if checksum != recorded:
+            problems[place] = (
+                f"{labels[place]} has checksum {checksum}, recorded is {recorded}"
             )
 
-    buffers = [np.empty(_BLOCK, np.uint8) for _ in range(threads)]
-    for_each(order, buffers, work, Clock())
-    return [problems[name] for name in order if name in problems]
+    for_each(list(whole), [None] * threads, work, Clock())
+    return [problems[place] for place in present if place in problems]

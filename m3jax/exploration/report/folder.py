@@ -94,7 +94,7 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
     except ImportError:
         say(
             f"{PICTURE} was not drawn, it needs matplotlib; install it with: "
-            "pip install 'm3jax[plot]'"
+            "pip install '.[plot]'"
         )
         return
     with durable.naming(folder / PICTURE):
