@@ -235,7 +235,7 @@ def test_float8_is_compared_dequantised(tmp_path, run: Run, code):
     distance = np.linalg.norm(weight.astype(BFLOAT16).astype(np.float64) - expected)
     assert tensor.sums.distance == pytest.approx(distance, rel=1e-6)
     assert tensor.dtypes == ("BF16", code)
-    assert comparison.only_b.keys() == {"m.weight_scale"}
+    assert comparison.unpaired == {"m.weight_scale": (None, ("F32", (1,)))}
     # The same codes with other scales are other weights.
     c = write_float8(
         tmp_path / "c",

@@ -59,7 +59,7 @@ def _dtype(prepared: Prepared) -> str:
     """Of the output; with what makes it larger than the models, if anything does."""
     tensors = [prepared.inputs.tensors[i] for i in prepared.merged]
     names = {t.dtype.numpy.name for t in tensors} or {"that of each tensor"}
-    widest = [max(m.dtype.itemsize for m in t.models) for t in tensors]
+    widest = [max(m.output_dtype.itemsize for m in t.models) for t in tensors]
     sizes = [prepared.items[i].size for i in prepared.merged]
     wider = sum(
         count * max(0, tensor.dtype.itemsize - width)
@@ -68,7 +68,7 @@ def _dtype(prepared: Prepared) -> str:
     text = ", ".join(sorted(names))
     if not wider:
         return text
-    theirs = sorted({m.dtype.numpy.name for t in tensors for m in t.models})
+    theirs = sorted({m.output_dtype.numpy.name for t in tensors for m in t.models})
     return (
         f"{text}, wider than the models' {', '.join(theirs)}: {size(wider)} more to "
         f"write; --config.dtype={theirs[0]} would not"
