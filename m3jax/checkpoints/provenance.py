@@ -27,6 +27,8 @@ class Facts:
     """All that is recorded of a merge.
 
     Attributes:
+      statistics: checkpoints beside the models, of a method that reads them.
+      measured: what the method says of the whole model, by name.
       input_checksums: per checkpoint (base first), over what was read from it.
       checksums: of each tensor written.
       config_changes: fields of config.json to set, or to remove (None).
@@ -38,6 +40,8 @@ class Facts:
     ratios: Mapping[str, tuple[float, ...]] | None
     base: Checkpoint | None
     models: Sequence[Checkpoint]
+    statistics: Sequence[Checkpoint]
+    measured: Mapping[str, list[float]]
     input_checksums: Sequence[str | None]
     shards: Sequence[Shard]
     checksums: Mapping[str, str]
@@ -47,7 +51,8 @@ class Facts:
 
 def write(folder: OutputFolder, facts: Facts) -> None:
     """Writes the side files, the model card and m3jax.json."""
-    checkpoints = [*([facts.base] if facts.base else []), *facts.models]
+    base = [facts.base] if facts.base else []
+    checkpoints = [*base, *facts.models, *facts.statistics]
     files = _side_files(facts, checkpoints[0])
     files[MODEL_CARD] = model_card.render(
         facts.recipe, facts.seed, facts.ratios, facts.base, facts.models
@@ -88,7 +93,9 @@ def _manifest(
         "seed": facts.seed,
         "ratios": facts.ratios and dict(facts.ratios),
         "base": described[0] if facts.base else None,
-        "models": described[1:] if facts.base else described,
+        "models": described[bool(facts.base) :][: len(facts.models)],
+        "statistics": described[len(described) - len(facts.statistics) :],
+        "measured": dict(facts.measured),
         "tokenizer_from": facts.tokenizer_from,
         "versions": {
             "m3jax": m3jax.__version__,
