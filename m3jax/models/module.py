@@ -6,13 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-try:
-    from flax import nnx
-except ImportError as error:
-    raise ImportError(
-        "m3jax.Decoder needs flax; install it with: pip install 'm3jax[flax]'"
-    ) from error
+from flax import nnx
 
 from m3jax.models.config import Config
 from m3jax.models.decoder import forward
