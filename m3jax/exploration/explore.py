@@ -138,6 +138,7 @@ def explore(
             if isinstance(other, TaskEvaluator):
                 for note in check_apart(evaluator.tasks, other.tasks):
                     say(f"note: {note}")
+    lists = {"validation": evaluator, "test": test, "ood": ood}
     header = {
         "m3jax": m3jax.__version__,
         "jax": jax.__version__,
@@ -156,9 +157,7 @@ def explore(
         "weights": objective.weights,
         "test_all_draws": test_all_draws,
         "mesh": mesh and dict(mesh),  # sums round by it
-        "validation": describe(evaluator),
-        "test": describe(test),
-        "ood": describe(ood),
+        **{name: describe(own) for name, own in lists.items()},
     }
     path = None if output is None else _local(fspath(output))
     with contextlib.ExitStack() as stack:
@@ -168,7 +167,6 @@ def explore(
         trials, rows = (
             Log(path and path / name, header) for name in (files.TRIALS, files.SCORES)
         )
-        lists = {"validation": evaluator, "test": test, "ood": ood}
         run = Run(
             recipe=recipe,
             evaluators={name: own for name, own in lists.items() if own is not None},
