@@ -6,7 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(
+        "m3jax.Decoder needs flax; install it with: pip install 'm3jax[flax]'"
+    ) from error
 
 from m3jax.models.config import Config
 from m3jax.models.decoder import forward
