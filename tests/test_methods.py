@@ -90,9 +90,7 @@ def test_coefficients_may_vary(method: str):
     np.testing.assert_array_equal(again, merged)
     for column in (0, 13, 28):
         own = slice(column, column + 1)
-        one = apply(
-            step, base[:, own], stack[:, :, own], by_column[:, :, own], info
-        )
+        one = apply(step, base[:, own], stack[:, :, own], by_column[:, :, own], info)
         np.testing.assert_array_equal(merged[:, own], one)
 
 

@@ -106,9 +106,7 @@ def main(positional: list[str]) -> int:
     )
     if _DRY_RUN.value:
         try:
-            with prepare(
-                base, models, recipe, seed, execution, statistics
-            ) as prepared:
+            with prepare(base, models, recipe, seed, execution, statistics) as prepared:
                 print(reporting.plan(prepared, output))
         except MismatchError as error:
             print("\n".join(error.mismatches))

@@ -65,7 +65,9 @@ def _dtype(prepared: Prepared) -> str:
     text = ", ".join(names) or "that of each tensor"
     if not wider:
         return text
-    theirs = sorted({m.source.output_dtype.numpy.name for t in tensors for m in t.models})
+    theirs = sorted(
+        {m.source.output_dtype.numpy.name for t in tensors for m in t.models}
+    )
     return (
         f"{text}, wider than the models' {', '.join(theirs)}: {size(wider)} more to "
         f"write; --config.dtype={theirs[0]} would not"

@@ -220,7 +220,11 @@ def align(
             parts = _parts(recipe, sources[0].shape, dtype, len(models))
         own = origins.pop(0) if base is not None else None
         kept = own if reads_base or exact else None
-        beside = {} if exact else _beside(name, sources[0], statistics or [], recipe, problems)
+        beside = (
+            {}
+            if exact
+            else _beside(name, sources[0], statistics or [], recipe, problems)
+        )
         tensors.append(
             TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
         )
