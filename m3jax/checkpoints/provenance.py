@@ -16,7 +16,6 @@ from m3jax.checkpoints import model_card, side_files
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.output import MANIFEST, MODEL_CARD, OutputFolder
 from m3jax.checkpoints.shards import Shard
-from m3jax.recipe import Recipe
 
 FORMAT = 1  # of m3jax.json; `record` reads it
 CHECKSUM = "xxh3_128"
@@ -27,6 +26,7 @@ class Facts:
     """All that is recorded of a merge.
 
     Attributes:
+      recipe: its fields, as JSON values.
       statistics: checkpoints beside the models, of a method that reads them.
       measured: what the method says of the whole model, by name.
       input_checksums: per checkpoint (base first), over what was read from it.
@@ -35,7 +35,7 @@ class Facts:
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
     """
 
-    recipe: Recipe
+    recipe: Mapping[str, Any]
     seed: int
     ratios: Mapping[str, tuple[float, ...]] | None
     base: Checkpoint | None
@@ -89,7 +89,7 @@ def _manifest(
     ]
     manifest = {
         "format": FORMAT,
-        "recipe": facts.recipe.to_dict(),
+        "recipe": facts.recipe,
         "seed": facts.seed,
         "ratios": facts.ratios and dict(facts.ratios),
         "base": described[0] if facts.base else None,

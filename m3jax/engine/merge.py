@@ -309,7 +309,7 @@ def _complete(
     provenance.write(
         folder,
         provenance.Facts(
-            recipe=prepared.recipe,
+            recipe=prepared.recipe.to_dict(),
             seed=prepared.seed,
             ratios=prepared.ratios,
             base=prepared.base,
