@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3jax.lazy import jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.spectral import concatenated, kept_triples, polar, product, svd
+from m3jax.methods.spectral import concatenated, kept_triples, mean, polar, product, svd
 from m3jax.methods.step import (
     Method,
     Numbers,
     Operands,
     register,
     rounded_product,
-    sum_over_models,
 )
 
 
@@ -41,8 +39,7 @@ class TsvM(Method):
         tasks = rounded_product(x.deltas, p["weights"])
         count = tasks.shape[0]
         if x.base.ndim != 2:
-            mean = sum_over_models(tasks) / jnp.asarray(count, tasks.dtype)
-            return x.base + rounded_product(mean, p["scaling"])
+            return x.base + rounded_product(mean(tasks), p["scaling"])
         rank = min(x.base.shape) // count
         triples = [kept_triples(svd(task), rank) for task in tasks]
         left, values, right = concatenated(triples)
