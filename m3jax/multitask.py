@@ -17,9 +17,9 @@ from m3jax.checkpoints import tree
 from m3jax.engine.in_memory import Leaves, measured
 from m3jax.engine.trees import align_trees
 from m3jax.methods.consensus import masks
-from m3jax.methods.emr import Emr, elected
+from m3jax.methods.emr import elected
 from m3jax.methods.step import Operands, sum_over_models
-from m3jax.recipe import Mixup, Recipe
+from m3jax.recipe import Recipe
 
 
 class Multitask(NamedTuple):
@@ -52,7 +52,7 @@ def emr(base: Any, models: Sequence[Any], *, rescale: str = "sum") -> Multitask:
       RecipeError: another rule.
       CheckpointError: the pytrees do not fit each other.
     """
-    recipe = Recipe(method=Emr(rescale=rescale), mixup=Mixup(alpha=None))
+    recipe = _recipe("emr", emr={"rescale": rescale})
     leaves, structure = align_trees(base, models, recipe)
     bench = Leaves(leaves, len(models))
     scales = measured(bench, recipe, 0).info[-1]["scales"][:, bench.merged[:1]]
@@ -86,7 +86,7 @@ def tall(base: Any, models: Sequence[Any], *, mask_scale: Any = 0.4) -> Multitas
         own = jnp.asarray(scale, tau.dtype).reshape(-1, *(1,) * (tau.ndim - 1))
         return masks(tau, own), sum_over_models(tau)
 
-    recipe = Recipe(method="task_arithmetic", mixup=Mixup(alpha=None))
+    recipe = _recipe("task_arithmetic")
     leaves, structure = align_trees(base, models, recipe)
     bench = Leaves(leaves, len(models))
     return _multitask(bench, structure, rule, jnp.ones(len(models), jnp.float32))
@@ -111,11 +111,17 @@ def modulate(base: Any, result: Multitask, k: int) -> Any:
     made = []
     for name, leaf in leaves.items():
         if name in delta and jnp.issubdtype(leaf.dtype, jnp.floating):
-            own = jnp.where(kept[name][k], delta[name], jnp.zeros((), delta[name].dtype))
+            own = jnp.where(
+                kept[name][k], delta[name], jnp.zeros((), delta[name].dtype)
+            )
             wide = leaf.astype(own.dtype) + own * result.scales[k].astype(own.dtype)
             leaf = wide.astype(leaf.dtype)
         made.append(leaf)
     return structure(made)
+
+
+def _recipe(method: str, **groups: Any) -> Recipe:
+    return Recipe.from_dict({"method": method, "mixup": {"alpha": None}, **groups})
 
 
 def _multitask(

@@ -18,9 +18,9 @@ from m3jax.methods.step import (
 
 @register("df_merge")
 class DfMerge(Method):
-    """θ0 + K Σ F_k λ_k τ_k / Σ F_k, F_k + `floor` the Fisher information at θ0 + λ_k τ_k.
+    """θ0 + K Σ F_k λ_k τ_k / Σ F_k.
 
-    λ are `coefficients`, which have to be given: they are what is searched for, so M3
+    F_k is the Fisher information at θ0 + λ_k τ_k on task k's data, plus `floor`. λ are `coefficients`, which have to be given: they are what is searched for, so M3
     cannot draw them. A task of λ_k = 0 still weighs in the denominator. A constant F,
     and tensors that have none, give θ0 + Σ λ_k τ_k; λ_k = 1/K is Fisher merging.
 

@@ -28,9 +28,9 @@ class Emr(Method):
     """θ0 + τ, and per task M_k and λ_k: the task's model is θ0 + λ_k M_k ⊙ τ.
 
     g = +1 where Σ τ_k > 0, else −1; M_k = 1[τ_k g > 0]; τ = g ⊙ max_k |τ_k| M_k.
-    `rescale` ``sum``: λ_k = Σ|τ_k| / Σ|M_k τ| over the model, the paper's; ``mean``: the
-    sums run over the tensors' means, so that a bias weighs as much as a matrix; ``l2``:
-    ⟨τ_k, M_k τ⟩ / ‖M_k τ‖². A task whose τ_k is 0 has λ_k = 0 (the reference: 0/0).
+    `rescale` ``sum``: λ_k = Σ|τ_k| / Σ|M_k τ| over the model, the paper's; ``mean``:
+    the sums run over the tensors' means, so that a bias weighs as much as a matrix;
+    ``l2``: ⟨τ_k, M_k τ⟩ / ‖M_k τ‖². A task whose τ_k is 0 has λ_k = 0 (the reference: 0/0).
 
     The masks are files of their own, bits of `numpy.packbits`; the scales stand in
     m3jax.json.
@@ -41,13 +41,13 @@ class Emr(Method):
 
     rescale: Any = choice(
         "sum",
-        "λ_k by the ratio of L1 norms, of the tensors' mean magnitudes, or least squares",
+        "λ_k by the ratio of L1 norms, of tensors' mean magnitudes, or least squares",
         ("sum", "mean", "l2"),
     )
     records = ("scales",)
 
     @property
-    def scope(self) -> str:  # type: ignore[override]
+    def scope(self) -> str:
         return "tensor" if self.rescale == "mean" else "model"
 
     def measure(self, problem: Problem) -> Statistics:

@@ -55,7 +55,7 @@ class Fisher(Method):
     beside = ("statistics",)
 
     @property
-    def scope(self) -> str:  # type: ignore[override]
+    def scope(self) -> str:
         return "model" if self.normalize == "l2" else ""
 
     def measure(self, problem: Problem) -> Statistics:
@@ -69,8 +69,7 @@ class Fisher(Method):
         return {"shares": numbers["weights"] / xp.where(norms > 0, norms, 1.0)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        ones = jnp.ones_like(x.models)
-        mean = _mean(x.models, p["weights"] * ones)
+        mean = _mean(x.models, p["weights"] * jnp.ones_like(x.models))
         fisher = x.beside.get("statistics")
         if fisher is None:
             return mean
@@ -80,7 +79,7 @@ class Fisher(Method):
             first = jnp.maximum(fisher[:1], p["floor"][None])
             fisher = jnp.concatenate([first, fisher[1:]])
             mean = x.models[0]
-        shares = info["shares"] * fisher
+        shares = rounded_product(fisher, info["shares"])
         return jnp.where(sum_over_models(shares) > 0, _mean(x.models, shares), mean)
 
 

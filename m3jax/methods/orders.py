@@ -39,7 +39,9 @@ def magnitudes_at(
     Returns:
       (J,) float32.
     """
-    rates = (np.asarray(ranks) + 0.5) / max(problem.size, 1)  # int(n · rate) is the rank
+    rates = (np.asarray(ranks) + 0.5) / max(
+        problem.size, 1
+    )  # int(n · rate) is the rank
     rows = dataclasses.replace(problem, num_models=len(rates))
     search = kth_smallest(_Codes(values), rates, rows)
     answer = None
@@ -62,7 +64,9 @@ def signed(found: Any) -> Any:
     """The value of rank r from its half's magnitude of rank r and the other's of
     n − r + 1: one of them is 0 unless the value is."""
     above, below = found[: len(found) // 2], found[len(found) // 2 :]
-    return (jnp if not isinstance(found, np.ndarray) else np).where(above > 0, above, -below)
+    return (jnp if not isinstance(found, np.ndarray) else np).where(
+        above > 0, above, -below
+    )
 
 
 def of_model(name: str, problem: Problem, *fields: str) -> list[Any]:
@@ -75,7 +79,7 @@ def of_model(name: str, problem: Problem, *fields: str) -> list[Any]:
     for field, value in zip(fields, values, strict=True):
         if isinstance(value, np.ndarray) and np.isnan(value).any():
             raise ValueError(
-                f"{name}.{field} differs between tensors, and {name} looks at the whole "
-                "model: give one value (and mixup.granularity=model)"
+                f"{name}.{field} differs between tensors, and {name} looks at the "
+                "whole model: give one value, and mixup.granularity=model"
             )
     return values

@@ -1,4 +1,4 @@
-"""PCB-Merging: a parameter weighs by its size in its task and its accord with others."""
+"""PCB-Merging: parameters weigh by their size and their accord with other tasks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from m3jax.methods.step import (
 class Pcb(Method):
     """θ0 + s · Σ sign(x_k) y_k w_k / max(Σ w_k, 1e-12) with x_k = λ_k τ_k.
 
-    y_k is |x_k| clipped to its sorted values number int(n b) and int(n (1 − b) − 1), from
-    0, b `clip`. β_k = exp(K N(y_k)²) · tanh(x_k Σ x_j), and w_k = N(max(β_k, t_k)) with
-    t_k the sorted β_k's number int(n (1 − r)), r `ratio`. N(v) = (v − min) / (max − min).
-    Sorted and extreme values are those of the whole model, exact in float32; where they
+    y_k is |x_k| clipped to its sorted values number int(n b) and int(n (1 − b) − 1),
+    counted from 0, b `clip`. β_k = exp(K N(y_k)²) · tanh(x_k Σ x_j), and
+    w_k = N(max(β_k, t_k)) with t_k the sorted β_k's number int(n (1 − r)), r `ratio`.
+    N(v) = (v − min) / (max − min). Sorted and extreme values are those of the whole model, exact in float32; where they
     are all the same w_k = 0, which is ours (the reference has 0/0).
 
     Without M3 all λ_k are 1; the authors take s = 1.2 and search λ_k in [0.8, 1.3].
@@ -81,7 +81,7 @@ class Pcb(Method):
 
 
 def _tasks(x: Operands, weights: Any) -> jax.Array:
-    """λ_k τ_k in float32, whatever the inputs are: it is compared with what was found."""
+    """λ_k τ_k in float32 always, in which the order statistics are."""
     tasks = rounded_product(x.deltas, weights.astype(x.models.dtype))
     return tasks.astype(jnp.float32)
 

@@ -52,9 +52,9 @@ class Ram(Method):
 class RamPlus(Method):
     """RAM, where entries that task k alone changes count s_k times.
 
-    s_k = 1 + (r − 1) · min(1, overlap_k / unique_k), r `boost`: of the entries that task
-    k changes, unique_k are changed by it alone, overlap_k by others too, in the whole
-    model, exact. Nothing unique: s_k = 1. Without M3 all λ_k are 1.
+    s_k = 1 + (r − 1) · min(1, overlap_k / unique_k), r `boost`: of the entries that
+    task k changes, unique_k are changed by it alone, overlap_k by others too, in the
+    whole model, exact. Nothing unique: s_k = 1. Without M3 all λ_k are 1.
 
     Source: RAM+ of xiangchi-yuan/mrl. mergekit's `ramplus_tl` counts per tensor.
     """

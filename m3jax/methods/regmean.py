@@ -53,7 +53,9 @@ class RegMean(Method):
     beside = ("statistics",)
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        weight = jnp.broadcast_to(p["weights"], (len(x.models), *(1,) * (x.models.ndim - 1)))
+        weight = jnp.broadcast_to(
+            p["weights"], (len(x.models), *(1,) * (x.models.ndim - 1))
+        )
         total = sum_over_models(weight)
         one = jnp.ones((), weight.dtype)
         share = weight / jnp.where(total > 0, total, one)[None]
@@ -63,7 +65,7 @@ class RegMean(Method):
             return mean
         diagonal = jnp.eye(grams.shape[-1], dtype=bool)
         factor = jnp.where(diagonal, one, p["nondiagonal"])
-        grams = rounded_product(grams, share) * factor[None]
+        grams = rounded_product(rounded_product(grams, share), factor[None])
         wanted = [
             product(gram, model - mean)
             for gram, model in zip(grams, x.models, strict=True)

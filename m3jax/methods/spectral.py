@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def significant(values: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def kept_triples(triples: Triples, rank: int) -> Triples:
-    """The first `rank` triples; those of singular values that are only rounding are 0."""
+    """The first `rank` triples; 0 where the singular value is only rounding."""
     left, values, right = triples
     real = significant(values, (left.shape[0], right.shape[1]))[:rank]
     zero = jnp.zeros((), values.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from m3jax.lazy import jax, jnp
+from m3jax.methods import spectral
 from m3jax.methods.fields import number, weights
-from m3jax.methods.spectral import mean, product
+from m3jax.methods.spectral import product
 from m3jax.methods.step import (
     Method,
     Numbers,
@@ -47,17 +49,11 @@ class Wudi(Method):
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         tasks = rounded_product(x.deltas, p["weights"])
         if x.base.ndim != 2:
-            return x.base + rounded_product(mean(tasks), p["scaling"])
+            return x.base + rounded_product(spectral.mean(tasks), p["scaling"])
         total = sum_over_models(tasks)
         spans = jnp.stack([_span(task) for task in tasks])
-        start = sum_over_models(
-            jnp.stack(
-                [
-                    product(total - task, span)
-                    for task, span in zip(tasks, spans, strict=True)
-                ]
-            )
-        )
+        others = zip(total[None] - tasks, spans, strict=True)
+        start = sum_over_models(jnp.stack([product(*pair) for pair in others]))
         steps = p["steps"].reshape(()).astype(jnp.int32)
         moved = _adam(start, sum_over_models(spans), steps, p["learning_rate"])
         return x.base + rounded_product(total + moved, p["scaling"])
@@ -76,16 +72,21 @@ def _span(task: jax.Array) -> jax.Array:
 def _adam(start: jax.Array, spans: jax.Array, steps: jax.Array, rate: Any) -> jax.Array:
     """Y after some steps of Adam from 0 on the gradient 2 (Y C + G)."""
 
+    def average(before: jax.Array, new: jax.Array, share: float) -> jax.Array:
+        old = rounded_product(before, jnp.asarray(share, before.dtype))
+        return old + rounded_product(new, jnp.asarray(1 - share, before.dtype))
+
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         y, first, second = state
         gradient = 2 * (product(y, spans) + start)  # C is symmetric
-        first = rounded_product(first, _B1 * one) + rounded_product(gradient, (1 - _B1) * one)
-        square = rounded_product(gradient, gradient)
-        second = rounded_product(second, _B2 * one) + rounded_product(square, (1 - _B2) * one)
+        first = average(first, gradient, _B1)
+        second = average(second, gradient * gradient, _B2)
         time = (i + 1).astype(start.dtype)
-        mean_, spread = first / (1 - _B1**time), second / (1 - _B2**time)
-        return y - rounded_product(mean_ / (jnp.sqrt(spread) + _EPSILON), rate), first, second
+        # 1 − b^t of float32 would have few digits left.
+        mean = first / -jnp.expm1(time * math.log(_B1))
+        spread = second / -jnp.expm1(time * math.log(_B2))
+        change = mean / (jnp.sqrt(spread) + _EPSILON)
+        return y - rounded_product(change, rate), first, second
 
-    one = jnp.ones((1, 1), start.dtype)
     zeros = jnp.zeros_like(start)
     return jax.lax.fori_loop(0, steps, step, (zeros, zeros, zeros))[0]
