@@ -20,9 +20,10 @@ from m3jax.methods.step import (
 class DfMerge(Method):
     """θ0 + K Σ F_k λ_k τ_k / Σ F_k.
 
-    F_k is the Fisher information at θ0 + λ_k τ_k on task k's data, plus `floor`. λ are `coefficients`, which have to be given: they are what is searched for, so M3
-    cannot draw them. A task of λ_k = 0 still weighs in the denominator. A constant F,
-    and tensors that have none, give θ0 + Σ λ_k τ_k; λ_k = 1/K is Fisher merging.
+    F_k is the Fisher information at θ0 + λ_k τ_k on task k's data, plus `floor`. λ are
+    `coefficients`, which have to be given: they are what is searched for, so M3 cannot
+    draw them. A task of λ_k = 0 still weighs in the denominator. A constant F, and
+    tensors that have none, give θ0 + Σ λ_k τ_k; λ_k = 1/K is Fisher merging.
 
     Beside the models: `statistics`, F_k, of the tensors' shapes.
 

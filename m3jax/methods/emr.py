@@ -30,7 +30,8 @@ class Emr(Method):
     g = +1 where Σ τ_k > 0, else −1; M_k = 1[τ_k g > 0]; τ = g ⊙ max_k |τ_k| M_k.
     `rescale` ``sum``: λ_k = Σ|τ_k| / Σ|M_k τ| over the model, the paper's; ``mean``:
     the sums run over the tensors' means, so that a bias weighs as much as a matrix;
-    ``l2``: ⟨τ_k, M_k τ⟩ / ‖M_k τ‖². A task whose τ_k is 0 has λ_k = 0 (the reference: 0/0).
+    ``l2``: ⟨τ_k, M_k τ⟩ / ‖M_k τ‖². A task whose τ_k is 0 has
+    λ_k = 0 (the reference: 0/0).
 
     The masks are files of their own, bits of `numpy.packbits`; the scales stand in
     m3jax.json.

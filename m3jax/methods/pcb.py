@@ -28,8 +28,9 @@ class Pcb(Method):
     y_k is |x_k| clipped to its sorted values number int(n b) and int(n (1 − b) − 1),
     counted from 0, b `clip`. β_k = exp(K N(y_k)²) · tanh(x_k Σ x_j), and
     w_k = N(max(β_k, t_k)) with t_k the sorted β_k's number int(n (1 − r)), r `ratio`.
-    N(v) = (v − min) / (max − min). Sorted and extreme values are those of the whole model, exact in float32; where they
-    are all the same w_k = 0, which is ours (the reference has 0/0).
+    N(v) = (v − min) / (max − min). Sorted and extreme values are those of the whole
+    model, exact in float32; where they are all the same w_k = 0, which is ours (the
+    reference has 0/0).
 
     Without M3 all λ_k are 1; the authors take s = 1.2 and search λ_k in [0.8, 1.3].
     λ_k have to be the same in all tensors.

@@ -20,8 +20,8 @@ class TsvM(Method):
     """θ0 + s · P([U_1 … U_K]) diag([S_1 … S_K]) P([V_1 … V_K])ᵀ for matrices.
 
     λ_k τ_k = U_k S_k V_kᵀ, of which the first r = min(m, n) // K triples are kept, as
-    far as σ > max(m, n) ε σ_1. P(A) = Q Rᵀ for the SVD A = Q D Rᵀ is the polar factor, over
-    the singular values above max(shape) ε times the largest: tasks that are 0 in a
+    far as σ > max(m, n) ε σ_1. P(A) = Q Rᵀ for the SVD A = Q D Rᵀ is the polar factor,
+    over the singular values above max(shape) ε times the largest: tasks that are 0 in a
     tensor, or of low rank, add nothing. Tensors that are no matrices get
     θ0 + s · mean λ_k τ_k. Without M3 all λ_k are 1.
 
