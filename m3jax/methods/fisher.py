@@ -65,7 +65,7 @@ class Fisher(Method):
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
         norms = info.get("norms", 1.0)
         if self.normalize == "l2" and self.floor_rule == "add":
-            norms = norms + numbers["floor"]
+            norms = norms + numbers["floor"][None]
         return {"shares": numbers["weights"] / xp.where(norms > 0, norms, 1.0)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:

@@ -78,7 +78,7 @@ class RamPlus(Method):
         return {"shares": xp.minimum(1.0, share)}
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
-        return {"boosts": 1 + (numbers["boost"] - 1) * info["shares"]}
+        return {"boosts": 1 + (numbers["boost"] - 1)[None] * info["shares"]}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         changed = _changed(x.deltas, p["threshold"])

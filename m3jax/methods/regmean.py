@@ -30,10 +30,11 @@ class RegMean(Method):
     M3 λ_k = 1/K. Others take 0.9 or 0.1 (the authors), 1 (MergeLM), 0.95 or 0.6
     (fusion-bench).
 
-    Solved for the distance from that mean by Cholesky, with unit diagonals, a jitter of
-    some ε and iterative refinement, in place of the reference's inverse, which
-    loses 1e-3 and more on ill-conditioned Grams. Where Σ G_k is singular the
-    weights stay at the mean, which is ours.
+    Solved for the distance from that mean by Cholesky, with unit diagonals, a jitter
+    and iterative refinement, in place of the reference's inverse, which loses 1e-3 and
+    more on ill-conditioned Grams. Where Σ G_k is singular but for the rounding of
+    float32, the solution near to the mean counts, which is ours; so inputs that are
+    always 0 keep the mean.
 
     Beside the models: `statistics`, G_k (K, in, in).
 
@@ -88,9 +89,11 @@ def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
     def factor(jitter: jax.Array) -> jax.Array:
         return jnp.linalg.cholesky(matrix + jitter * identity)
 
-    # Rounding may leave the matrix less than semidefinite by some ε times its norm,
-    # which is at most n: the jitter grows until there is a factor.
-    jitter = jnp.asarray(8 * epsilon, matrix.dtype)
+    # Far above the rounding of the Grams, which is noise on both sides, and no bias:
+    # refined t times, an eigenvalue v is off by (jitter / (v + jitter))^t. Rounding may
+    # leave the matrix less than semidefinite by ε times its norm, which is at most n:
+    # the jitter grows until there is a factor.
+    jitter = jnp.asarray(256 * epsilon, matrix.dtype)
     jitter, lower = jax.lax.while_loop(
         lambda state: ~jnp.all(jnp.isfinite(state[1])) & (state[0] < 2 * size),
         lambda state: (8 * state[0], factor(8 * state[0])),
