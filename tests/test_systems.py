@@ -151,7 +151,7 @@ def test_regmean_reproduces_the_outputs_of_experts_on_their_inputs():
 
 @pytest.mark.parametrize("condition", [1e2, 1e5, math.inf])
 def test_regmean_on_ill_conditioned_inputs(condition: float):
-    """The equations hold, and where they leave much open the mean is near."""
+    """The equations hold, and what they leave open is near the mean."""
     generator = np.random.default_rng(0)
     spread = np.geomspace(1, 1 / condition, 24) if condition < math.inf else np.ones(24)
     spread[20:] *= condition < math.inf
@@ -171,8 +171,8 @@ def test_regmean_on_ill_conditioned_inputs(condition: float):
     residual = np.abs(sum(wide) @ merged.T - right).max()
     assert residual <= 3e-6 * np.abs(right).max()
     mean = sum(own["a"] for own in models) / 3
-    assert np.abs(merged - mean).max() < 3
     if condition == math.inf:
+        assert np.abs(merged - mean).max() < 3
         np.testing.assert_allclose(merged[:, 5], mean[:, 5], rtol=0, atol=1e-6)
 
 
