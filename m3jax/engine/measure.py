@@ -176,9 +176,7 @@ def _found(
     return gathered(tables) if alone else tables
 
 
-def is_traced_at(
-    bench: Bench, program: Program, depth: int, numbers: Numbers
-) -> bool:
+def is_traced_at(bench: Bench, program: Program, depth: int, numbers: Numbers) -> bool:
     """Whether what a step sees depends on an argument of a transformation of JAX."""
     keys = numbers.keys if program.draws(depth) else None
     return bench.traced or any_traced(numbers.p[:depth], numbers.info[:depth], keys)
