@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
     from m3jax.exploration.explore import explore
     from m3jax.exploration.search.result import Exploration
-    from m3jax.models.module import Decoder
     from m3jax.methods.dare import Dare
     from m3jax.methods.linear import Average, TaskArithmetic
     from m3jax.methods.ties import Ties
+    from m3jax.models.module import Decoder
     from m3jax.recipe import Mixup, Recipe, RecipeError
 
 

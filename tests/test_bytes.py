@@ -128,9 +128,7 @@ def record(folder: Path) -> dict[str, dict[str, str]]:
         ]
         output = folder / name / "out"
         execution = m3jax.Execution(fsync=False)
-        m3jax.merge(
-            paths[0], paths[1:], output, recipe, seed=SEED, execution=execution
-        )
+        m3jax.merge(paths[0], paths[1:], output, recipe, seed=SEED, execution=execution)
         merged = checkpoints.read(output)
         found[name] = {tensor: checksum(merged[tensor]) for tensor in sorted(merged)}
     return found
@@ -153,9 +151,7 @@ def test_bytes_of_version_0_1(name: str, tmp_path: Path):
     for how, settings in EXECUTIONS.items():
         output = tmp_path / how
         execution = m3jax.Execution(fsync=False, **settings)
-        m3jax.merge(
-            paths[0], paths[1:], output, recipe, seed=SEED, execution=execution
-        )
+        m3jax.merge(paths[0], paths[1:], output, recipe, seed=SEED, execution=execution)
         merged = checkpoints.read(output)
         assert {t: checksum(merged[t]) for t in sorted(merged)} == expected, how
     arrays = m3jax.merge_params(base, models, recipe, SEED)

@@ -8,6 +8,7 @@ keys, attributes and indices, joined by ".".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -75,7 +76,7 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Iterable[Any]], Any]]:
         if name in leaves:
             raise CheckpointError(f"two tensors of the pytree are named {shown(name)}")
         leaves[name] = leaf
-    return leaves, structure.unflatten
+    return leaves, functools.partial(jax.tree.unflatten, structure)
 
 
 def key_paths(tree: Any) -> dict[str, KeyPath]:

@@ -159,7 +159,7 @@ def _say_what_was_found(found: Exploration, output: Path) -> None:
         f"{max(objectives):.3f} on validation, {mean:.3f} on average. The winner is"
     )
     weights = zip(_EXPERTS, found.winner.mean_ratios or (), strict=False)
-    scaling = found.winner.recipe.scaling
+    scaling = found.winner.recipe.method.scaling
     mixture = " + ".join(f"{ratio:.3f} {expert}" for expert, ratio in weights)
     print(f"   base + {scaling} × ({mixture}), task vectors all.")
     picture = output / "scores.png"

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError, shown
@@ -137,7 +136,9 @@ class Leaves:
         size = sum(self.sizes[i] for i in groups[0])
         if first.sample and (size < _SAMPLE_PAYS or len(groups) > 1 or self.traced):
             return [None] * len(groups)
-        traced = any(map(is_traced, jax.tree.leaves((numbers.first(depth), numbers.keys))))
+        traced = any(
+            map(is_traced, jax.tree.leaves((numbers.first(depth), numbers.keys)))
+        )
         traced = traced or self.traced
         on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
         on_host = on_cpu and not traced and max(self.sizes) <= kernels.MAX_COUNTED
@@ -165,7 +166,9 @@ class Leaves:
 
         def fetched(parts: tuple[Any, ...]) -> list[Any]:
             if traced:
-                return [traced_rows(h, p) for h, p in zip(first.combine, parts, strict=True)]
+                return [
+                    traced_rows(h, p) for h, p in zip(first.combine, parts, strict=True)
+                ]
             return [
                 _counted(np.asarray(part))
                 if how == "histogram" and on_host
@@ -186,7 +189,9 @@ class Leaves:
                 own
                 if before is None
                 else [
-                    jnp.maximum(a, b) if traced and how == "max" else put_together(how, a, b)
+                    jnp.maximum(a, b)
+                    if traced and how == "max"
+                    else put_together(how, a, b)
                     for how, a, b in zip(first.combine, before, own, strict=True)
                 ]
             )
@@ -231,7 +236,9 @@ class Leaves:
         )
         dtypes = {part: own.dtype.numpy for part, own in leaf.parts.items()}
         return {
-            part: whole.back(values if leaf.parts[part].packed else _as(values, dtypes[part], leaf))
+            part: whole.back(
+                values if leaf.parts[part].packed else _as(values, dtypes[part], leaf)
+            )
             for part, values in made.items()
         }
 
@@ -259,7 +266,7 @@ def measured(
     key: int | jax.Array,
     kept: Callable[[str, Callable[[], Any]], Any] = lambda name, find: find(),
 ) -> Numbers:
-    """The numbers of a merge, with all that its steps measure; see `measure.measure`."""
+    """The numbers of a merge, with all that its steps measure."""
     numbers = numbers_of(bench, recipe, key)
     places = [i for i in bench.merged if bench.sizes[i]]
     program = Program.of(recipe)
@@ -302,9 +309,7 @@ def unflatten(structure: Any, merged: Sequence[dict[str, Any]]) -> Any:
     A leaf that is copied is in the part "" alone, and None in the others.
     """
     parts = {part: None for own in merged for part in own}
-    trees = {
-        part: structure([own.get(part) for own in merged]) for part in parts
-    }
+    trees = {part: structure([own.get(part) for own in merged]) for part in parts}
     return trees[""] if list(trees) == [""] else trees
 
 
@@ -371,5 +376,3 @@ def _check_distinct(leaves: Sequence[Leaf]) -> None:
                     "than once among the inputs; copy it, or do not donate"
                 )
             seen.add(id(array))
-
-

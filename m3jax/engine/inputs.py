@@ -98,7 +98,14 @@ class TensorInputs:
         """What the kernel rounds each part to; wider ones are made on the host."""
         narrow = self.dtype == FLOAT64 and not self.wide
         return tuple(
-            (part, "bool" if own.packed else "float32" if narrow and own.dtype == FLOAT64 else own.dtype.numpy.name)
+            (
+                part,
+                "bool"
+                if own.packed
+                else "float32"
+                if narrow and own.dtype == FLOAT64
+                else own.dtype.numpy.name,
+            )
             for part, own in self.parts.items()
         )
 

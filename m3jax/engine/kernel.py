@@ -41,7 +41,9 @@ class Program:
 
     def unit(self, depth: int) -> str:
         """What the first `depth` steps have to see whole."""
-        return max((s.unit for s in self.steps[:depth]), key=UNITS.index, default="element")
+        return max(
+            (s.unit for s in self.steps[:depth]), key=UNITS.index, default="element"
+        )
 
     def draws(self, depth: int | None = None) -> str:
         """The random numbers that the first `depth` transforms take, or ""."""

@@ -34,8 +34,8 @@ class Bench(Protocol):
       traced: the arrays are arguments of a transformation of JAX.
     """
 
-    names: Sequence[str]
-    sizes: Sequence[int]
+    names: list[str]
+    sizes: list[int]
     num_models: int
     traced: bool
 

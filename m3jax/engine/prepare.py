@@ -141,7 +141,11 @@ class Prepared:
         """The reading passes, named; a sample is not counted."""
         names = []
         for step in self.recipe.steps:
-            each = {"tensor": "per tensor", "layer": "per layer", "model": "whole model"}
+            each = {
+                "tensor": "per tensor",
+                "layer": "per layer",
+                "model": "whole model",
+            }
             if step.scope:
                 names.append(f"what {step.name} measures, {each[step.scope]}")
         return [*names, "merge"]

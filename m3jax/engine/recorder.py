@@ -135,9 +135,7 @@ class Recorder(Emit):
             for own in lines.values()
         ]
 
-    def _finish(
-        self, item: int, checksums: dict[str, str], inputs: list[str]
-    ) -> None:
+    def _finish(self, item: int, checksums: dict[str, str], inputs: list[str]) -> None:
         known = item in self.checksums
         self.checksums[item] = checksums
         self._input_checksums[item] = inputs

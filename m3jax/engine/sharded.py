@@ -24,8 +24,8 @@ from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.shards import ShardWriter
 from m3jax.checkpoints.sources import Source
 from m3jax.engine import checks, in_memory
-from m3jax.engine.inputs import Part, TensorInputs
 from m3jax.engine.in_memory import multihost
+from m3jax.engine.inputs import Part, TensorInputs
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.load import num_threads, read_tensor
 from m3jax.engine.pipeline import Clock
@@ -89,9 +89,7 @@ class Sharded:
                 progress.advance(prepared.read_bytes([self._items[n]]))
                 self._leaves.append(leaf)
 
-    def merge(
-        self, share: Share, recorder: Recorder, writer: ShardWriter
-    ) -> Numbers:
+    def merge(self, share: Share, recorder: Recorder, writer: ShardWriter) -> Numbers:
         """Merges the tensors that are not written yet, and writes them.
 
         Args:
@@ -280,7 +278,7 @@ def device_memory(prepared: Prepared) -> DeviceMemory:
         models = len(tensor.models)
         inputs += shard * sum(source.dtype.itemsize for source in tensor.sources)
         _, result = _kernel_parts(tensor)
-        if result != tensor.models[0].dtype.numpy:  # no model's place fits it
+        if result != tensor.models[0].source.dtype.numpy:  # no model's place fits it
             inputs += shard * result.itemsize
         # Masks as words and as bools; codes to count, and a result, of 32 bits.
         masks, codes = 2 * models * random, 4 * models * passes
@@ -313,7 +311,9 @@ def _kernel_parts(tensor: TensorInputs) -> tuple[dict[str, Part], np.dtype]:
     that is made of float32 becomes so on the host."""
     dtypes = {part: np.dtype(name) for part, name in tensor.kernel_dtypes}
     parts = {
-        part: own if own.packed else dataclasses.replace(own, dtype=of_numpy(dtypes[part]))
+        part: own
+        if own.packed
+        else dataclasses.replace(own, dtype=of_numpy(dtypes[part]))
         for part, own in tensor.parts.items()
     }
     return parts, dtypes[""]

@@ -154,7 +154,15 @@ class Stream:
                     )
                 else:
                     result = self._reduce_block(
-                        chunk, base, models, program, depth, numbers, arguments, slots, first
+                        chunk,
+                        base,
+                        models,
+                        program,
+                        depth,
+                        numbers,
+                        arguments,
+                        slots,
+                        first,
                     )
                 pieces = [
                     (int(slots[run.item]), _rows(run, chunk)) for run in chunk.runs
@@ -168,7 +176,9 @@ class Stream:
                     for g, value in own.items():
                         before = found[g][j]
                         found[g][j] = (
-                            value if before is None else put_together(how, before, value)
+                            value
+                            if before is None
+                            else put_together(how, before, value)
                         )
 
         for_each(chunks, self._buffers, work, self.clock)
@@ -252,7 +262,7 @@ class Stream:
     ) -> tuple[Any, ...] | None:
         processes = self._share.processes
         if "max" not in combine:
-            return processes.sum(own)  # type: ignore[arg-type, return-value]
+            return processes.sum(own)  # type: ignore[return-value]
         gathered = [
             [np.asarray(part, np.float64).tolist() for part in own] if own else None
         ]

@@ -125,7 +125,9 @@ class Run:
     def _baselines(self, num_models: int) -> dict[str, Recipe]:
         equal = Mixup(ratios=(1 / num_models,) * num_models)
         plain = Mixup(alpha=None)
-        named = {"equal ratios": equal, f"plain {self.recipe.method}": plain}
+        named = {f"plain {self.recipe.method.name}": plain}
+        if self.recipe.mixup.on:  # otherwise the method has no ratios, or its own
+            named = {"equal ratios": equal, **named}
         return {
             name: dataclasses.replace(self.recipe, mixup=mixup)
             for name, mixup in named.items()

@@ -10,23 +10,26 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from m3jax.methods import METHODS, TRANSFORMS
+from m3jax.methods.fields import Number, Weights
 from m3jax.recipe import Recipe, RecipeError
 
 Values = Mapping[str, tuple[float, ...]]  # field -> its numbers
 
-# Ranges of fields where none is given.
-RANGES = {
-    "scaling": (0.5, 1.5),
-    "trim_rate": (0.2, 0.9),
-    "drop_rate": (0.0, 0.9),
-    "drop_rates": (0.0, 0.9),
-}
-FIELDS = ("ratios", *RANGES, "seed")
 _USE = (
-    "ratios, seed, or scaling, trim_rate, drop_rate (of all models), drop_rates (of "
-    "each), with a range as in scaling=0.5:1.5"
+    "ratios, seed, or a number of the recipe such as scaling, trim_rate, drop_rate (of "
+    "all models) or drop_rates (of each), with a range as in scaling=0.5:1.5"
 )
+
+
+class _Target(NamedTuple):
+    """A number of a recipe: which step's, and whether each model has its own."""
+
+    step: str
+    field: str
+    each: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +56,13 @@ class Space:
         ranges: dict[str, tuple[float, float]] = {}
         for field in fields:
             name, equals, text = (part.strip() for part in field.partition("="))
-            if name not in FIELDS or name in ranges:
+            target = None if name in ("ratios", "seed") else _target(name)
+            known = target is not None or name in ("ratios", "seed")
+            if not known or name in ranges:
                 raise RecipeError(f"search={field!r} needs each once of {_USE}")
-            ranges[name] = RANGES.get(name, (0.0, 1.0))
+            ranges[name] = (0.0, 1.0) if target is None else _default_range(target)
             if equals:
-                ranges[name] = _range(name, text)
+                ranges[name] = _range(name, text, target is not None)
         new_seeds = ranges.pop("seed", None) is not None
         space = cls(num_models, ranges, new_seeds)
         space._check(recipe)
@@ -109,25 +114,21 @@ class Space:
 
     def apply(self, recipe: Recipe, values: Values) -> Recipe:
         """The recipe with these values in it."""
-        mixup, dare = recipe.mixup, recipe.dare
         if "ratios" in values:
-            mixup = dataclasses.replace(mixup, ratios=values["ratios"])
-        if "drop_rate" in values:
-            dare = dataclasses.replace(dare, drop_rate=values["drop_rate"][0])
-        if "drop_rates" in values:
-            dare = dataclasses.replace(dare, drop_rate=values["drop_rates"])
-        return dataclasses.replace(
-            recipe,
-            mixup=mixup,
-            dare=dare,
-            scaling=values.get("scaling", (recipe.scaling,))[0],
-            trim_rate=values.get("trim_rate", (recipe.trim_rate,))[0],
-        )
+            mixup = dataclasses.replace(recipe.mixup, ratios=values["ratios"])
+            recipe = dataclasses.replace(recipe, mixup=mixup)
+        for name, own in values.items():
+            target = _target(name, recipe)
+            if target is not None:
+                value = own if target.each else own[0]
+                recipe = recipe.with_number(target.step, target.field, value)
+        return recipe
 
     def _width(self, name: str) -> int:
-        return {"ratios": self.num_models - 1, "drop_rates": self.num_models}.get(
-            name, 1
-        )
+        if name == "ratios":
+            return self.num_models - 1
+        target = _target(name)
+        return self.num_models if target is not None and target.each else 1
 
     def _grid_size(self, levels: int) -> int:
         size = 1
@@ -142,12 +143,21 @@ class Space:
         problems = []
         if "ratios" in self.ranges and self.num_models < 2:
             problems.append("ratios need two models or more")
-        if "scaling" in self.ranges and recipe.method == "average":
-            problems.append("scaling does nothing in method average")
-        if "trim_rate" in self.ranges and recipe.method != "ties":
-            problems.append(f"trim_rate does nothing in method {recipe.method}")
-        if {"drop_rate", "drop_rates"} <= set(self.ranges):
-            problems.append("drop_rate and drop_rates exclude each other")
+        targets: dict[tuple[str, str], str] = {}
+        for name in self.ranges:
+            target = _target(name, recipe)
+            if name == "ratios":
+                continue
+            if target is None or target.step not in (
+                recipe.method.name,
+                *TRANSFORMS,
+            ):
+                method = recipe.method.name
+                problems.append(f"{name} does nothing in method {method}")
+                continue
+            same = targets.setdefault(target[:2], name)
+            if same != name:
+                problems.append(f"{same} and {name} exclude each other")
         if not self.dimensions and not self.new_seeds:
             problems.append(f"it is empty; give some of {_USE}")
         if problems:
@@ -161,13 +171,40 @@ class Space:
             self.apply(recipe, corner)
 
 
-def _range(name: str, text: str) -> tuple[float, float]:
+def _target(name: str, recipe: Recipe | None = None) -> _Target | None:
+    """What a field's name stands for: of a recipe's steps, or of any step.
+
+    A number that may differ between the models has a plural, which gives each its own.
+    """
+    steps = {**TRANSFORMS, **METHODS}
+    if recipe is not None:  # the method's own number goes before another's
+        steps = {recipe.method.name: METHODS[recipe.method.name], **TRANSFORMS}
+    home, _, field = name.rpartition(".")
+    for step, cls in steps.items():
+        if home not in ("", step):
+            continue
+        for own, described in cls.fields().items():
+            if not isinstance(described, Number) or isinstance(described, Weights):
+                continue
+            if field == own:
+                return _Target(step, own, False)
+            if field == own + "s" and described.per_model:
+                return _Target(step, own, True)
+    return None
+
+
+def _default_range(target: _Target) -> tuple[float, float]:
+    field: Any = {**TRANSFORMS, **METHODS}[target.step].fields()[target.field]
+    return field.search or (field.low, field.high)
+
+
+def _range(name: str, text: str, ranged: bool) -> tuple[float, float]:
     low, colon, high = text.partition(":")
     try:
         ends = (float(low), float(high))
     except ValueError:
         ends = (math.nan, math.nan)
-    fits = name in RANGES and colon and ends[0] < ends[1] and math.isfinite(ends[1])
+    fits = ranged and colon and ends[0] < ends[1] and math.isfinite(ends[1])
     if not (fits and math.isfinite(ends[0])):
         raise RecipeError(f"search={name}={text!r} needs {_USE}")
     return ends

@@ -37,24 +37,24 @@ class Dare(Transform):
     """
 
     drop_rate: Any = number(
-        None,
-        "p, share that is dropped, one number or one per model; None: off",
+        default=None,
+        help="p, share that is dropped, one number or one per model; None: off",
         low=0.0,
         high=1.0,
         per_model=True,
         optional=True,
         search=(0.0, 0.9),
     )
-    rescale: Any = choice(True, "multiply what is kept by 1/(1 − p)")
+    rescale: Any = choice(default=True, help="multiply what is kept by 1/(1 − p)")
     strategy: Any = choice(
-        "random",
-        "what is dropped: `random`, or by `magnitude` (per tensor, smallest first)",
-        ("random", "magnitude"),
+        default="random",
+        help="what is dropped: `random`, or per tensor the smallest (`magnitude`)",
+        options=("random", "magnitude"),
     )
     target: Any = choice(
-        "delta",
-        "mask the task vectors (`delta`) or the `weights` themselves",
-        ("delta", "weights"),
+        default="delta",
+        help="mask the task vectors (`delta`) or the `weights` themselves",
+        options=("delta", "weights"),
     )
 
     @property
@@ -62,15 +62,15 @@ class Dare(Transform):
         return self.drop_rate is not None
 
     @property
-    def draws(self) -> str:  # type: ignore[override]
+    def draws(self) -> str:
         return "mask" if self.strategy == "random" else ""
 
     @property
-    def scope(self) -> str:  # type: ignore[override]
+    def scope(self) -> str:
         return "tensor" if self.strategy == "magnitude" else ""
 
     @property
-    def needs_base(self) -> bool:  # type: ignore[override]
+    def needs_base(self) -> bool:
         return self.target == "delta"
 
     def measure(self, problem: Problem) -> Statistics:

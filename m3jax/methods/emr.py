@@ -36,7 +36,9 @@ class Emr(Method):
     """
 
     rescale: Any = choice(
-        "sum", "λ_k by the ratio of L1 norms, or least squares", ("sum", "l2")
+        default="sum",
+        help="λ_k by the ratio of L1 norms, or least squares",
+        options=("sum", "l2"),
     )
     scope = "model"
     records = ("scales",)
@@ -46,7 +48,9 @@ class Emr(Method):
         sums = yield from exact_sums(terms, problem)
         xp = jnp if problem.traced else np
         above, below = sums[: problem.num_models], sums[problem.num_models :]
-        return {"scales": xp.where(below > 0, above / xp.where(below > 0, below, 1.0), 0.0)}
+        return {
+            "scales": xp.where(below > 0, above / xp.where(below > 0, below, 1.0), 0.0)
+        }
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         masks, unified = elected(x)

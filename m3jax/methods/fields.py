@@ -110,20 +110,22 @@ class Choice(Field):
         return any(type(value) is type(o) and value == o for o in self.options)
 
 
-def number(default: float | None, help: str, **settings: Any) -> Any:
+def number(*, default: float | None, help: str, **settings: Any) -> Any:
     """A field of a step that holds a number; the settings are those of `Number`."""
     return _field(Number(help, default, **settings))
 
 
-def weights(equal: Callable[[int], float], **settings: Any) -> Any:
+def weights(
+    *, equal: Callable[[int], float], default: None = None, **settings: Any
+) -> Any:
     """The field of a step that M3's ratios go to; `equal` as in `Weights`."""
     text = "λ, one per model; None: equal, or drawn by M3"
     return _field(
-        Weights(text, None, per_model=True, optional=True, equal=equal, **settings)
+        Weights(text, default, per_model=True, optional=True, equal=equal, **settings)
     )
 
 
-def choice(default: Any, help: str, options: tuple[Any, ...] = (True, False)) -> Any:
+def choice(*, default: Any, help: str, options: tuple[Any, ...] = (True, False)) -> Any:
     """A field of a step that holds one of a few words."""
     return _field(Choice(help, default, options))
 

@@ -23,7 +23,7 @@ class Average(Method):
     with the authors' `average_merging` and with mergekit's `linear`.
     """
 
-    weights: Any = weights(lambda num_models: 1 / num_models, mean=True)
+    weights: Any = weights(equal=lambda num_models: 1 / num_models, mean=True)
     needs_base = False
     shows_nonfinite = True
 
@@ -39,9 +39,9 @@ class TaskArithmetic(Method):
     authors' `task_arithmetic`, and with mergekit's `task_arithmetic` of weight s.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 1.5)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     shows_nonfinite = True
 

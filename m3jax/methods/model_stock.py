@@ -24,21 +24,23 @@ from m3jax.methods.sums import deltas, gram, row_sums
 class ModelStock(Method):
     """θ0 + t · mean τ_i with t = K c / (1 + (K − 1) c).
 
-    c is the mean cosine between two task vectors, of the tensor or (`by_row`) of each of
-    its rows; a task vector of 0 has cosine 0 with every other, and where the task vectors cancel
-    out t is 0. K = 1 gives θ_1.
+    c is the mean cosine between two task vectors, of the tensor or (`by_row`) of each
+    of its rows; a task vector of 0 has cosine 0 with every other, and where the task
+    vectors cancel out t is 0. K = 1 gives θ_1.
 
     Source: arXiv 2403.19522. Agrees with mergekit's `model_stock`.
     """
 
-    by_row: Any = choice(False, "an angle for each row instead of each tensor")
+    by_row: Any = choice(
+        default=False, help="an angle for each row instead of each tensor"
+    )
 
     @property
-    def unit(self) -> str:  # type: ignore[override]
+    def unit(self) -> str:
         return "row" if self.by_row else "element"
 
     @property
-    def scope(self) -> str:  # type: ignore[override]
+    def scope(self) -> str:
         return "" if self.by_row else "tensor"
 
     def measure(self, problem: Problem) -> Statistics:
@@ -49,7 +51,10 @@ class ModelStock(Method):
         if self.by_row:
             return {}
         count = int(len(info["products"]) ** 0.5)
-        products = [[info["products"][i * count + j] for j in range(count)] for i in range(count)]
+        products = [
+            [info["products"][i * count + j] for j in range(count)]
+            for i in range(count)
+        ]
         return {"share": _share(products, xp)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
@@ -59,7 +64,9 @@ class ModelStock(Method):
             tau = x.deltas
             products = [[row_sums(a * b) for b in tau] for a in tau]
             share = _share(products, jnp)
-        mean = sum_over_models(rounded_product(x.deltas, jnp.asarray(1 / count, x.models.dtype)))
+        mean = sum_over_models(
+            rounded_product(x.deltas, jnp.asarray(1 / count, x.models.dtype))
+        )
         return x.base + rounded_product(mean, share)
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.traced import is_traced
 from m3jax.methods.step import Numbers, Operands, Problem, Reduction
+from m3jax.traced import is_traced
 
 # Counters per model. Codes of 16 bits then say where a value falls, two of them
 # standing for "below" and "above". Two histograms resolve every magnitude up to

@@ -34,7 +34,7 @@ class Slerp(Method):
     agrees.
     """
 
-    weights: Any = weights(lambda num_models: 1 / num_models, low=0.0)
+    weights: Any = weights(equal=lambda num_models: 1 / num_models, low=0.0)
     scope = "tensor"
     needs_base = False
     num_models = 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def significant(values: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def kept_triples(triples: Triples, rank: int) -> Triples:
-    """The first `rank` triples; those of singular values that are only rounding are 0."""
+    """The first `rank` triples; 0 where the singular value is only rounding."""
     left, values, right = triples
     real = significant(values, (left.shape[0], right.shape[1]))[:rank]
     zero = jnp.zeros((), values.dtype)
@@ -63,8 +63,3 @@ def polar(matrix: jax.Array) -> jax.Array:
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """a bᵀ at the highest precision."""
     return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def matrices(x: Any) -> bool:
-    """Whether the operands are matrices."""
-    return x.base.ndim == 2

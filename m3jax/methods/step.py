@@ -12,12 +12,12 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import Choice, Field, Weights
+from m3jax.methods.fields import Choice, Field, Weights, choice, number, weights
 from m3jax.traced import is_traced
 
 S = TypeVar("S", bound="type[Step]")
@@ -224,6 +224,11 @@ METHODS: dict[str, type[Method]] = {}
 TRANSFORMS: dict[str, type[Transform]] = {}
 
 
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    field_specifiers=(number, weights, choice),
+)
 def register(name: str) -> Callable[[S], S]:
     """Makes a class a step with parameters, known by `name` to everything."""
 

@@ -56,9 +56,7 @@ class _Limbs:
         return tuple(limbs)
 
 
-def exact_sums(
-    terms: Terms, problem: Problem
-) -> Generator[Reduction, Any, Any]:
+def exact_sums(terms: Terms, problem: Problem) -> Generator[Reduction, Any, Any]:
     """Σ over a group's elements of each of J terms.
 
     Args:
@@ -84,7 +82,9 @@ def exact_sums(
         if not np.isfinite(largest[j]):
             sums.append(math.nan)
             continue
-        total = sum(int(limb[j]) << _BITS * (_LIMBS - 1 - i) for i, limb in enumerate(limbs))
+        total = sum(
+            int(limb[j]) << _BITS * (_LIMBS - 1 - i) for i, limb in enumerate(limbs)
+        )
         sums.append(math.ldexp(total, exponent - _BITS * _LIMBS))
     return np.array(sums)
 

@@ -43,13 +43,13 @@ class Ties(Method):
     number of entries, weighs the vote, and sends sums of 0 to +.
     """
 
-    weights: Any = weights(lambda num_models: 1.0, low=0.0)
+    weights: Any = weights(equal=lambda num_models: 1.0, low=0.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 1.5)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     trim_rate: Any = number(
-        0.5,
-        "r, share of each task vector set to zero, smallest first, over the whole "
+        default=0.5,
+        help="r, share of each task vector set to zero, smallest first, over the whole "
         "model",
         low=0.0,
         high=1.0,

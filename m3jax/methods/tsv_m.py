@@ -21,8 +21,8 @@ from m3jax.methods.step import (
 class TsvM(Method):
     """θ0 + s · P([U_1 … U_K]) diag([S_1 … S_K]) P([V_1 … V_K])ᵀ for matrices.
 
-    λ_k τ_k = U_k S_k V_kᵀ, of which the first r = min(m, n) // K triples are kept, as far
-    as σ > max(m, n) ε σ_1. P(A) = Q Rᵀ for the SVD A = Q D Rᵀ is the polar factor, over
+    λ_k τ_k = U_k S_k V_kᵀ, of which the first r = min(m, n) // K triples are kept, as
+    far as σ > max(m, n) ε σ_1. P(A) = Q Rᵀ for the SVD A = Q D Rᵀ is the polar factor, over
     the singular values above max(shape) ε times the largest: tasks that are 0 in a
     tensor, or of low rank, add nothing. Tensors that are no matrices get
     θ0 + s · mean λ_k τ_k. Without M3 all λ_k are 1.
@@ -31,9 +31,9 @@ class TsvM(Method):
     values are left out, which is ours.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 2.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
     )
     unit = "matrix"
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
-from m3jax.traced import is_traced
 from m3jax.recipe import values
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
+from m3jax.traced import is_traced
 
 VOCABULARIES = ("error", "mean", "truncate")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64")
@@ -132,6 +132,21 @@ class Recipe:
         """The transform of that name; None without it."""
         return next((step for step in self.transforms if step.name == name), None)
 
+    def with_number(self, step: str, field: str, value: Any) -> Recipe:
+        """The recipe with another number in one of its steps.
+
+        A transform that it does not have is put behind the others.
+        """
+        if step == self.method.name:
+            method = dataclasses.replace(self.method, **{field: value})
+            return dataclasses.replace(self, method=method)
+        own = self.transform(step) or TRANSFORMS[step]()
+        changed = dataclasses.replace(own, **{field: value})
+        others = [changed if s is own else s for s in self.transforms]
+        if own not in self.transforms:
+            others.append(changed)
+        return dataclasses.replace(self, transforms=tuple(others))
+
     def check(self, *, num_models: int, has_base: bool) -> None:
         """Raises RecipeError where the recipe does not fit this set of models."""
         problems = Problems()
@@ -223,7 +238,9 @@ class Recipe:
         for name in METHODS:
             if name != method and name in fields:
                 _check_unset(name, fields[name], method)
-        steps = {name: groups[name](**fields[name]) for name in fields if name in groups}
+        steps = {
+            name: groups[name](**fields[name]) for name in fields if name in groups
+        }
         order = [*fields.get("transforms", ())]
         _check_known("transforms: ", order, set(TRANSFORMS))
         order += [name for name in TRANSFORMS if name not in order]

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from m3jax.methods.fields import Field, Number
-from m3jax.traced import is_traced
 from m3jax.recipe.problems import Problems, RecipeError, plain
+from m3jax.traced import is_traced
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)

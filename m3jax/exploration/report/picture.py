@@ -69,7 +69,7 @@ def draw(found: Exploration, path: Path) -> None:
         handletextpad=0.4,
         columnspacing=1.4,
     )
-    method = found.winner.recipe.method.replace("_", " ")
+    method = found.winner.recipe.method.name.replace("_", " ")
     figure.suptitle(
         f"{len(found.draws)} draws of {method}, scores on validation",
         x=0.012,
@@ -155,15 +155,15 @@ def _x_axis(found: Exploration, task: str) -> _Axis:
             lambda trial: (trial.mean_ratios or ())[model],
             model,
         )
-    fields: dict[str, Callable[[Trial], Any]] = {
-        "scaling": lambda trial: trial.recipe.scaling,
-        "trim_rate": lambda trial: trial.recipe.trim_rate,
-        "drop_rate": lambda trial: trial.recipe.dare.drop_rate,
-    }
-    for name, value in fields.items():
-        found_values = {value(trial) for trial in draws}
-        if len(found_values) > 1 and all(isinstance(v, float) for v in found_values):
-            return _Axis(name.replace("_", " "), value)
+    for place, step in enumerate(draws[0].recipe.steps):
+        for name in step.fields():
+
+            def value(trial: Trial, place: int = place, name: str = name) -> Any:
+                return getattr(trial.recipe.steps[place], name)
+
+            values = {value(trial) for trial in draws}
+            if len(values) > 1 and all(isinstance(own, float) for own in values):
+                return _Axis(name.replace("_", " "), value)
     return _Axis("draw", lambda trial: trial.index)
 
 

@@ -112,7 +112,7 @@ def as_markdown(found: Exploration) -> str:
     """The tables for people."""
     winner = found.winner
     lines = [
-        f"# {len(found.draws)} draws of {winner.recipe.method}, "
+        f"# {len(found.draws)} draws of {winner.recipe.method.name}, "
         f"{' + '.join(found.models)}",
         "",
         *notes(found),

@@ -87,11 +87,12 @@ def make_sampler(
         raise RecipeError(f"sampler={name!r} needs one of {', '.join(SAMPLERS)}")
     if name == "recipe":  # its own Beta or Dirichlet: as it is, with a seed a trial
         fixed = recipe.mixup.ratios is not None or not recipe.mixup.alpha
-        masked = recipe.dare.drop_rate and recipe.dare.strategy == "random"
+        masked = any(step.draws for step in recipe.transforms)
         if fixed and not masked and draws > 1:
             raise RecipeError(
                 "nothing is drawn: the recipe has fixed ratios, or mixup.alpha is 0 or "
-                "None, and no random DARE; set mixup.alpha, or choose another sampler"
+                "None, and nothing random before the method; set mixup.alpha, or "
+                "choose another sampler"
             )
         return Sampler(recipe, seed, draws, draws)
     assert space is not None
