@@ -46,7 +46,9 @@ class Buffers(threading.local):
     def get(self) -> np.ndarray:
         """Of `_BUFFER` bytes, at the start of a page."""
         if self._whole is None:
-            self._whole = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)
+            memory = np.empty(_BUFFER + BLOCK, np.uint8)
+            start = -memory.ctypes.data % BLOCK
+            self._whole = memory[start : start + _BUFFER]
         return self._whole
 
 

@@ -105,13 +105,13 @@ class ShardWriter:
 
     def write(self, shard: int, offset: int, values: np.ndarray) -> None:
         """Writes the bytes of `values`, of one tensor, at `offset` of a shard."""
-        left = values.view(np.uint8)
-        for name, place, size in self._shards[shard].pieces(offset, len(left)):
+        left, own = values.view(np.uint8), self._shards[shard]
+        for name, place, size in own.pieces(offset, len(left)):
             with contextlib.ExitStack() as stack:
                 file = self._held.get(name)
                 if file is None:
                     path = self._folder / name
-                    file = OutputFile(path, size, self._buffers, create=False)
+                    file = OutputFile(path, own.largest, self._buffers, create=False)
                     stack.callback(file.close)
                 file.write(left[:size], place)
             left = left[size:]
