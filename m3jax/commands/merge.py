@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.commands import allocator, config, distributed, mesh, reporting
+from m3jax.commands import allocator, config, distributed, mesh, process, reporting
 from m3jax.commands.cli import UsageError
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
@@ -82,6 +82,8 @@ def main(positional: list[str]) -> int:
     allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
     prints = _DRY_RUN.value or distributed.start()
+    if not distributed.started():
+        process.keep_programs()
     from m3jax.engine.inputs import MismatchError
     from m3jax.engine.prepare import Execution, prepare
 
@@ -125,6 +127,8 @@ def main(positional: list[str]) -> int:
         )
     if prints:
         print(reporting.summary(result, profile=_PROFILE.value is not None))
+    if not distributed.started():
+        process.leave_at_once()
     return 0
 
 
