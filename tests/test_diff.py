@@ -168,6 +168,15 @@ def test_squares_that_overflow(tmp_path, run: Run):
     assert "—" in run("diff", *folders).out
 
 
+def test_a_picture_of_extreme_numbers(tmp_path, run: Run):
+    a = {"w": np.array([1e-160]), "zero": np.zeros(3), "none": np.zeros(0)}
+    b = {"w": np.array([1.3e154]), "zero": np.ones(3), "none": np.zeros(0)}
+    b["nan"] = a["nan"] = np.full(3, np.nan)
+    folders = write(tmp_path / "a", a), write(tmp_path / "b", b)
+    ran = run("diff", *folders, f"--plot={tmp_path / 'p.png'}")
+    assert (ran.code, ran.err.count("\n")) == (0, 1)
+
+
 def test_zero_on_a_side(tmp_path, run: Run):
     a = {"both": np.zeros(3, np.float32), "one": np.zeros(3, np.float32)}
     b = {"both": np.zeros(3, np.float32), "one": np.ones(3, np.float32)}
@@ -235,7 +244,7 @@ def test_float8_is_compared_dequantised(tmp_path, run: Run, code):
     distance = np.linalg.norm(weight.astype(BFLOAT16).astype(np.float64) - expected)
     assert tensor.sums.distance == pytest.approx(distance, rel=1e-6)
     assert tensor.dtypes == ("BF16", code)
-    assert comparison.only_b.keys() == {"m.weight_scale"}
+    assert comparison.unpaired == {"m.weight_scale": (None, ("F32", (1,)))}
     # The same codes with other scales are other weights.
     c = write_float8(
         tmp_path / "c",

@@ -17,10 +17,9 @@ import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3jax.evaluation.batches import pad, plan_batches
 from m3jax.evaluation.evaluator import TaskEvaluator
 from m3jax.evaluation.results import Result, as_json
-from m3jax.evaluation.running import log_likelihoods
+from m3jax.evaluation.running import log_likelihoods, pad, plan_batches
 from m3jax.evaluation.tasks import answers, programs
 from m3jax.evaluation.tasks.examples import Example, load_examples
 from m3jax.evaluation.tasks.requests import prepare

@@ -11,7 +11,7 @@ from checkpoints import BFLOAT16, encode, random_model, write
 from m3jax.checkpoints.dtypes import DTYPES, of_numpy
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.sources import Float32, read_whole
+from m3jax.checkpoints.sources import read_whole
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,12 +119,8 @@ def test_every_dtype(code, tmp_path):
         source = checkpoint.tensors["x"]
         assert checkpoint.stored["x"].dtype.code == code
         assert source.output_dtype.code == code
-        # Merging is done in float32; a float64 is rounded when it is read.
-        assert source.dtype.code == ("F32" if code == "F64" else code)
-        assert isinstance(source, Float32) == (code == "F64")
-        np.testing.assert_array_equal(
-            read_whole(source), array.astype(np.float32) if code == "F64" else array
-        )
+        assert source.dtype.code == code
+        np.testing.assert_array_equal(read_whole(source), array)
     assert_same(read_all(tmp_path, mergeable=False), {"x": array})
 
 

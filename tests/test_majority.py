@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m3jax.methods import METHODS
-from m3jax.methods.method import Reduction, run_statistics
+from m3jax.methods.step import Problem, Reduction, run_statistics
 
 SIZE = 200_000
 
@@ -31,9 +31,8 @@ def found(
         passes += 1
         return functions.count(reduction, base, task_vectors)
 
-    statistics = METHODS["ties"].statistics
-    assert statistics is not None
-    generator = statistics(*task_vectors.shape, trim_rate)
+    problem = Problem(*task_vectors.shape, {"trim_rate": np.float64(trim_rate)})
+    generator = METHODS["ties"]().measure(problem)
     return run_statistics(generator, answer), passes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import checkpoints
 import functions
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 import reference
 
-from m3jax.methods import METHODS, dare
-from m3jax.methods.method import run_statistics
+from m3jax.methods import METHODS as ALL
+from m3jax.methods import dare
+from m3jax.methods.step import Method, Operands
+
+METHODS = ("average", "task_arithmetic", "ties")  # those that the oracle knows
 
 RATIOS = {1: (1.0,), 2: (0.7, 0.3), 3: (0.2, 0.5, 0.3), 5: (0.1, 0.2, 0.3, 0.25, 0.15)}
 BASE = checkpoints.random_model(0)
@@ -62,58 +66,48 @@ def test_equals_the_reference(method: str, num_models: int, m3: bool):
 def test_parts_give_the_parts(method: str):
     """A rule is elementwise: no element's result depends on its neighbours."""
     base, stack = jnp.asarray(flat(BASE)), jnp.stack([flat(m) for m in MODELS[:2]])
-    info = info_of(method, base, stack)
-    coefficients = jnp.asarray([[0.7], [0.3]], jnp.float32)
-    apply = jax.jit(METHODS[method].apply)
-    whole = apply(base, stack, coefficients, info, np.float32(0.9))
+    step, numbers = step_of(method)
+    info = functions.found(step, base, stack, numbers)
+    whole = functions.apply(step, base, stack, numbers, info)
     for start, stop in itertools.pairwise([0, 1, 8, 1025, 5000, base.size]):
         part = slice(start, stop)
-        merged = apply(base[part], stack[:, part], coefficients, info, np.float32(0.9))
+        merged = functions.apply(step, base[part], stack[:, part], numbers, info)
         np.testing.assert_array_equal(merged, whole[part])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_coefficients_may_vary(method: str):
     """By column and by element as well as by model."""
-    base, stack = (
-        BASE["lm_head.weight"],
-        np.stack([m["lm_head.weight"] for m in MODELS]),
-    )
-    base, stack = jnp.asarray(base), jnp.asarray(stack[:2])
-    info = info_of(method, base, stack)
+    base = jnp.asarray(BASE["lm_head.weight"])
+    stack = jnp.asarray(np.stack([m["lm_head.weight"] for m in MODELS[:2]]))
+    step, numbers = step_of(method)
+    info = functions.found(step, base, stack, numbers)
     shares = np.random.default_rng(0).random(base.shape[1:]).astype(np.float32)
-    by_column = np.stack([shares, 1 - shares])[:, None]
-    apply = jax.jit(METHODS[method].apply)
-    merged = apply(base, stack, jnp.asarray(by_column), info, np.float32(1))
+    by_column = jnp.asarray(np.stack([shares, 1 - shares])[:, None])
+    merged = apply(step, base, stack, by_column, info)
     by_element = jnp.broadcast_to(by_column, stack.shape)
-    again = apply(base, stack, by_element, info, np.float32(1))
+    again = apply(step, base, stack, by_element, info)
     np.testing.assert_array_equal(again, merged)
     for column in (0, 13, 28):
-        one = apply(
-            base[:, column],
-            stack[:, :, column],
-            jnp.asarray(by_column[:, :, column]),
-            info,
-            np.float32(1),
-        )
-        np.testing.assert_array_equal(merged[:, column], one)
+        own = slice(column, column + 1)
+        one = apply(step, base[:, own], stack[:, :, own], by_column[:, :, own], info)
+        np.testing.assert_array_equal(merged[:, own], one)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_in_the_coefficients(method: str):
     base, stack = jnp.asarray(flat(BASE)), jnp.stack([flat(m) for m in MODELS[:2]])
-    info = info_of(method, base, stack)
+    step, numbers = step_of(method)
+    info = functions.found(step, base, stack, numbers)
 
     def loss(coefficients: jax.Array) -> jax.Array:
-        merged = METHODS[method].apply(
-            base, stack, coefficients[:, None], info, np.float32(1)
-        )
+        merged = apply(step, base, stack, coefficients[:, None], info)
         return jnp.sum((merged - base) ** 2)
 
     at = jnp.asarray([0.7, 0.3], jnp.float32)
     gradient = jax.grad(loss)(at)
-    step = jnp.asarray([0.02, 0.0], jnp.float32)
-    slope = (loss(at + step) - loss(at - step)) / (2 * step[0])
+    change = jnp.asarray([0.02, 0.0], jnp.float32)
+    slope = (loss(at + change) - loss(at - change)) / (2 * change[0])
     assert gradient[0] == pytest.approx(float(slope), rel=2e-3)
     assert abs(float(slope)) > 1e-3
 
@@ -215,32 +209,43 @@ def test_dare_of_weights_needs_no_base():
     assert result["a"].tolist() == [0, 4, 6, 0]
 
 
-def test_rescale_factors():
-    kept = np.array([0.8, 1.0, 0.0])
-    assert dare.rescale_factors(kept, rescale=True).tolist() == [1.25, 1, 1]
-    assert dare.rescale_factors(kept, rescale=False).tolist() == [1, 1, 1]
+def test_dare_rescales_by_the_rounded_rate():
+    step = dare.Dare(drop_rate=None)
+    rates = np.array([[0.2], [0.0], [1.0], [1e-9]])
+    info = step.derive({"drop_rate": rates}, {}, np)
+    assert info["threshold"][:, 0].tolist() == [13107, 0, 65536, 0]
+    assert info["scale"][:, 0].tolist() == [65536 / (65536 - 13107), 1, 1, 1]
+    kept = dare.Dare(drop_rate=None, rescale=False)
+    assert kept.derive({"drop_rate": rates}, {}, np)["scale"].tolist() == [[1]] * 4
 
 
 def ties(base: np.ndarray, stack: np.ndarray, ratios: tuple[float, ...]) -> np.ndarray:
-    return np.asarray(
-        METHODS["ties"].apply(
-            jnp.asarray(base),
-            jnp.asarray(stack),
-            jnp.asarray(ratios, jnp.float32)[:, None],
-            NO_INFO,
-            np.float32(1),
-        )
+    step, numbers = step_of("ties", weights=ratios)
+    merged = functions.apply(
+        step, jnp.asarray(base), jnp.asarray(stack), numbers, NO_INFO
     )
+    return np.asarray(merged)
 
 
-def info_of(method: str, base: jax.Array, stack: jax.Array) -> dict[str, np.ndarray]:
-    statistics = METHODS[method].statistics
-    if statistics is None:
-        return {}
-    return run_statistics(
-        statistics(stack.shape[0], base.size, 0.5),
-        lambda reduction: functions.answer(reduction, base, stack),
-    )
+def step_of(
+    method: str, weights: tuple[float, ...] = (0.7, 0.3)
+) -> tuple[Method, dict[str, np.ndarray]]:
+    """A method with its defaults but a scaling of 0.9 (TIES: 1), and its numbers."""
+    step = ALL[method]()
+    scaling = 1.0 if weights != (0.7, 0.3) else 0.9
+    numbers = {"weights": np.array(weights), "scaling": scaling, "trim_rate": 0.5}
+    return step, {k: np.asarray(v) for k, v in numbers.items() if k in step.fields()}
+
+
+def apply(step: Method, base: Any, stack: Any, weights: Any, info: Any) -> jax.Array:
+    """The method with coefficients that are arrays, and a scaling of 0.9."""
+    behind = (1,) * base.ndim
+    p = {"weights": weights, "scaling": jnp.full(behind, 0.9, jnp.float32)}
+    own = {
+        name: jnp.asarray(value, jnp.float32).reshape(*np.shape(value), *behind)
+        for name, value in info.items()
+    }
+    return step.static.apply(Operands(base, stack), p, own)
 
 
 def flat(tensors: checkpoints.Tensors) -> np.ndarray:

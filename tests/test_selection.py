@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3jax.methods import selection
-from m3jax.methods.method import Reduction, run_statistics
+from m3jax.engine.kernel import Numbers, Program, reduce
+from m3jax.methods import METHODS, selection
+from m3jax.methods.step import Operands, Problem, Reduction, run_statistics
 
 INFINITY = 0x7F800000  # its bit pattern, the largest of a magnitude
 SMALLEST = np.float32(1e-45)  # denormal
@@ -100,7 +101,7 @@ def test_task_vectors():
     base = _random.normal(0, 0.02, 1001).astype(np.float32)
     stack = np.stack([_normal, -_normal])
     found = run_statistics(
-        selection.kth_smallest(selection.delta_codes, [500, 1], 1001),
+        kth_smallest(selection.delta_codes, [500, 1], 1001),
         lambda reduction: functions.answer(reduction, base, stack),
     )
     assert_same(found[0], kth(stack[0] - base, 500))
@@ -124,19 +125,33 @@ def test_ranks_among_nans_are_infinite():
 
 
 def test_padding_is_not_counted():
-    values = np.float32([[5, 6, 0, 0]])
-    window = selection.Window(np.zeros(1, np.int32), np.full(1, 16, np.int32))
-    valid = np.array([True, True, False, False])
-    counts = selection.count_codes(selection.magnitude_codes(values, valid, window))
-    assert int(counts.sum()) == 2
+    x = Operands(None, jax.numpy.asarray(np.float32([[5, 6, 0, 0]])))
+    window = {"low": np.zeros((1, 1), np.int32), "shift": np.full((1, 1), 16, np.int32)}
+    program = Program((), METHODS["average"]())
+    for count in (True, False):
+        (found,) = reduce(
+            x,
+            Numbers((), ()),
+            None,
+            window,
+            np.arange(1024)[None] < 2,
+            program=program,
+            depth=0,
+            function=selection.weight_codes,
+            combine=("histogram",),
+            count=count,
+        )
+        if not count:
+            found = selection.count_codes_on_host(np.asarray(found)[0])
+        assert int(np.asarray(found).sum()) == 2
 
 
 @pytest.mark.parametrize("low", [0, 1 << 16, INFINITY - 5])
 @pytest.mark.parametrize("shift", [0, 7, 15])
 def test_counting_on_host_and_device_agree(low: int, shift: int):
     values = np.concatenate([*DATA.values()])[None]
-    window = selection.Window(np.int32([low]), np.int32([shift]))
-    codes = selection.magnitude_codes(values, np.ones(values.shape[1:], bool), window)
+    window = {"low": np.int32([[low]]), "shift": np.int32([[shift]])}
+    codes = selection.magnitude_codes(jax.numpy.asarray(values), window)
     device = np.asarray(selection.count_codes(codes))
     host = selection.count_codes_on_host(np.asarray(codes))
     np.testing.assert_array_equal(device, host)
@@ -183,8 +198,16 @@ def find(
         counts = [functions.count(reduction, None, part) for part in parts]
         return jax.tree.map(lambda *own: sum(own), *counts)
 
-    generator = selection.kth_smallest(selection.weight_codes, ranks, values.shape[1])
+    generator = kth_smallest(selection.weight_codes, ranks, values.shape[1])
     return run_statistics(generator, answer), passes
+
+
+def kth_smallest(function: Any, ranks: list[int], size: int) -> Any:
+    """The generator for ranks instead of rates: rates that give those ranks."""
+    rates = np.array([(rank + 0.5) / size for rank in ranks])
+    rates = np.minimum(rates, 1.0)
+    assert (rates * size).astype(np.int64).tolist() == ranks
+    return selection.kth_smallest(function, rates, Problem(len(ranks), size, {}))
 
 
 def kth(values: np.ndarray, rank: int) -> np.float32:

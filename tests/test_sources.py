@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 import m3jax
 from m3jax.checkpoints import sources
-from m3jax.checkpoints.dtypes import DTYPES, of_numpy
+from m3jax.checkpoints.dtypes import DTYPES, FLOAT32, of_numpy
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.files import InputFile
 from m3jax.checkpoints.safetensors import header_of, layout
 from m3jax.checkpoints.sources import (
     FileTensor,
     FirstRows,
-    Float32,
+    Converted,
     WithMeanRows,
     read_whole,
 )
@@ -169,7 +169,7 @@ def test_float32(code, shape, data):
     array = array_of(DTYPES[code].numpy, shape, data)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = array.astype(np.float32)
-    source = Float32(InMemory(array))
+    source = Converted(InMemory(array), FLOAT32)
     assert (source.dtype.code, source.output_dtype.code) == ("F32", code)
     assert source.shape == shape
     check_run(source, expected, data)
@@ -178,7 +178,7 @@ def test_float32(code, shape, data):
 def test_float64_is_rounded_once_to_nearest_even():
     exact = np.array([1 + 2**-24, 1 + 3 * 2**-24, 1e300, -1e-50, 2**-149], np.float64)
     out = np.empty(5, np.float32)
-    Float32(InMemory(exact)).read_into(out, 0)
+    Converted(InMemory(exact), FLOAT32).read_into(out, 0)
     np.testing.assert_array_equal(out, [1, 1 + 2**-22, np.inf, -0.0, 2**-149])
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.recipe import Recipe
 
 _FEW_GROUPS = 80  # ratios of more groups than this are left to m3jax.json
 
 
 def render(
-    recipe: Recipe,
+    recipe: Mapping[str, Any],
     seed: int,
     ratios: Mapping[str, tuple[float, ...]] | None,
     base: Checkpoint | None,
@@ -28,7 +28,7 @@ def render(
         *front,
         "---",
         "",
-        f"# Merge of {len(models)} models by {recipe.method.name}",
+        f"# Merge of {len(models)} models by {recipe['method']}",
         "",
     ]
     lines += [
@@ -43,7 +43,7 @@ def render(
     for i, model in enumerate(models, start=1):
         lines.append(f"| model {i} | `{model.name}` | {model.revision or '—'} |")
     lines += ["", "## Ratios", ""]
-    lines += _ratios(recipe, ratios, len(models))
+    lines += _ratios(recipe["mixup"], ratios, len(models))
     lines += [
         "",
         "## Recipe",
@@ -51,7 +51,7 @@ def render(
         f"Seed {seed}.",
         "",
         "```json",
-        json.dumps(recipe.to_dict(), indent=2),
+        json.dumps(recipe, indent=2),
         "```",
         "",
         "To make the same bytes again, from where the paths above lead:",
@@ -65,16 +65,16 @@ def render(
 
 
 def _ratios(
-    recipe: Recipe, ratios: Mapping[str, tuple[float, ...]] | None, num_models: int
+    mixup: Mapping[str, Any],
+    ratios: Mapping[str, tuple[float, ...]] | None,
+    num_models: int,
 ) -> list[str]:
     if ratios is None:
         return ["M3 is off: the models have equal weight."]
-    if recipe.mixup.ratios is not None:
+    if mixup["ratios"] is not None:
         how = "Given by hand"
     else:
-        how = (
-            f"Drawn: α = {recipe.mixup.alpha}, one draw per {recipe.mixup.granularity}"
-        )
+        how = f"Drawn: α = {mixup['alpha']}, one draw per {mixup['granularity']}"
     if len(ratios) > _FEW_GROUPS:
         return [f"{how}; {len(ratios)} draws, see `m3jax.json`."]
     columns = " | ".join(f"model {i}" for i in range(1, num_models + 1))

@@ -16,7 +16,6 @@ from m3jax.checkpoints import model_card, side_files
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.output import MANIFEST, MODEL_CARD, OutputFolder
 from m3jax.checkpoints.shards import Shard
-from m3jax.recipe import Recipe
 
 FORMAT = 1  # of m3jax.json; `record` reads it
 CHECKSUM = "xxh3_128"
@@ -27,17 +26,22 @@ class Facts:
     """All that is recorded of a merge.
 
     Attributes:
+      recipe: its fields, as JSON values.
+      statistics: checkpoints beside the models, of a method that reads them.
+      measured: what the method says of the whole model, by name.
       input_checksums: per checkpoint (base first), over what was read from it.
       checksums: of each tensor written.
       config_changes: fields of config.json to set, or to remove (None).
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
     """
 
-    recipe: Recipe
+    recipe: Mapping[str, Any]
     seed: int
     ratios: Mapping[str, tuple[float, ...]] | None
     base: Checkpoint | None
     models: Sequence[Checkpoint]
+    statistics: Sequence[Checkpoint]
+    measured: Mapping[str, list[float]]
     input_checksums: Sequence[str | None]
     shards: Sequence[Shard]
     checksums: Mapping[str, str]
@@ -47,7 +51,8 @@ class Facts:
 
 def write(folder: OutputFolder, facts: Facts) -> None:
     """Writes the side files, the model card and m3jax.json."""
-    checkpoints = [*([facts.base] if facts.base else []), *facts.models]
+    base = [facts.base] if facts.base else []
+    checkpoints = [*base, *facts.models, *facts.statistics]
     files = _side_files(facts, checkpoints[0])
     files[MODEL_CARD] = model_card.render(
         facts.recipe, facts.seed, facts.ratios, facts.base, facts.models
@@ -84,11 +89,13 @@ def _manifest(
     ]
     manifest = {
         "format": FORMAT,
-        "recipe": facts.recipe.to_dict(),
+        "recipe": facts.recipe,
         "seed": facts.seed,
         "ratios": facts.ratios and dict(facts.ratios),
         "base": described[0] if facts.base else None,
-        "models": described[1:] if facts.base else described,
+        "models": described[bool(facts.base) :][: len(facts.models)],
+        "statistics": described[len(described) - len(facts.statistics) :],
+        "measured": dict(facts.measured),
         "tokenizer_from": facts.tokenizer_from,
         "versions": {
             "m3jax": m3jax.__version__,

@@ -159,10 +159,9 @@ def make_shards(tensors: list[list[Any]]) -> list[Shard]:
     ]
 
 
-def of_model(shards: Sequence[Shard]) -> list[Shard]:
-    """Those that hold the model itself, rather than other parts of the output."""
-    stem = WEIGHTS.partition(".")[0]
-    return [shard for shard in shards if shard.name.startswith(stem)]
+def of_model(file: str) -> bool:
+    """Whether a file holds the model itself, rather than another part of the output."""
+    return file.startswith(WEIGHTS.partition(".")[0])
 
 
 def index_json(shards: Sequence[Shard]) -> bytes:
@@ -177,6 +176,6 @@ def index_json(shards: Sequence[Shard]) -> bytes:
 
 
 def write_index(folder: OutputFolder, shards: Sequence[Shard]) -> None:
-    own = of_model(shards)
+    own = [shard for shard in shards if of_model(shard.name)]
     if len(own) > 1:
         folder.write(INDEX, index_json(own))

@@ -40,6 +40,7 @@ class Asked:
     Attributes:
       recipe, base, models, seed: what to merge, and how.
       tokenizer_from: of the record, None without one.
+      statistics: beside the models, of the record.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Asked:
     models: list[str]
     seed: int
     tokenizer_from: str | None
+    statistics: list[str]
 
 
 _holder: Any = None
@@ -95,6 +97,7 @@ def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked
         models=models or [model["path"] for model in _record.get("models", [])],
         seed=_record.get("seed", 0) if seed is None else seed,
         tokenizer_from=_record.get("tokenizer_from"),
+        statistics=[own["path"] for own in _record.get("statistics", [])],
     )
 
 

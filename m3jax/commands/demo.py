@@ -58,37 +58,29 @@ def main(positional: list[str]) -> int:
 
 def _merge_all(output: Path, seed: int) -> str:
     """Merges a pair by every recipe; returns the name of the last one."""
-    print(
-        "1. Merge. Two models, maths and code, were fine-tuned from one base. M3 draws"
-    )
-    print("   the ratio λ in which to merge them; a recipe puts it into a method.\n")
-    recipes = _recipes()
-    name = list(recipes)[-1]
-    rows = [
-        _merge(name, recipe, output / name, seed) for name, recipe in recipes.items()
-    ]
-    again, other = f"{name}, again", f"{name}, other seed"
-    rows.append(_merge(again, recipes[name], output / "again", seed))
-    rows.append(
-        _merge(other, recipes[name], output / "another-seed", (seed + 1) % 2**32)
-    )
-    header = ("recipe", "λ", "to maths", "to code", "checksum")
-    print("\n".join(table(header, rows, "<>>>>")))
-    print(
-        "\n   Distances: 0 is that parent, 1 as far from it as the parents are apart."
-    )
-    print("   The same seed makes the same bytes.\n")
-    return name
-
-
-def _recipes() -> dict[str, m3jax.Recipe]:
+    print("""\
+1. Merge. Two models, maths and code, were fine-tuned from one base. M3 draws
+   the ratio λ in which to merge them; a recipe puts it into a method.
+""")
     dare = m3jax.Dare(drop_rate=0.2)
-    return {
+    recipes = {
         "average": m3jax.Recipe(),
         "task_arithmetic_dare": m3jax.Recipe(method="task_arithmetic", dare=dare),
         "ties": m3jax.Recipe(method="ties"),
         "ties_dare": m3jax.Recipe(method="ties", dare=dare),
     }
+    rows = [_merge(name, own, output / name, seed) for name, own in recipes.items()]
+    name, recipe = recipes.popitem()
+    other = (seed + 1) % 2**32
+    rows.append(_merge(f"{name}, again", recipe, output / "again", seed))
+    rows.append(_merge(f"{name}, other seed", recipe, output / "another-seed", other))
+    header = ("recipe", "λ", "to maths", "to code", "checksum")
+    print("\n".join(table(header, rows, "<>>>>")))
+    print("""
+   Distances: 0 is that parent, 1 as far from it as the parents are apart.
+   The same seed makes the same bytes.
+""")
+    return name
 
 
 def _merge(name: str, recipe: m3jax.Recipe, folder: Path, seed: int) -> tuple[str, ...]:
@@ -123,11 +115,11 @@ def _distance(a: Path, b: Path) -> float:
 
 def _explore(output: Path, seed: int, draws: int) -> Exploration:
     """Draws ratios of all experts, and keeps what is best on the validation tasks."""
-    print(f"2. Explore. Three experts, a skill each: {draws} draws of the ratios of")
-    print("   their task vectors are merged and scored in memory. The winner has the")
-    print(
-        "   best mean accuracy on validation; what it is worth, other questions tell.\n"
-    )
+    print(f"""\
+2. Explore. Three experts, a skill each: {draws} draws of the ratios of
+   their task vectors are merged and scored in memory. The winner has the
+   best mean accuracy on validation; what it is worth, other questions tell.
+""")
     base = str(_DATA / "base")
     evaluators = [
         m3jax.TaskEvaluator.of_checkpoint(base, [_DATA / "tasks" / f"{part}.json"])

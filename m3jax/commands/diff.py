@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import DIFFERENT, UsageError
 from m3jax.commands.tables import clean, percent, shape, table
-from m3jax.engine.compare import Compared, Comparison, Sums, add, compare
+from m3jax.engine.compare import Compared, Comparison, Described, Sums, add, compare
 
 USAGE = "m3jax diff A B [--tensors | --json] [--plot=FILE.png] [--exit_code]"
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
@@ -127,12 +127,7 @@ def _remarks(comparison: Comparison) -> list[str]:
     tensors, lines = comparison.tensors, []
     some_left_out = len(comparison.weights) < len(tensors)
     remarks: list[dict[str, str]] = [
-        {n: f"only in A: {d}, {shape(s)}" for n, (d, s) in comparison.only_a.items()},
-        {n: f"only in B: {d}, {shape(s)}" for n, (d, s) in comparison.only_b.items()},
-        {
-            name: f"shape is {shape(in_a)} in A, {shape(in_b)} in B"
-            for name, (in_a, in_b) in comparison.shapes.items()
-        },
+        {name: _unpaired(*sides) for name, sides in comparison.unpaired.items()},
         {
             t.name: f"dtype is {t.dtypes[0]} in A, {t.dtypes[1]} in B"
             for t in tensors
@@ -159,7 +154,15 @@ def _remarks(comparison: Comparison) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def _unpaired(a: Described | None, b: Described | None) -> str:
+    if a and b:
+        return f"shape is {shape(a[1])} in A, {shape(b[1])} in B"
+    code, sizes = a or b or ("", ())
+    return f"only in {'A' if a else 'B'}: {code}, {shape(sizes)}"
+
+
 def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
+    unpaired = comparison.unpaired.items()
     return {
         "a": a,
         "b": b,
@@ -169,9 +172,9 @@ def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
             t.name: {"shape": t.shape, "dtypes": t.dtypes, **_sums_as_json(t.sums)}
             for t in comparison.tensors
         },
-        "only_a": _tensors_as_json(comparison.only_a),
-        "only_b": _tensors_as_json(comparison.only_b),
-        "shapes": comparison.shapes,
+        "only_a": {n: _described(x) for n, (x, y) in unpaired if x and not y},
+        "only_b": {n: _described(y) for n, (x, y) in unpaired if y and not x},
+        "shapes": {n: (x[1], y[1]) for n, (x, y) in unpaired if x and y},
         "notes": comparison.notes,
     }
 
@@ -196,5 +199,5 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tensors_as_json(only: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
-    return {n: {"dtype": dtype, "shape": sizes} for n, (dtype, sizes) in only.items()}
+def _described(tensor: Described) -> dict[str, Any]:
+    return {"dtype": tensor[0], "shape": tensor[1]}

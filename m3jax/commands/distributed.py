@@ -107,18 +107,17 @@ def several(environment: Mapping[str, str]) -> bool:
     It looks for what JAX's argument-free initialization looks for.
     """
 
-    def count(name: str) -> int:
-        text = environment.get(name, "")
-        return int(text) if text.isdecimal() else 0
-
     slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
-    return (
-        (slurm <= environment.keys() and count("SLURM_NTASKS") > 1)
-        or (
-            "OMPI_MCA_orte_hnp_uri" in environment and count("OMPI_COMM_WORLD_SIZE") > 1
-        )
-        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
-        or (importlib.util.find_spec("libtpu") is not None and _tpu_pod(environment))
+    counted = {"SLURM_NTASKS": slurm, "OMPI_COMM_WORLD_SIZE": {"OMPI_MCA_orte_hnp_uri"}}
+    for name, others in counted.items():
+        count = environment.get(name, "")
+        if others <= environment.keys() and count.isdecimal() and int(count) > 1:
+            return True
+    return {
+        "KUBERNETES_SERVICE_HOST",
+        "JOB_COMPLETION_INDEX",
+    } <= environment.keys() or (
+        importlib.util.find_spec("libtpu") is not None and _tpu_pod(environment)
     )
 
 

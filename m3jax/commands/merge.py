@@ -29,6 +29,12 @@ _BASE = flags.DEFINE_string(
     "The base model: a folder, a file or org/name; safetensors, Orbax or Flax msgpack.",
 )
 _MODELS = flags.DEFINE_list("models", None, "The fine-tuned models, comma-separated.")
+_STATISTICS = flags.DEFINE_list(
+    "statistics",
+    None,
+    "One checkpoint per model of what was measured (Fisher, Gram), for methods that "
+    "read it.",
+)
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
 _SEED = flags.DEFINE_integer("seed", None, "Of ratios and masks. [0]")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a previous m3jax output.")
@@ -72,6 +78,7 @@ def main(positional: list[str]) -> int:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
+    statistics = _STATISTICS.value or asked.statistics
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value
@@ -101,7 +108,7 @@ def main(positional: list[str]) -> int:
     )
     if _DRY_RUN.value:
         try:
-            with prepare(base, models, recipe, seed, execution) as prepared:
+            with prepare(base, models, recipe, seed, execution, statistics) as prepared:
                 print(reporting.plan(prepared, output))
         except MismatchError as error:
             print("\n".join(error.mismatches))
@@ -124,6 +131,7 @@ def main(positional: list[str]) -> int:
             seed=seed,
             execution=execution,
             progress=progress,
+            statistics=statistics,
         )
     if prints:
         print(reporting.summary(result, profile=_PROFILE.value is not None))

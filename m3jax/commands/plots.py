@@ -138,7 +138,7 @@ class _Measure(NamedTuple):
 def _measures(cells: list[Sums]) -> tuple[_Measure, _Measure]:
     """Distances are logarithmic: norms move a hundred times less than the rest."""
     found = [distance for sums in cells if (distance := sums.relative_distance)]
-    highest = 10.0 ** math.ceil(math.log10(max(found, default=1.0)))
+    highest = 10.0 ** min(math.ceil(math.log10(max(found, default=1.0))), 300)
     lowest = 10.0 ** math.floor(math.log10(min(found, default=1.0)))
     lowest = min(max(lowest, highest / 10**_DECADES), highest / 10)
     return (
@@ -196,16 +196,15 @@ def _draw(axis: Any, panel: _Panel, measure: _Measure) -> Any:
 
 
 def _titles(figure: Figure, total: Sums, a: str, b: str) -> None:
-    facts = []
-    if (distance := total.relative_distance) is not None:
-        facts.append(f"distance {100 * distance:.3g} %")
-    if total.cosine is not None:
-        facts.append(f"cosine {total.cosine:.8f}")
-    if (equal := total.equal_share) is not None:
-        facts.append(f"{100 * equal:.2f} % of {total.elements:,} entries equal")
-    facts.append(f"largest difference {total.largest:.3g}")
+    distance, cosine = total.relative_distance, total.cosine
+    facts = [
+        "" if distance is None else f"distance {100 * distance:.3g} %",
+        "" if cosine is None else f"cosine {cosine:.8f}",
+        f"{percent(total.equal, total.elements)} of {total.elements:,} entries equal",
+        f"largest difference {total.largest:.3g}",
+    ]
     names = [f"A  {_text(a, _LONGEST_NAME)}", f"B  {_text(b, _LONGEST_NAME)}"]
-    text = "\n".join([*names, "  ·  ".join(facts)])
+    text = "\n".join([*names, "  ·  ".join(filter(None, facts))])
     figure.suptitle(text, x=0.012, ha="left", fontsize=11, linespacing=1.5, color=_INK)
 
 

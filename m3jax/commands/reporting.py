@@ -57,17 +57,17 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
 def _dtype(prepared: Prepared) -> str:
     """Of the output; with what makes it larger than the models, if anything does."""
     tensors = [prepared.inputs.tensors[i] for i in prepared.merged]
-    names = {t.dtype.numpy.name for t in tensors} or {"that of each tensor"}
-    widest = [max(m.source.dtype.itemsize for m in t.models) for t in tensors]
-    sizes = [prepared.items[i].size for i in prepared.merged]
-    wider = sum(
-        count * max(0, tensor.dtype.itemsize - width)
-        for count, tensor, width in zip(sizes, tensors, widest, strict=True)
-    )
-    text = ", ".join(sorted(names))
+    wider = 0
+    for i, tensor in zip(prepared.merged, tensors, strict=True):
+        widest = max(model.source.output_dtype.itemsize for model in tensor.models)
+        wider += prepared.items[i].size * max(0, tensor.dtype.itemsize - widest)
+    names = sorted({tensor.dtype.numpy.name for tensor in tensors})
+    text = ", ".join(names) or "that of each tensor"
     if not wider:
         return text
-    theirs = sorted({m.source.dtype.numpy.name for t in tensors for m in t.models})
+    theirs = sorted(
+        {m.source.output_dtype.numpy.name for t in tensors for m in t.models}
+    )
     return (
         f"{text}, wider than the models' {', '.join(theirs)}: {size(wider)} more to "
         f"write; --config.dtype={theirs[0]} would not"

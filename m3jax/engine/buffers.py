@@ -19,11 +19,13 @@ class Buffers:
     Attributes:
       base: bytes of the base's part of a chunk.
       stack: bytes of all models' parts.
+      beside: of what comes beside them.
     """
 
-    def __init__(self, base_bytes: int, stack_bytes: int):
+    def __init__(self, base_bytes: int, stack_bytes: int, beside_bytes: int):
         self.base = _aligned(base_bytes)
         self.stack = _aligned(stack_bytes)
+        self.beside = _aligned(beside_bytes)
 
 
 def buffer_bytes(
@@ -31,15 +33,15 @@ def buffer_bytes(
     items: Sequence[Item],
     tiles: int,
     units: Sequence[str] = ("element",),
-) -> tuple[int, int]:
-    """Bytes of a thread's base and stack buffers.
+) -> tuple[int, int, int]:
+    """Bytes of a thread's buffers of the base, the models and what is beside them.
 
     Args:
       tensors, items: of the merge.
       tiles: of a chunk.
       units: that are worked on; rows and matrices may need more than a chunk.
     """
-    base = stack = 1
+    base = stack = beside = 1
     for tensor, item in zip(tensors, items, strict=True):
         elements = tiles * TILE
         if "matrix" in units and item.merged:
@@ -51,7 +53,10 @@ def buffer_bytes(
         models = sum(m.source.dtype.itemsize for m in tensor.models)
         base = max(base, own * elements)
         stack = max(stack, (models if tensor.merged else first) * elements)
-    return base, stack
+        if "matrix" not in units:
+            others = [o.source for own in tensor.beside.values() for o in own]
+            beside = max(beside, sum(s.dtype.itemsize for s in others) * elements)
+    return base, stack, beside
 
 
 def view(buffer: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

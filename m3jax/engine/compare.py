@@ -36,6 +36,9 @@ _BLOCK = 16 * TILE  # elements widened to float64 at a time; they stay in the ca
 CHUNK = 1 << 20  # elements that a thread reads at a time
 
 
+Described = tuple[str, tuple[int, ...]]  # dtype and shape
+
+
 class Sums(NamedTuple):
     """What is added up over pairs of entries (a, b); see `add`.
 
@@ -119,15 +122,13 @@ class Comparison:
 
     Attributes:
       tensors: those that could be compared, in order of their names.
-      only_a, only_b: dtype and shape of the tensors that one side alone has.
-      shapes: the two shapes of the tensors whose shapes differ.
+      unpaired: the others, dtype and shape as stored in A and in B: those that one
+        side lacks (None), and those whose shapes differ.
       notes: what the user should know, one line each.
     """
 
     tensors: tuple[Compared, ...]
-    only_a: Mapping[str, tuple[str, tuple[int, ...]]]
-    only_b: Mapping[str, tuple[str, tuple[int, ...]]]
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    unpaired: Mapping[str, tuple[Described | None, Described | None]]
     notes: tuple[str, ...]
 
     @property
@@ -146,8 +147,7 @@ class Comparison:
     @property
     def same(self) -> bool:
         """Whether names, dtypes, shapes and all entries are equal."""
-        unpaired = self.only_a or self.only_b or self.shapes
-        return not unpaired and all(tensor.same for tensor in self.tensors)
+        return not self.unpaired and all(tensor.same for tensor in self.tensors)
 
 
 def compare(
@@ -202,12 +202,9 @@ def compare(
             )
             for name in paired
         ),
-        only_a=_only(a, b),
-        only_b=_only(b, a),
-        shapes={
-            name: (x.shape, y.shape)
-            for name, (x, y) in pairs.items()
-            if x.shape != y.shape
+        unpaired={
+            name: (_described(a, name), _described(b, name))
+            for name in sorted({*a.stored, *b.stored} - sums.keys())
         },
         notes=tuple(notes),
     )
@@ -225,12 +222,9 @@ def _weights(checkpoint: Checkpoint, notes: list[str]) -> Mapping[str, Source]:
     return stored | dequantised
 
 
-def _only(one: Checkpoint, other: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {
-        name: (tensor.dtype.code, tensor.shape)
-        for name, tensor in one.stored.items()
-        if name not in other.stored
-    }
+def _described(checkpoint: Checkpoint, name: str) -> Described | None:
+    tensor = checkpoint.stored.get(name)
+    return None if tensor is None else (tensor.dtype.code, tensor.shape)
 
 
 def _bytes(source: Source) -> int:

@@ -45,6 +45,7 @@ def merge_params(
     *,
     donate: bool = False,
     allow_nonfinite: bool = False,
+    statistics: Sequence[Any] = (),
 ) -> Any:
     """Merges pytrees of arrays into a pytree, in device memory.
 
@@ -75,6 +76,8 @@ def merge_params(
       donate: give up the inputs: their memory is reused, and they cannot be read
         afterwards, apart from leaves that the result takes over.
       allow_nonfinite: merge NaN and infinity instead of refusing them.
+      statistics: one pytree per model, for a method that reads what was measured
+        (Fisher information, Gram matrices): a leaf stands where its weight does.
 
     Returns:
       A pytree of the structure of `base` (of ``models[0]`` without a base), each leaf
@@ -87,8 +90,9 @@ def merge_params(
     """
     recipe = recipe or Recipe()
     recipe.check(num_models=len(models), has_base=base is not None)
+    recipe.check_statistics(len(statistics), len(models))
     prng.root_key(key)  # raises SeedError before anything is done
-    leaves, structure = align_trees(base, models, recipe)
+    leaves, structure = align_trees(base, models, recipe, statistics)
     if donate:
         _check_distinct(leaves)
     if not allow_nonfinite:
@@ -152,6 +156,7 @@ class Leaves:
             return kernels.reduce_leaf(
                 leaf.models,
                 leaf.base,
+                leaf.beside,
                 take(numbers.first(depth), i, axes, leaf.compute_dtype),
                 self._draw(program, depth, numbers, i, placement),
                 take(arguments, g, axes),
@@ -227,7 +232,7 @@ class Leaves:
             first,
             tuple(others),
             leaf.base,
-            {},
+            leaf.beside,
             take(own, i, len(placement.shape), leaf.compute_dtype),
             self._draw(program, None, numbers, i, placement),
             program=program,

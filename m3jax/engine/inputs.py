@@ -67,6 +67,7 @@ class TensorInputs:
       merged: False for a tensor that is copied from the first origin.
       dtype: of the output.
       parts: what is made of it, by part of the output; "" is the model itself.
+      beside: what comes beside each model, by name; none where no checkpoint has it.
     """
 
     name: str
@@ -75,10 +76,13 @@ class TensorInputs:
     merged: bool
     dtype: Dtype
     parts: Mapping[str, Part]
+    beside: Mapping[str, tuple[Origin, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        return self.models if self.base is None else (self.base, *self.models)
+        """All that it is made of: base, models, and what comes beside them."""
+        base = () if self.base is None else (self.base,)
+        return (*base, *self.models, *(o for own in self.beside.values() for o in own))
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -116,7 +120,8 @@ class TensorInputs:
             return "copy", self.sources[0].dtype.code
         base = self.base.source.dtype.code if self.base is not None else "-"
         code = self.models[0].source.dtype.code
-        return "F64" if self.wide else "F32", base, code, self.kernel_dtypes
+        beside = tuple(sorted(self.beside))
+        return "F64" if self.wide else "F32", base, code, beside, self.kernel_dtypes
 
     @property
     def written_bytes(self) -> int:
@@ -153,9 +158,17 @@ class MismatchError(CheckpointError):
 
 
 def align(
-    base: Checkpoint | None, models: list[Checkpoint], recipe: Recipe
+    base: Checkpoint | None,
+    models: list[Checkpoint],
+    recipe: Recipe,
+    statistics: list[Checkpoint] | None = None,
 ) -> MergeInputs:
     """Lines up the checkpoints' tensors by name.
+
+    Args:
+      base, models: the checkpoints.
+      recipe: what is done to them.
+      statistics: one checkpoint per model, for a method that reads what they hold.
 
     Raises:
       MismatchError: with every tensor that is missing, extra, or of another shape.
@@ -207,8 +220,13 @@ def align(
             parts = _parts(recipe, sources[0].shape, dtype, len(models))
         own = origins.pop(0) if base is not None else None
         kept = own if reads_base or exact else None
+        beside = (
+            {}
+            if exact
+            else _beside(name, sources[0], statistics or [], recipe, problems)
+        )
         tensors.append(
-            TensorInputs(name, kept, tuple(origins), not exact, dtype, parts)
+            TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
         )
     if problems:
         raise MismatchError(problems)
@@ -219,6 +237,40 @@ def align(
             notes.append(f"exclude: {pattern!r} matches no tensor")
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _beside(
+    name: str,
+    source: Source,
+    statistics: list[Checkpoint],
+    recipe: Recipe,
+    problems: list[str],
+) -> dict[str, tuple[Origin, ...]]:
+    """What the statistics' checkpoints hold for a tensor: all of them, or none."""
+    holders = [own for own in statistics if name in own.tensors]
+    if not holders:
+        return {}
+    without = [own.name for own in statistics if name not in own.tensors]
+    if without:
+        problems.append(
+            f"tensor {shown(name)} is missing in {', '.join(without)}, and not in "
+            f"{holders[0].name}; measure the same tensors of all models"
+        )
+        return {}
+    whole = recipe.method.unit == "matrix"
+    for own in statistics:
+        found = own.tensors[name]
+        if not whole and found.shape != source.shape:
+            problems.append(
+                f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
+                f"where {recipe.method.name} needs {list(source.shape)}"
+            )
+            return {}
+    (key,) = recipe.method.beside
+    made = [
+        Origin(own, name, _converted(own.tensors[name], FLOAT32)) for own in statistics
+    ]
+    return {key: tuple(made)}
 
 
 def _parts(

@@ -158,6 +158,7 @@ merge_leaf_in_place = jax.jit(_merge, static_argnames=_STATIC, donate_argnames="
 def reduce_leaf(
     models: Sequence[jax.Array],
     base: jax.Array | None,
+    beside: Mapping[str, Sequence[jax.Array]],
     numbers: Numbers,
     draw: jax.Array | None,
     arguments: Any,
@@ -173,7 +174,7 @@ def reduce_leaf(
     """What a `Reduction` finds in one tensor.
 
     Args:
-      models, base, draw, placement: as for `merge_leaf`.
+      models, base, beside, draw, placement: as for `merge_leaf`.
       numbers, arguments: from `kernel.take`, for a flat part where the transforms
         before it are elementwise.
       program, depth, function, combine, count: as for `kernel.reduce`.
@@ -186,8 +187,10 @@ def reduce_leaf(
     whole = program.unit(depth) != "element"
     axes = len(placement.shape)
 
-    def reduce(models: Any, base: Any, numbers: Any, draw: Any, arguments: Any) -> Any:
-        x: Any = (_operands(base, models, {}, models[0].dtype.name), draw)
+    def reduce(
+        models: Any, base: Any, beside: Any, numbers: Any, draw: Any, arguments: Any
+    ) -> Any:
+        x: Any = (_operands(base, models, beside, models[0].dtype.name), draw)
         if not whole:
             x = jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - axes], -1), x)
         size = x[0].models.shape[-1]
@@ -216,9 +219,9 @@ def reduce_leaf(
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     spec = placement.spec
-    specs = (spec, spec, P(), placement.stack_spec, P())
+    specs = (spec, spec, spec, P(), placement.stack_spec, P())
     reduce = _on_shards(reduce, placement, specs, P(placement.splitting_axes))
-    return reduce(models, base, numbers, draw, arguments)
+    return reduce(models, base, beside, numbers, draw, arguments)
 
 
 @functools.partial(jax.jit, static_argnames="placement")

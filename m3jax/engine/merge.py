@@ -10,6 +10,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from m3jax.checkpoints import provenance, store
 from m3jax.checkpoints.destination import check_free, local, open_output, open_writer
 from m3jax.checkpoints.errors import CheckpointError
@@ -63,6 +65,7 @@ def merge(
     seed: int = 0,
     execution: Execution | None = None,
     progress: Progress | None = None,
+    statistics: Sequence[str | PathLike[str]] = (),
 ) -> MergeResult:
     """Merges checkpoints into a new checkpoint folder that transformers loads.
 
@@ -79,6 +82,8 @@ def merge(
       seed: of ratios and masks, 0 <= seed < 2**32.
       execution: how to run it.
       progress: is told what happens.
+      statistics: one checkpoint per model, for a method that reads what was measured
+        (Fisher information, Gram matrices): its tensors have the names of the weights.
 
     Raises:
       RecipeError: the recipe does not fit the models.
@@ -96,7 +101,12 @@ def merge(
     with joined() as processes:
         check_free(final, overwrite=execution.overwrite, resume=execution.resume)
         with prepare(
-            None if base is None else fspath(base), names, recipe, seed, execution
+            None if base is None else fspath(base),
+            names,
+            recipe,
+            seed,
+            execution,
+            [fspath(own) for own in statistics],
         ) as prepared:
             if processes.count > 1:
                 processes.same(agreement.facts(prepared))
@@ -198,7 +208,7 @@ def _execute(
         recorder.add(records)
     if isinstance(folder, OutputFolder):
         with stream.clock.stage("committing"):
-            _complete(prepared, recorder, folder)
+            _complete(prepared, recorder, folder, _recorded(prepared, numbers))
     processes.from_first("the output has its name")
     return MergeResult(
         output=folder.final,
@@ -276,17 +286,36 @@ def _sync(writer: ShardWriter, folder: OutputPart) -> None:
         raise
 
 
-def _complete(prepared: Prepared, recorder: Recorder, folder: OutputFolder) -> None:
+def _recorded(prepared: Prepared, numbers: Numbers) -> dict[str, list[float]]:
+    """What the method says of the whole model, for the record."""
+    names = prepared.recipe.method.records
+    info = numbers.info[-1] if numbers.info else {}
+    tables = {name: np.asarray(info[name]) for name in names if name in info}
+    place = next(iter(prepared.merged), 0)
+    return {
+        name: np.atleast_1d(table[..., place]).astype(np.float64).tolist()
+        for name, table in tables.items()
+    }
+
+
+def _complete(
+    prepared: Prepared,
+    recorder: Recorder,
+    folder: OutputFolder,
+    measured: dict[str, list[float]],
+) -> None:
     """Writes what goes with the tensors, and gives the folder its name."""
     write_index(folder, prepared.shards)
     provenance.write(
         folder,
         provenance.Facts(
-            recipe=prepared.recipe,
+            recipe=prepared.recipe.to_dict(),
             seed=prepared.seed,
             ratios=prepared.ratios,
             base=prepared.base,
             models=prepared.models,
+            statistics=prepared.statistics,
+            measured=measured,
             input_checksums=recorder.input_checksums(),
             shards=prepared.shards,
             checksums=recorder.named_checksums(),

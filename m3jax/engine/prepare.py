@@ -94,6 +94,7 @@ class Prepared:
 
     Attributes:
       base, models: the opened checkpoints.
+      statistics: those beside the models, if the method reads them.
       recipe, seed: what decides the numbers.
       inputs: the aligned tensors, in the order of the output's shards.
       drawn: the ratios, being drawn in another thread: compiling the draw takes half
@@ -107,6 +108,7 @@ class Prepared:
 
     base: Checkpoint | None
     models: tuple[Checkpoint, ...]
+    statistics: tuple[Checkpoint, ...]
     recipe: Recipe
     seed: int
     inputs: MergeInputs
@@ -120,7 +122,8 @@ class Prepared:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        return self.models if self.base is None else (self.base, *self.models)
+        base = () if self.base is None else (self.base,)
+        return (*base, *self.models, *self.statistics)
 
     @property
     def ratios(self) -> dict[str, tuple[float, ...]] | None:
@@ -204,8 +207,12 @@ def prepare(
     recipe: Recipe,
     seed: int,
     execution: Execution,
+    statistics: Sequence[str] = (),
 ) -> Iterator[Prepared]:
     """Opens the checkpoints and plans the merge; a context manager.
+
+    Args:
+      base, models, recipe, seed, execution, statistics: as for `m3jax.merge`.
 
     Yields:
       `Prepared`.
@@ -214,6 +221,7 @@ def prepare(
       RecipeError, SeedError, CheckpointError: one line each.
     """
     recipe.check(num_models=len(models), has_base=base is not None)
+    recipe.check_statistics(len(statistics), len(models))
     prng.check_seed(seed)
     with contextlib.ExitStack() as stack:
         opened_base = (
@@ -230,17 +238,19 @@ def prepare(
         of_name = dict(zip(names, opened, strict=True))
         for owner in (first, of_name.get(execution.tokenizer_from or "", first)):
             check_side_files(owner.folder)
-        yield _plan(opened_base, opened, recipe, seed, execution)
+        beside = [stack.enter_context(open_checkpoint(own)) for own in statistics]
+        yield _plan(opened_base, opened, beside, recipe, seed, execution)
 
 
 def _plan(
     base: Checkpoint | None,
     models: list[Checkpoint],
+    statistics: list[Checkpoint],
     recipe: Recipe,
     seed: int,
     execution: Execution,
 ) -> Prepared:
-    inputs = align(base, models, recipe)
+    inputs = align(base, models, recipe, statistics)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
@@ -272,6 +282,7 @@ def _plan(
     return Prepared(
         base=base,
         models=tuple(models),
+        statistics=tuple(statistics),
         recipe=recipe,
         seed=seed,
         inputs=inputs,

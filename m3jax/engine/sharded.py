@@ -75,12 +75,19 @@ class Sharded:
 
         def load(n: int) -> Leaf:
             tensor = prepared.inputs.tensors[self._items[n]]
-            sharding = by_axes(mesh, tensor.shape)
             with jax.enable_x64(self._wide):  # of this thread
-                arrays = [read_tensor(source, sharding) for source in self._watched[n]]
+                arrays = [
+                    read_tensor(source, by_axes(mesh, source.shape))
+                    for source in self._watched[n]
+                ]
             base = None if tensor.base is None else arrays.pop(0)
             parts, dtype = _kernel_parts(tensor)
-            return Leaf(tensor.name, base, tuple(arrays), True, dtype, parts)
+            models = tuple(arrays.pop(0) for _ in tensor.models)
+            beside = {
+                name: tuple(arrays.pop(0) for _ in own)
+                for name, own in tensor.beside.items()
+            }
+            return Leaf(tensor.name, base, models, True, dtype, parts, beside)
 
         pool = concurrent.futures.ThreadPoolExecutor(num_threads())
         with _explained(), clock.stage("loading"), pool:

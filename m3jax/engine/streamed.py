@@ -28,7 +28,7 @@ from m3jax.engine.placement import Placement
 from m3jax.engine.plan import TILE, Chunk, Item, blocks, cut, sample
 from m3jax.engine.share import Share
 from m3jax.methods.selection import count_codes_on_host
-from m3jax.methods.step import Reduction
+from m3jax.methods.step import Operands, Reduction
 
 # A sample of 4 Mi elements finds a threshold to within a tenth of a histogram's
 # window; it is worth its reads only if reading everything takes far longer.
@@ -132,7 +132,7 @@ class Stream:
         host_counts = self._on_host
 
         def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
-            base, models = self._fill(chunk, buffers)
+            x = self._fill(chunk, buffers)
             with self.clock.stage("computing"), _x64(chunk):
                 if chunk.block is None:
                     item, tile, counts = on_tiles.tiles_of(chunk, self._tiles)
@@ -146,7 +146,7 @@ class Stream:
                     )
                     draw = self._draw(program, depth, numbers, item, tile)
                     result = kernel(
-                        *self._placed(base, models),
+                        self._placed(x),
                         take(tables, item, 1, _compute(chunk)),
                         draw,
                         take(arguments, slots[item], 1, np.float32),
@@ -155,8 +155,7 @@ class Stream:
                 else:
                     result = self._reduce_block(
                         chunk,
-                        base,
-                        models,
+                        x,
                         program,
                         depth,
                         numbers,
@@ -216,8 +215,7 @@ class Stream:
     def _reduce_block(
         self,
         chunk: Chunk,
-        base: Any,
-        models: Any,
+        x: Operands,
         program: Program,
         depth: int,
         numbers: Numbers,
@@ -228,8 +226,9 @@ class Stream:
         (run,) = chunk.runs
         axes = len(chunk.block or ())
         return leaves.reduce_leaf(
-            tuple(models),
-            base,
+            tuple(x.models),
+            x.base,
+            {name: tuple(own) for name, own in x.beside.items()},
             take(numbers.first(depth), run.item, axes),
             self._block_draw(program, depth, numbers, chunk),
             take(arguments, int(slots[run.item]), axes),
@@ -311,7 +310,7 @@ class Stream:
                 for chunk in first.values():
                     if chunk.block is None:
                         views = self._views(chunk, self._buffers[0])
-                        self._compute(program, chunk, *views, early)
+                        self._compute(program, chunk, views, early)
             tables = numbers(True) if first else Numbers((), ())
         result_shows = program.method.shows_nonfinite and not program.transforms
         check_inputs = check_finite and not result_shows
@@ -320,15 +319,15 @@ class Stream:
             if not chunk.merged:
                 self._copy(chunk, buffers, turn, emit)
                 return
-            base, models = self._fill(chunk, buffers)
+            x = self._fill(chunk, buffers)
             if check_inputs:
                 with self.clock.stage("checking"):
-                    self._check_inputs(chunk, base, models)
+                    self._check_inputs(chunk, x)
             with self.clock.stage("computing"):
-                parts = self._compute(program, chunk, base, models, tables)
+                parts = self._compute(program, chunk, x, tables)
             if check_finite:
                 with self.clock.stage("checking"):
-                    self._check_result(chunk, base, models, parts)
+                    self._check_result(chunk, x, parts)
             outputs = [
                 {part: self._of_run(run, part, v) for part, v in parts.items()}
                 for run in chunk.runs
@@ -340,16 +339,13 @@ class Stream:
                 self._advance(sum(values.nbytes for values in output.values()))
             with turn(), self.clock.stage("hashing"):
                 for run, output in zip(chunk.runs, outputs, strict=True):
-                    flat = models.reshape(len(models), -1)
-                    inputs = [part[run.elements] for part in flat]
-                    if base is not None:
-                        inputs.insert(0, base.reshape(-1)[run.elements])
+                    inputs = [own[_of(run, chunk)] for own in _flat(x)]
                     emit.record(run.item, run.start, output, inputs)
 
         for_each(chunks, self._buffers, work, self.clock)
 
     def _compute(
-        self, program: Program, chunk: Chunk, base: Any, models: Any, tables: Numbers
+        self, program: Program, chunk: Chunk, x: Operands, tables: Numbers
     ) -> dict[str, np.ndarray]:
         """The parts of the output that a chunk makes, flat."""
         dtypes = chunk.signature[-1]
@@ -359,14 +355,14 @@ class Stream:
                 draw = self._draw(program, None, tables, item, tile)
                 kernel = on_tiles.merge_tiles(program, dtypes)
                 numbers = take(tables._replace(keys=None), item, 1, _compute(chunk))
-                made = kernel(*self._placed(base, models), numbers, draw)
+                made = kernel(self._placed(x), numbers, draw)
             else:
                 (run,) = chunk.runs
                 made = leaves.merge_leaf(
-                    models[0],
-                    tuple(models[1:]),
-                    base,
-                    {},
+                    x.models[0],
+                    tuple(x.models[1:]),
+                    x.base,
+                    {name: tuple(own) for name, own in x.beside.items()},
                     take(
                         tables._replace(keys=None),
                         run.item,
@@ -380,41 +376,49 @@ class Stream:
                 )
             return {part: np.asarray(own).reshape(-1) for part, own in made.items()}
 
-    def _fill(self, chunk: Chunk, buffers: Buffers) -> tuple[Any, np.ndarray]:
-        """Reads a chunk: base or None, and the models on a leading axis."""
-        base, models = self._views(chunk, buffers)
+    def _fill(self, chunk: Chunk, buffers: Buffers) -> Operands:
+        """Reads a chunk: base or None, models and what is beside them."""
+        x = self._views(chunk, buffers)
         with self.clock.stage("reading"):
             for run in chunk.runs:
-                tensor = self._tensors[run.item]
-                if tensor.base is not None and base is not None:
-                    own = base.reshape(-1)[run.elements]
-                    tensor.base.source.read_into(own, run.start)
-                flat = models.reshape(len(models), -1)
-                for part, model in zip(flat, tensor.models, strict=True):
-                    model.source.read_into(part[run.elements], run.start)
+                origins = self._tensors[run.item].origins
+                for own, origin in zip(_flat(x), origins, strict=True):
+                    origin.source.read_into(own[_of(run, chunk)], run.start)
         sources = self._tensors[chunk.runs[0].item].sources
         self._advance(chunk.elements * sum(s.dtype.itemsize for s in sources))
-        return base, models
+        return x
 
-    def _views(self, chunk: Chunk, buffers: Buffers) -> tuple[Any, np.ndarray]:
+    def _views(self, chunk: Chunk, buffers: Buffers) -> Operands:
         """The buffers as the arrays that a chunk of this signature fills."""
         first = self._tensors[chunk.runs[0].item]
         shape = (self._tiles, TILE) if chunk.block is None else chunk.block
-        stack_shape = (len(first.models), *shape)
-        stack = view(buffers.stack, first.models[0].source.dtype.numpy, stack_shape)
-        if first.base is None:
-            return None, stack
-        return view(buffers.base, first.base.source.dtype.numpy, shape), stack
+        dtype = first.models[0].source.dtype.numpy
+        stack = view(buffers.stack, dtype, (len(first.models), *shape))
+        beside: dict[str, Any] = {}
+        for name, origins in first.beside.items():
+            source = origins[0].source
+            own = (len(origins), *shape)
+            if chunk.block is not None and source.shape != chunk.block:
+                own = (len(origins), *source.shape)  # a matrix of another shape
+            if math.prod(own) * source.dtype.itemsize <= len(buffers.beside):
+                beside[name] = view(buffers.beside, source.dtype.numpy, own)
+            else:
+                beside[name] = np.empty(own, source.dtype.numpy)
+        base = None
+        if first.base is not None:
+            base = view(buffers.base, first.base.source.dtype.numpy, shape)
+        return Operands(base, stack, beside)
 
-    def _placed(self, base: Any, models: np.ndarray) -> tuple[Any, Any]:
+    def _placed(self, x: Operands) -> Operands:
         """The arrays on the devices; NumPy as it is where there is one."""
         if self._mesh.size == 1:
-            return base, models
+            return x
         over_tiles = NamedSharding(self._mesh, on_tiles.TILES)
         over_stack = NamedSharding(self._mesh, on_tiles.STACK_TILES)
-        return (
-            None if base is None else jax.device_put(base, over_tiles),
-            jax.device_put(models, over_stack),
+        return Operands(
+            None if x.base is None else jax.device_put(x.base, over_tiles),
+            jax.device_put(x.models, over_stack),
+            jax.device_put(dict(x.beside), over_stack),
         )
 
     def _draw(
@@ -499,32 +503,38 @@ class Stream:
             return np.packbits(own)
         return own.astype(spec.dtype.numpy, copy=False)
 
-    def _check_inputs(
-        self, chunk: Chunk, base: np.ndarray | None, models: np.ndarray
-    ) -> None:
-        parts = [] if base is None else [base.reshape(-1)]
-        parts += list(models.reshape(len(models), -1))
+    def _check_inputs(self, chunk: Chunk, x: Operands) -> None:
         for run in chunk.runs:
             tensor = self._tensors[run.item]
-            for origin, part in zip(tensor.origins, parts, strict=True):
-                values = part[run.elements]
+            for origin, own in zip(tensor.origins, _flat(x), strict=True):
+                values = own[_of(run, chunk)]
                 checks.check_finite(values, run.start, tensor, origin.owner.name)
 
-    def _check_result(
-        self, chunk: Chunk, base: np.ndarray | None, models: np.ndarray, parts: Parts
-    ) -> None:
+    def _check_result(self, chunk: Chunk, x: Operands, parts: Parts) -> None:
         for run in chunk.runs:
             for merged in parts.values():
                 if merged.dtype == np.bool_:
                     continue
                 values = merged[run.elements]
                 if checks.has_nonfinite(values):
-                    self._check_inputs(chunk, base, models)  # may be the reason
+                    self._check_inputs(chunk, x)  # which may be the reason
                     checks.check_overflow(values, run.start, self._tensors[run.item])
 
 
 def _num_models(tensors: Sequence[TensorInputs]) -> int:
     return max((len(tensor.models) for tensor in tensors), default=0)
+
+
+def _flat(x: Operands) -> list[np.ndarray]:
+    """The arrays in the order of `TensorInputs.origins`, flat."""
+    stacks = (x.models, *x.beside.values())
+    flat = [own for stack in stacks for own in stack.reshape(len(stack), -1)]
+    return flat if x.base is None else [x.base.reshape(-1), *flat]
+
+
+def _of(run: Any, chunk: Chunk) -> slice:
+    """A run's elements in each flat operand; a block is all of it."""
+    return run.elements if chunk.block is None else slice(None)
 
 
 def _rows(run: Any, chunk: Chunk) -> slice:

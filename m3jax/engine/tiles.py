@@ -31,10 +31,9 @@ STACK_TILES = P(None, AXIS)
 def merge_tiles(
     program: Program, dtypes: tuple[tuple[str, str], ...]
 ) -> Callable[..., dict[str, jax.Array]]:
-    """The kernel (base (T, TILE), models (K, T, TILE), numbers, draw) -> parts."""
+    """The kernel (operands of T tiles, numbers, draw) -> parts."""
 
-    def merge(base: Any, models: Any, numbers: Any, draw: Any) -> dict[str, jax.Array]:
-        x = Operands(base, models)
+    def merge(x: Operands, numbers: Any, draw: Any) -> dict[str, jax.Array]:
         return kernel.merge(
             x, numbers, _drawn(draw, program), program=program, dtypes=dtypes
         )
@@ -51,7 +50,7 @@ def reduce_tiles(
     mesh: Mesh | None,
     count: bool,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel (base, models, numbers, draw, arguments, counts) -> what is found.
+    """The kernel (operands, numbers, draw, arguments, counts) -> what is found.
 
     `counts`, (T, 1) int32, are the elements of each tile that are real. A mesh of
     several devices makes a row, or a histogram, for each tile or device of its own. The
@@ -60,11 +59,11 @@ def reduce_tiles(
     """
 
     def reduce(
-        base: Any, models: Any, numbers: Any, draw: Any, arguments: Any, counts: Any
+        x: Operands, numbers: Any, draw: Any, arguments: Any, counts: Any
     ) -> Any:
         valid = jnp.arange(TILE, dtype=jnp.int32)[None] < counts
         return kernel.reduce(
-            Operands(base, models),
+            x,
             numbers,
             _drawn(draw, program, depth),
             arguments,

@@ -34,6 +34,7 @@ class Leaf:
       merged: False for a tensor that is copied: `base` then is the result.
       dtype: of the result.
       parts: what is made of it, by part of the output.
+      beside: what comes beside each model, by name.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Leaf:
     merged: bool
     dtype: np.dtype
     parts: Mapping[str, Part]
+    beside: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -105,7 +107,8 @@ class Leaf:
     def _with(self, change: Callable[[Any], Any]) -> Leaf:
         base = None if self.base is None else change(self.base)
         models = tuple(map(change, self.models))
-        return dataclasses.replace(self, base=base, models=models)
+        beside = {name: tuple(map(change, own)) for name, own in self.beside.items()}
+        return dataclasses.replace(self, base=base, models=models, beside=beside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,10 @@ class ArraySource:
 
 
 def align_trees(
-    base: Any | None, models: Sequence[Any], recipe: Recipe
+    base: Any | None,
+    models: Sequence[Any],
+    recipe: Recipe,
+    statistics: Sequence[Any] = (),
 ) -> tuple[tuple[Leaf, ...], Callable[[Any], Any]]:
     """The leaves of the result in the order of the first pytree, and what makes the
     pytree of them.
@@ -152,23 +158,18 @@ def align_trees(
         names, trees = ["base", *names], [tree.flatten(base), *trees]
     order, structure = trees[0]
     checkpoints = [
-        Checkpoint(
-            name=name,
-            location=Path(name),
-            revision=None,
-            stored={},
-            tensors={n: ArraySource(leaf) for n, leaf in own.items() if _merges(leaf)},
-            files=(),
-            config=None,
-        )
-        for name, (own, _) in zip(names, trees, strict=True)
+        _as_checkpoint(name, own) for name, (own, _) in zip(names, trees, strict=True)
+    ]
+    beside = [
+        _as_checkpoint(f"statistics[{i}]", tree.flatten(own)[0])
+        for i, own in enumerate(statistics)
     ]
     others = {name for name, leaf in order.items() if not _merges(leaf)}
     _check_others(others, names, [own for own, _ in trees], recipe)
     by_name: dict[str, TensorInputs] = {}
     if others != set(order):
         first = None if base is None else checkpoints[0]
-        inputs = align(first, checkpoints[base is not None :], recipe)
+        inputs = align(first, checkpoints[base is not None :], recipe, beside)
         by_name = {tensor.name: tensor for tensor in inputs.tensors}
     return tuple(
         _leaf(by_name[name], names, recipe)
@@ -178,8 +179,23 @@ def align_trees(
     ), structure
 
 
+def _as_checkpoint(name: str, leaves: Mapping[str, Any]) -> Checkpoint:
+    """The arrays of a pytree in the place of a checkpoint's tensors."""
+    return Checkpoint(
+        name=name,
+        location=Path(name),
+        revision=None,
+        stored={},
+        tensors={n: ArraySource(leaf) for n, leaf in leaves.items() if _merges(leaf)},
+        files=(),
+        config=None,
+    )
+
+
 def _leaf(tensor: TensorInputs, names: Sequence[str], recipe: Recipe) -> Leaf:
-    arrays = _alike([_array(source) for source in tensor.sources])
+    base = () if tensor.base is None else (tensor.base,)
+    own_origins = (*base, *tensor.models)
+    arrays = _alike([_array(origin.source) for origin in own_origins])
     dtype = _result_dtype(tensor.dtype, recipe)
     if not tensor.merged:
         _check_equal(tensor.name, names, arrays)
@@ -188,7 +204,11 @@ def _leaf(tensor: TensorInputs, names: Sequence[str], recipe: Recipe) -> Leaf:
         empty = jnp.asarray(arrays[0], dtype)
         return Leaf(tensor.name, empty, (), False, dtype, tensor.parts)
     own = None if tensor.base is None else arrays.pop(0)
-    return Leaf(tensor.name, own, tuple(arrays), True, dtype, tensor.parts)
+    beside = {
+        name: tuple(jnp.asarray(_array(origin.source)) for origin in origins)
+        for name, origins in tensor.beside.items()
+    }
+    return Leaf(tensor.name, own, tuple(arrays), True, dtype, tensor.parts, beside)
 
 
 def _merges(leaf: Any) -> bool:

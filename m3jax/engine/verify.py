@@ -22,6 +22,7 @@ from m3jax.checkpoints.index import read_index
 from m3jax.checkpoints.output import MANIFEST
 from m3jax.checkpoints.record import Record, read_record
 from m3jax.checkpoints.safetensors import header_of
+from m3jax.checkpoints.shards import of_model
 from m3jax.checkpoints.sources import FileTensor, Source
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
@@ -105,11 +106,13 @@ def _open(
 
 def _other_files(folder: Location, record: Record) -> Iterator[str]:
     """What is wrong with the index, and files of tensors that should not be there."""
-    expected = {name: tensor.file for name, tensor in record.tensors.items()}
-    files = set(expected.values())
+    recorded = {name: tensor.file for name, tensor in record.tensors.items()}
+    expected = {name: file for name, file in recorded.items() if of_model(file)}
+    files = set(recorded.values())
     for name in sorted(path.name for path in folder.iterdir()):
         if name.endswith(".safetensors") and name not in files:
             yield f"{shown(name)}: a safetensors file that is not recorded"
+    files = set(expected.values())
     if not exists(folder / INDEX):
         if len(files) > 1:
             yield f"{INDEX}: is missing"

@@ -110,12 +110,9 @@ def explore(
     recipe = recipe or Recipe()
     prng.check_seed(seed)
     recipe.check(num_models=len(models), has_base=base is not None)
-    for name, value in (
-        ("draws", draws),
-        ("generation", generation),
-        ("at_once", 1 if at_once is None else at_once),
-    ):
-        if value < 1:
+    counts = {"draws": draws, "generation": generation, "at_once": at_once}
+    for name, value in {**counts, "budget": budget}.items():
+        if value is not None and value < 1:
             raise RecipeError(f"{name}={value} needs 1 or more")
     if generation > 1 and sampler not in ADAPTIVE:
         raise RecipeError(
@@ -125,9 +122,8 @@ def explore(
     if mesh is not None and at_once not in (None, 1):
         raise RecipeError(f"at_once={at_once} needs to be 1 with a mesh")
     sharding = over_devices(mesh)
-    space = None
-    if sampler != "recipe":
-        space = Space.parse(search, recipe, len(models))
+    searched = sampler != "recipe"
+    space = Space.parse(search, recipe, len(models)) if searched else None
     proposals = make_sampler(sampler, recipe, space, draws, seed, generation)
     schedule = rungs(proposals.count, _full(evaluator, budget, halving), halving)
     if halving is not None and sampler in ADAPTIVE:
@@ -142,6 +138,7 @@ def explore(
             if isinstance(other, TaskEvaluator):
                 for note in check_apart(evaluator.tasks, other.tasks):
                     say(f"note: {note}")
+    lists = {"validation": evaluator, "test": test, "ood": ood}
     header = {
         "m3jax": m3jax.__version__,
         "jax": jax.__version__,
@@ -160,9 +157,7 @@ def explore(
         "weights": objective.weights,
         "test_all_draws": test_all_draws,
         "mesh": mesh and dict(mesh),  # sums round by it
-        "validation": describe(evaluator),
-        "test": describe(test),
-        "ood": describe(ood),
+        **{name: describe(own) for name, own in lists.items()},
     }
     path = None if output is None else _local(fspath(output))
     with contextlib.ExitStack() as stack:
@@ -172,7 +167,6 @@ def explore(
         trials, rows = (
             Log(path and path / name, header) for name in (files.TRIALS, files.SCORES)
         )
-        lists = {"validation": evaluator, "test": test, "ood": ood}
         run = Run(
             recipe=recipe,
             evaluators={name: own for name, own in lists.items() if own is not None},
@@ -188,7 +182,7 @@ def explore(
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
         trees = [
-            None if model is None else _loaded(model, sharding)
+            load(model, sharding) if _is_path(model) else model
             for model in (base, *models)
         ]
         found = run(trees, _names(models), proposals, schedule)
@@ -201,8 +195,6 @@ def explore(
 
 def _full(evaluator: Evaluator, budget: int | None, halving: int | None) -> int | None:
     """The full budget, as a number where halving needs one."""
-    if budget is not None and budget < 1:
-        raise RecipeError(f"budget={budget} needs 1 or more")
     if halving is None:
         return budget
     if halving < 2:
@@ -226,10 +218,6 @@ def _local(output: str) -> Path:
 
 def _is_path(model: Any) -> bool:
     return isinstance(model, str | PathLike)
-
-
-def _loaded(model: Any, sharding: Any) -> Any:
-    return load(model, sharding) if _is_path(model) else model
 
 
 def _names(models: Sequence[Any]) -> list[str]:

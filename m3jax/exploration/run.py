@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -92,15 +91,14 @@ class Run:
         most = min(sampler.generation, schedule[0].draws)
         places = choose_places(trees, self.at_once, most)
         rows = [
-            self._row(name, "parent", functools.partial(_same, tree))
+            self._row(name, "parent", lambda own: own, tree)
             for name, tree in zip(["base", *names], trees, strict=True)
             if tree is not None
         ]
         mergers = make_mergers(trees, self.recipe, places)
         merger = mergers[0]
         for name, recipe in self._baselines(len(names)).items():
-            make = functools.partial(merger, recipe, self.seed)
-            rows.append(self._row(name, "baseline", make))
+            rows.append(self._row(name, "baseline", merger, recipe, self.seed))
         trials = self._all_trials(mergers, sampler, schedule)
         winner = best(trials[-schedule[-1].draws :], 1)[0]
         if math.isnan(winner.objective):
@@ -108,11 +106,8 @@ class Run:
                 "every draw scored NaN, so none is best: the models, or what they are "
                 "merged into, overflow; try --dtype=float32, or another recipe"
             )
-        made = self._row(
-            f"winner (draw {winner.index})",
-            "winner",
-            functools.partial(merger, winner.recipe, winner.seed),
-        )
+        name = f"winner (draw {winner.index})"
+        made = self._row(name, "winner", merger, winner.recipe, winner.seed)
         return Exploration(
             trials=tuple(trials),
             winner=winner,
@@ -133,12 +128,14 @@ class Run:
             for name, mixup in named.items()
         }
 
-    def _row(self, name: str, kind: str, make: Callable[[], Parameters]) -> Row:
-        """The row that was found before, or a new one."""
+    def _row(
+        self, name: str, kind: str, make: Callable[..., Parameters], *arguments: Any
+    ) -> Row:
+        """The row that was found before, or a new one, of what `make` makes."""
         for line in self.rows.lines:
             if line["row"] == name:
                 return Row.from_dict(line)
-        parameters = make()
+        parameters = make(*arguments)
         scored = {
             own: self._score(own, parameters, self.budget) for own in self.evaluators
         }
@@ -233,10 +230,6 @@ class Run:
     def _score(self, name: str, parameters: Parameters, budget: int | None) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
         return score(self.evaluators[name], parameters, budget, key)
-
-
-def _same(parameters: Parameters) -> Parameters:
-    return parameters
 
 
 def _recorded(line: Mapping[str, Any], job: _Job, place: int) -> Trial:

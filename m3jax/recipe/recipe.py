@@ -174,6 +174,17 @@ class Recipe:
                 problems.add("exclude", self.exclude, "a base: give --base")
         problems.raise_if_any()
 
+    def check_statistics(self, count: int, num_models: int) -> None:
+        """Raises RecipeError unless there are as many statistics as the method reads."""
+        needed = num_models if self.method.beside else 0
+        if count != needed:
+            allowed = (
+                f"one per model, {needed} here: method {self.method.name} reads them"
+                if needed
+                else f"none: method {self.method.name} reads none"
+            )
+            raise RecipeError(f"statistics: {count} given; needs {allowed}")
+
     def _check_ratios(self, problems: Problems) -> None:
         name, mixup = self.method.name, self.mixup
         field = self.method.fields().get("weights")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,17 +49,14 @@ class Neighbours:
             return []
         near = np.asarray(_cosines(self._embedding, jnp.array(tokens, jnp.int32)))
         found: dict[str, str] = {}  # by what it is in lower case
-        for text in self._nearest_first(near):
+        candidates = np.array(list(self._words))
+        for i in np.argsort(-near[candidates], kind="stable"):
+            text = self._words[int(candidates[i])]
             found.setdefault(text.casefold(), _capitalised(text, word))
             found.pop(word.casefold(), None)
             if len(found) == _COUNT:
                 break
         return list(found.values())
-
-    def _nearest_first(self, near: np.ndarray) -> Iterator[str]:
-        tokens = np.array(list(self._words))
-        for i in np.argsort(-near[tokens], kind="stable"):
-            yield self._words[int(tokens[i])]
 
 
 @jax.jit

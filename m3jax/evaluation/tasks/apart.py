@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from m3jax.evaluation.tasks.examples import read_data
 from m3jax.evaluation.tasks.task import Task, TaskError
 
 
@@ -40,8 +41,4 @@ def check_apart(chosen_on: Sequence[Task], reported: Sequence[Task]) -> list[str
 
 
 def _lines(task: Task) -> list[bytes]:
-    try:
-        content = task.data.read_bytes()
-    except OSError as error:
-        raise TaskError(f"task {task.name!r}: {task.data}: {error.strerror}") from None
-    return [line.strip() for line in content.splitlines() if line.strip()]
+    return [line.strip() for line in read_data(task).splitlines() if line.strip()]

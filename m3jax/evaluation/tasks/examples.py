@@ -34,6 +34,23 @@ class Example:
     setup: str = ""
 
 
+def read_data(task: Task) -> bytes:
+    """The content of a task's data.
+
+    Raises:
+      TaskError: the file cannot be read.
+    """
+    try:
+        with InputFile(task.data) as file:
+            return file.read(0, file.size)
+    except OSError as error:
+        raise TaskError(
+            f"task {shown(task.name)}: {task.data}: {error.strerror}"
+        ) from None
+    except CheckpointError as error:  # a FIFO, say
+        raise TaskError(f"task {shown(task.name)}: {error}") from None
+
+
 def load_examples(task: Task) -> list[Example]:
     """The examples of a task, in the order of its file.
 
@@ -41,15 +58,8 @@ def load_examples(task: Task) -> list[Example]:
       TaskError: the file or a line cannot be used; it is named.
     """
     try:
-        with InputFile(task.data) as file:
-            lines = file.read(0, file.size).decode().split("\n")
-    except OSError as error:
-        raise TaskError(
-            f"task {shown(task.name)}: {task.data}: {error.strerror}"
-        ) from None
-    except CheckpointError as error:  # a FIFO, say
-        raise TaskError(f"task {shown(task.name)}: {error}") from None
-    except ValueError:
+        lines = read_data(task).decode().split("\n")
+    except UnicodeDecodeError:
         raise TaskError(f"{task.data}: is not UTF-8 text") from None
     examples: list[Example] = []
     for number, line in enumerate(lines, start=1):

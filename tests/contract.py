@@ -1,0 +1,312 @@
+"""What every registered method has to keep, as checks that take its name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import jax
+import numpy as np
+import pytest
+from command_line import Run
+
+import m3jax
+from m3jax.engine.recorder import Recorder
+from m3jax.methods import METHODS
+from m3jax.methods.fields import Choice, Number, Weights
+from m3jax.recipe import Mixup, Recipe
+
+SEED = 7
+# A scalar, an empty tensor, vectors, matrices that no tile divides and that eight
+# devices share or do not, three axes, and more elements than the smallest chunk.
+SHAPES = {
+    "model.embed_tokens.weight": (37, 8),
+    "model.layers.0.experts.weight": (3, 5, 7),
+    "model.layers.0.mlp.up_proj.weight": (24, 56),
+    "model.layers.0.norm.weight": (1025,),
+    "model.layers.1.nothing.weight": (0, 4),
+    "model.layers.1.scale": (),
+    "model.layers.1.self_attn.q_proj.weight": (1, 1),
+}
+# Of K equal models these make something else than that model, and say so.
+NOT_IDEMPOTENT: dict[str, str] = {
+    "tsv_m": "keeps a K-th of the singular values",
+}
+
+Check = Callable[..., None]
+Fields = dict[str, Any]
+
+
+def recipe(method: str, **settings: Any) -> Recipe:
+    """The method with its defaults, and with M3 where it has ratios."""
+    weighs = isinstance(METHODS[method].fields().get("weights"), Weights)
+    mixup = Mixup(alpha=0.7 if weighs else None)
+    return Recipe(method=required(method), **{"mixup": mixup, **settings})
+
+
+def required(method: str, count: int = 2) -> Any:
+    """The method; a field without default that may be None gets a value."""
+    cls = METHODS[method]
+    if "coefficients" in cls.fields():
+        return cls(coefficients=(0.5,) * count)
+    return cls()
+
+
+def inputs(
+    method: str, dtype: Any = np.float32, count: int = 2
+) -> tuple[Any, list[Any]]:
+    base = checkpoints.random_model(0, SHAPES, dtype)
+    count = METHODS[method].num_models or count
+    models = [
+        checkpoints.random_model(i, SHAPES, dtype, base) for i in range(1, count + 1)
+    ]
+    return base, models
+
+
+def statistics_of(method: str, count: int) -> list[Any] | None:
+    """Positive statistics beside each model, for a method that reads some."""
+    if not METHODS[method].beside:
+        return None
+    made = [checkpoints.random_model(90 + i, SHAPES) for i in range(count)]
+    if method == "regmean":
+        grams = []
+        for i in range(count):
+            generator = np.random.default_rng(i)
+            own = {}
+            for name, shape in SHAPES.items():
+                if len(shape) == 2 and min(shape) > 1:
+                    x = generator.normal(size=(64, shape[1])).astype(np.float32)
+                    own[name] = x.T @ x / 64
+            grams.append(own)
+        return grams
+    return [{name: np.square(own) * 1e3 for name, own in m.items()} for m in made]
+
+
+class Files:
+    """The checkpoints of a method's inputs in a folder, and merges of them."""
+
+    def __init__(self, folder: Path, method: str, dtype: Any = np.float32):
+        self.folder, self.method = folder, method
+        base, models = inputs(method, dtype)
+        self.base = checkpoints.write(folder / "base", base)
+        self.models = [
+            checkpoints.write(folder / f"m{i}", m) for i, m in enumerate(models)
+        ]
+        beside = statistics_of(method, len(models))
+        self.statistics = beside and [
+            checkpoints.write(folder / f"s{i}", own) for i, own in enumerate(beside)
+        ]
+
+    def merge(self, name: str, own: Recipe, **execution: Any) -> Path:
+        settings = {"fsync": False, **execution}
+        output = self.folder / name
+        extra = {} if self.statistics is None else {"statistics": self.statistics}
+        m3jax.merge(
+            self.base,
+            self.models,
+            output,
+            own,
+            seed=SEED,
+            execution=m3jax.Execution(**settings),
+            **extra,
+        )
+        return output
+
+
+def in_memory(method: str, own: Recipe, dtype: Any = np.float32) -> dict[str, Any]:
+    """What `merge_params` makes, named as in files."""
+    base, models = inputs(method, dtype)
+    beside = statistics_of(method, len(models))
+    extra = {} if beside is None else {"statistics": beside}
+    merged = m3jax.merge_params(base, models, own, SEED, **extra)
+    if set(merged) == set(base):
+        return {name: np.asarray(array) for name, array in merged.items()}
+    found = {}
+    for part, tree in merged.items():
+        for name, array in tree.items():
+            values = np.asarray(array)
+            if values.dtype == np.bool_:
+                values = np.packbits(values)
+            found[f"{name}.{part}" if part else name] = values
+    return found
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert set(a) == set(b)
+    for name, values in a.items():
+        assert values.dtype == b[name].dtype, name
+        np.testing.assert_array_equal(values, b[name], err_msg=name)
+
+
+def check_executors(method: str, folder: Path) -> None:
+    """Streamed, in chunks, over devices, sharded and in memory: the same bits."""
+    files = Files(folder, method, checkpoints.BFLOAT16)
+    dare = {} if METHODS[method].beside else {"dare": m3jax.Dare(drop_rate=0.3)}
+    own = recipe(method, dtype="float32", **dare)
+    expected = checkpoints.read(files.merge("whole", own))
+    ways: dict[str, Fields] = {
+        "chunks": {"chunk_size": 1024, "threads": 3},
+        "devices": {"devices": jax.devices(), "chunk_size": 8192},
+        "sharded": {"executor": "sharded", "mesh": {"rows": 4, "columns": 2}},
+    }
+    for name, execution in ways.items():
+        same(checkpoints.read(files.merge(name, own, **execution)), expected)
+    same(in_memory(method, own, checkpoints.BFLOAT16), expected)
+
+
+def check_float64(method: str, folder: Path) -> None:
+    """float64 inputs are merged in float64, alike in all executors."""
+    files = Files(folder, method, np.float64)
+    own = recipe(method)
+    expected = checkpoints.read(files.merge("streamed", own))
+    same(checkpoints.read(files.merge("sharded", own, executor="sharded")), expected)
+    name = "model.layers.0.norm.weight"
+    narrow = Files(folder / "narrow", method).merge("out", own)
+    rounded = checkpoints.read(narrow)[name]
+    assert expected[name].dtype == np.float64
+    assert np.any(expected[name] != expected[name].astype(np.float32))
+    np.testing.assert_allclose(rounded, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def check_equal_models(method: str, folder: Path) -> None:
+    """K equal models give that model, where a ratio of 1 is shared among them."""
+    base, models = inputs(method)
+    equal = [models[0]] * len(models)
+    mixup = Mixup(alpha=None)
+    if isinstance(METHODS[method].fields().get("weights"), Weights):
+        mixup = Mixup(ratios=(1 / len(models),) * len(models))
+    given = {"scaling": 1.0} if "scaling" in METHODS[method].fields() else {}
+    if "trim_rate" in METHODS[method].fields():
+        given["trim_rate"] = 0.0
+    beside = statistics_of(method, len(models))
+    extra = {} if beside is None else {"statistics": beside}
+    own = Recipe(method=required(method), mixup=mixup, **given)
+    merged = m3jax.merge_params(base, equal, own, SEED, **extra)
+    merged = merged.get("", merged)
+    for name, tensor in models[0].items():
+        np.testing.assert_allclose(merged[name], tensor, rtol=2e-5, atol=2e-6)
+
+
+def check_one_model(method: str, folder: Path) -> None:
+    """One model is merged like any number, or refused in one line."""
+    base, models = inputs(method)
+    mixup = Mixup(alpha=None)
+    beside = statistics_of(method, 1)
+    extra = {} if beside is None else {"statistics": beside}
+    own = Recipe(method=required(method, 1), mixup=mixup)
+    if METHODS[method].num_models is not None:
+        with pytest.raises(m3jax.RecipeError, match="models for method"):
+            m3jax.merge_params(base, models[:1], own, SEED)
+        return
+    merged = m3jax.merge_params(base, models[:1], own, SEED, **extra)
+    for leaf in jax.tree.leaves(merged):
+        assert np.all(np.isfinite(np.asarray(leaf)))
+
+
+def check_resume(method: str, folder: Path) -> None:
+    """Interrupted after a few tensors and resumed: the same bytes."""
+    files = Files(folder, method)
+    own = recipe(method)
+    expected = checkpoints.digest(files.merge("whole", own))
+    kept, keep = [], Recorder.keep
+
+    def interrupted(self: Any, *arguments: Any) -> None:
+        keep(self, *arguments)
+        kept.append(arguments)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            files.merge("again", own, threads=1)
+    again = files.merge("again", own, resume=True)
+    assert checkpoints.digest(again) == expected
+
+
+def check_replay(method: str, folder: Path, run: Run) -> None:
+    """m3jax.json makes the same bytes again, and `verify` agrees."""
+    files = Files(folder, method)
+    output = files.merge("first", recipe(method))
+    record = json.loads((output / "m3jax.json").read_text())
+    assert record["recipe"]["method"] == method
+    assert set(record["recipe"][method]) == set(METHODS[method].fields())
+    for name in METHODS[method].records:
+        assert name in record["measured"]
+    again = run(
+        "merge", f"--config={output / 'm3jax.json'}", f"--output={folder / 'again'}"
+    )
+    assert again.code == 0, again.err
+    assert checkpoints.digest(folder / "again") == checkpoints.digest(output)
+    assert run("verify", output).code == 0
+
+
+def check_flags(method: str, folder: Path, run: Run) -> None:
+    """Every parameter is a flag, is checked, and changes the recipe as in Python."""
+    files = Files(folder, method)
+    common = [
+        f"--base={files.base}",
+        "--models=" + ",".join(map(str, files.models)),
+        f"--config.method={method}",
+        "--config.mixup.alpha=None",
+    ]
+    if files.statistics:
+        common.append("--statistics=" + ",".join(map(str, files.statistics)))
+    values = dict(parameters(method))
+    given = [f"--config.{method}.{name}={value}" for name, value in values.items()]
+    output = folder / "flags"
+    ran = run("merge", *common, *given, f"--output={output}")
+    assert ran.code == 0, ran.err
+    record = json.loads((output / "m3jax.json").read_text())["recipe"][method]
+    for name, value in values.items():
+        assert record[name] == (list(value) if isinstance(value, tuple) else value)
+    for name in values:
+        bad = f"--config.{method}.{name}='nonsense'"
+        ran = run("merge", *common, bad, f"--output={folder / 'bad'}")
+        assert ran.code == 2
+        assert name in ran.error
+    ran = run("merge", *common, f"--config.{method}.nonsense=1", f"--output={folder}/n")
+    assert ran.code == 2
+    assert f"{method}.nonsense" in ran.error
+
+
+def parameters(method: str) -> Iterator[tuple[str, Any]]:
+    """Another value than the default for each parameter."""
+    count = METHODS[method].num_models or 2
+    for name, field in METHODS[method].fields().items():
+        if isinstance(field, Choice):
+            yield name, next(own for own in field.options if own != field.default)
+        elif isinstance(field, Weights):
+            yield name, (0.25, 0.75)[:count]
+        elif isinstance(field, Number):
+            low, high = field.search or (
+                max(field.low, 0.0),
+                min(field.high, max(field.low, 0.0) + 1),
+            )
+            value: Any = low + 0.4 * (high - low)
+            if field.integer:
+                value = int(max(low, 1))
+            yield name, (value,) * count if field.per_model else value
+
+
+def check_docs_row(method: str) -> None:
+    """docs/METHODS.md has it, as `m3jax methods --markdown` prints it."""
+    from m3jax.commands.methods import markdown
+
+    rows = [line for line in markdown().splitlines() if f"`{method}" in line]
+    assert rows
+    assert re.search(r"arXiv|Source|ours", METHODS[method].__doc__ or "")
+
+
+FILES: tuple[Check, ...] = (
+    check_executors,
+    check_float64,
+    check_equal_models,
+    check_one_model,
+    check_resume,
+)
+COMMANDS: tuple[Check, ...] = (check_replay, check_flags)

@@ -1,0 +1,95 @@
+"""The contract of every registered method, and of one that is registered here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import contract
+import pytest
+from command_line import Run
+
+from m3jax.commands import config
+from m3jax.commands.methods import markdown
+from m3jax.methods import METHODS
+
+NEW = '''
+"""Midpoint: a method that a stranger adds, in one file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from m3jax.methods.fields import choice, number
+from m3jax.methods.step import (
+    Info, Method, Numbers, Operands, Problem, Statistics, register, rounded_product,
+    sum_over_models,
+)
+from m3jax.methods.sums import deltas, gram
+
+
+@register("longest")
+class Longest(Method):
+    """θ0 + s · the task vector of the largest norm in the tensor. Source: this test."""
+
+    scaling: Any = number(default=1.0, help="s", search=(0.5, 1.5))
+    smallest: Any = choice(default=False, help="the smallest norm instead")
+    scope = "tensor"
+
+    def measure(self, problem: Problem) -> Statistics:
+        products = yield from gram(deltas, problem)
+        return {"norms": products.diagonal()}
+
+    def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
+        norms = -info["norms"] if self.smallest else info["norms"]
+        best = xp.argmax(norms, axis=0)
+        chosen = xp.arange(len(norms))[:, None] == best[None]
+        return {"chosen": 1.0 * chosen}
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        chosen = sum_over_models(rounded_product(x.deltas, info["chosen"]))
+        return x.base + rounded_product(chosen, p["scaling"])
+'''
+
+
+@pytest.mark.parametrize("check", contract.FILES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: str, check: contract.Check, tmp_path: Path):
+    if check is contract.check_equal_models and method in contract.NOT_IDEMPOTENT:
+        pytest.skip(contract.NOT_IDEMPOTENT[method])
+    check(method, tmp_path)
+
+
+@pytest.mark.parametrize("check", contract.COMMANDS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_commands(method: str, check: contract.Check, tmp_path: Path, run: Run):
+    check(method, tmp_path, run)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_documented(method: str):
+    contract.check_docs_row(method)
+
+
+def test_docs_are_those_of_the_registry():
+    docs = (Path(__file__).parent.parent / "docs" / "METHODS.md").read_text()
+    assert markdown() in docs, "run `m3jax methods --markdown` and put it there"
+
+
+def test_a_new_method_is_one_file(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "longest.py").write_text(NEW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("longest")
+    try:
+        fields = config.all_fields(contract.Recipe())
+        monkeypatch.setattr(config, "RECIPE_FIELDS", fields)
+        for check in contract.FILES:
+            check("longest", tmp_path / check.__name__)
+        for check in contract.COMMANDS:
+            check("longest", tmp_path / check.__name__, run)
+        contract.check_docs_row("longest")
+    finally:
+        del METHODS["longest"], sys.modules["longest"]
