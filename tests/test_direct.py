@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -346,6 +347,42 @@ class TestMerges:
                 assert partial_of(output).exists()
             else:
                 assert merge(output, recipe, resume=True, **SMALL).resumed > 0
+        assert checkpoints.digest(output) == expected
+
+    @pytest.mark.parametrize("lines", [2, 4])
+    def test_a_killed_one_goes_on(self, lines, merge, expected, tmp_path):
+        """SIGKILL when so many lines were journalled."""
+        output = tmp_path / "merged"
+        script = """
+            import os, signal, sys
+            sys.path.insert(0, sys.argv[1])
+            from pathlib import Path
+            from interruptions import RECIPES, Merge
+            from m3jax.checkpoints import direct, durable
+            direct.LEAST, direct.LEAST_FILE = direct.BLOCK, 0
+            output, base, *models = map(Path, sys.argv[3:])
+            append, left = durable.append_lines, [int(sys.argv[2])]
+
+            def counted(*arguments):
+                append(*arguments)
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            durable.append_lines = counted
+            merge = Merge(base, tuple(models))
+            merge(output, RECIPES["ties after DARE"], chunk_size=8192)
+        """
+        tests = Path(__file__).parent
+        arguments = (tests, lines, output, merge.base, *merge.models)
+        killed = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        recipe = RECIPES["ties after DARE"]
+        resumed = merge(output, recipe, resume=True, **SMALL).resumed
+        assert resumed > 0 or lines == 2
         assert checkpoints.digest(output) == expected
 
     def test_orbax(self, merge, tmp_path, calls):

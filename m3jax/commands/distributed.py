@@ -87,7 +87,7 @@ def start() -> bool:
 
 
 def started() -> bool:
-    """Whether `start` has started several processes, which take leave of each other."""
+    """Whether `start` has started several processes."""
     return _started
 
 

@@ -89,8 +89,9 @@ def main(positional: list[str]) -> int:
     allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
     prints = _DRY_RUN.value or distributed.start()
-    if not distributed.started():
+    if not distributed.started():  # several take leave of each other
         process.keep_programs()
+        process.leave_at_once()
     from m3jax.engine.inputs import MismatchError
     from m3jax.engine.prepare import Execution, prepare
 
@@ -135,8 +136,6 @@ def main(positional: list[str]) -> int:
         )
     if prints:
         print(reporting.summary(result, profile=_PROFILE.value is not None))
-    if not distributed.started():
-        process.leave_at_once()
     return 0
 
 

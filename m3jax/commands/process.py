@@ -78,7 +78,7 @@ def keep_programs() -> None:
 
 
 def leave_at_once() -> None:
-    """The command is done, and nothing is left that its process has to wait for."""
+    """Says that nothing is left to wait for when the command is done."""
     global _leaves_at_once
     _leaves_at_once = True
 
