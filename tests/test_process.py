@@ -112,6 +112,17 @@ class TestPrograms:
         assert [path.name for path in (tmp_path / "cache").rglob("unfit")] == ["unfit"]
         assert keep(env).stdout.split() == ["None"]  # it is not tried again
 
+    def test_without_a_cpu_to_try_it_on(self, tmp_path):
+        prepare = """
+            import jax
+            def local_devices(**asked):
+                raise RuntimeError("Unknown backend cpu")
+            jax.local_devices = local_devices
+        """
+        env = environment(tmp_path / "cache")
+        assert keep(env, prepare).stdout.split() == ["None"]
+        assert not list((tmp_path / "cache").rglob("unfit"))  # another time, perhaps
+
     def test_there_are_never_too_many(self, tmp_path, monkeypatch):
         monkeypatch.setattr(process, "_MOST", 10)
         for number in range(11):

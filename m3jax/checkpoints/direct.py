@@ -33,7 +33,7 @@ _BUFFER = 4 << 20
 LEAST = 64 << 10
 # Of a file that is worth it.
 LEAST_FILE = 16 << 20
-# What a file system says that has no direct writes: on opening, or at the first one.
+# What a file system says that has no direct writes, if it does not on opening.
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -71,13 +71,7 @@ class OutputFile:
         self._buffers = buffers
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         self.fd = os.open(path, flags, 0o666)
-        self._direct = -1
-        try:
-            if size >= LEAST_FILE:
-                self._direct = _open_direct(path)
-        except BaseException:
-            os.close(self.fd)
-            raise
+        self._direct = _open_direct(path) if size >= LEAST_FILE else -1
         self._refused = self._direct < 0
 
     def write(self, values: np.ndarray, offset: int) -> None:
@@ -133,20 +127,18 @@ class OutputFile:
 
 def _open_direct(path: Path) -> int:
     """A descriptor whose writes go past the page cache; -1 where there is none."""
-    flags = os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
     uncached = getattr(fcntl, "F_NOCACHE", None)  # macOS has it for O_DIRECT
     if not hasattr(os, "O_DIRECT") and uncached is None:
         return -1
+    flags = os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
     try:
         fd = os.open(path, flags)
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
+    except OSError:  # it was opened the ordinary way, which is enough
         return -1
-    if uncached is not None:
-        try:
+    try:
+        if uncached is not None:
             fcntl.fcntl(fd, uncached, 1)
-        except OSError:
-            os.close(fd)
-            return -1
+    except OSError:
+        os.close(fd)
+        return -1
     return fd

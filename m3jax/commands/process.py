@@ -22,16 +22,9 @@ _leaves_at_once = False
 _OFF = ("off", "0", "false", "no")
 # Programs kept, at some ten kilobytes each; the oldest make room.
 _MOST = 1000
-# What of the first processor's description decides which instructions it has.
-_CPU_FACTS = (
-    "vendor_id",
-    "cpu family",
-    "model",
-    "stepping",
-    "flags",
-    "Features",
-    "CPU ",
-)
+# What of a processor's description decides which instructions it has.
+_X86_FACTS = ("vendor_id", "cpu family", "model", "stepping", "flags")
+_ARM_FACTS = ("CPU ", "Features")
 _PROVEN, _UNFIT = "proven", "unfit"
 
 
@@ -61,20 +54,31 @@ def keep_programs() -> None:
         if folder is None or (folder / _UNFIT).exists():
             return
         import jax
-        from jax.experimental.compilation_cache import compilation_cache
 
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        if not (folder / _PROVEN).exists():
+        try:
+            _keep_in(folder, jax)
+            if (folder / _PROVEN).exists():
+                _make_room(folder)
+                return
             proven = _comes_back_silently(jax)
-            (folder / (_PROVEN if proven else _UNFIT)).touch()
-            if not proven:
-                jax.config.update("jax_compilation_cache_dir", None)
-                compilation_cache.reset_cache()
-        _make_room(folder)
+        except Exception:
+            _keep_in(None, jax)
+            raise
+        (folder / (_PROVEN if proven else _UNFIT)).touch()
+        if not proven:
+            _keep_in(None, jax)
     except (OSError, RuntimeError, AttributeError, ImportError):
         return  # there is no such folder, CPU or setting; it is only for speed
+
+
+def _keep_in(folder: Path | None, jax: Any) -> None:
+    """Tells JAX where to keep programs."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", folder and str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def leave_at_once() -> None:
@@ -113,7 +117,8 @@ def _folder() -> Path | None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     # What lies there is run.
-    private = found.st_uid == os.getuid() and not found.st_mode & stat.S_IWOTH
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    private = found.st_uid == os.getuid() and not others
     return folder if private and os.access(folder, os.W_OK) else None
 
 
@@ -125,7 +130,7 @@ def _machine() -> list[str]:
     except OSError:
         return []
     lines = text.partition("\n\n")[0].splitlines()
-    return [line for line in lines if line.startswith(_CPU_FACTS)]
+    return [line for line in lines if line.startswith(_X86_FACTS + _ARM_FACTS)]
 
 
 def _comes_back_silently(jax: Any) -> bool:
