@@ -5,14 +5,15 @@
 
 A few threads share out the inputs' blocks. Each reads the same block of all inputs
 with `preadv` into buffers that it allocated once, and writes one of them to the
-output with `pwrite`: what m3jax does in a pass, less the merging. No merge of these
-files with this operating system's reads and writes is faster. Prints one line of
-JSON.
+output with `pwrite`, past the page cache where the system can: what m3jax does in a
+pass, less the merging. No merge of these files with this operating system's reads and
+writes is faster. Prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import mmap
 import os
@@ -28,6 +29,7 @@ _INPUTS = flags.DEFINE_list("inputs", None, "Checkpoint folders.", required=True
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
 _THREADS = flags.DEFINE_integer("threads", 3, "Threads that read and write.")
 _BLOCK = flags.DEFINE_integer("block", 4 << 20, "Bytes read at a time from an input.")
+_DIRECT = flags.DEFINE_bool("direct", True, "Write past the page cache.")
 _FSYNC = flags.DEFINE_bool("fsync", False, "Wait until the disk has the output.")
 
 
@@ -35,13 +37,22 @@ class Block(NamedTuple):
     """The same bytes of one file of every input, and where they go."""
 
     inputs: tuple[int, ...]
-    output: int
+    outputs: tuple[int, int]
     offset: int
     size: int
 
+    @property
+    def output(self) -> int:
+        """Only whole pages can be written past the cache."""
+        return self.outputs[self.size % mmap.PAGESIZE == 0]
 
-def open_files(folders: list[Path], output: Path) -> list[tuple[list[int], int, int]]:
-    """Per weights file: descriptors of the inputs and of the output, and its size.
+
+def open_files(
+    folders: list[Path], output: Path, *, direct: bool
+) -> list[tuple[list[int], tuple[int, int], int]]:
+    """Per weights file: descriptors of the inputs, two of the output, and its size.
+
+    The second of the output's writes past the page cache, if `direct`, where it can.
 
     Raises:
       ValueError: if the folders do not hold files of the same names and sizes.
@@ -58,7 +69,11 @@ def open_files(folders: list[Path], output: Path) -> list[tuple[list[int], int, 
         inputs = [os.open(folder / name, os.O_RDONLY) for folder in folders]
         written = os.open(output / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.ftruncate(written, size)
-        files.append((inputs, written, size))
+        uncached = written
+        if direct and hasattr(os, "O_DIRECT"):
+            with contextlib.suppress(OSError):  # this file system cannot
+                uncached = os.open(output / name, os.O_WRONLY | os.O_DIRECT)
+        files.append((inputs, (written, uncached), size))
     return files
 
 
@@ -108,16 +123,18 @@ def _transfer(
 
 def main(argv: list[str]) -> None:
     del argv
-    files = open_files([Path(name) for name in _INPUTS.value], Path(_OUTPUT.value))
+    folders = [Path(name) for name in _INPUTS.value]
+    files = open_files(folders, Path(_OUTPUT.value), direct=_DIRECT.value)
+    block = _BLOCK.value + -_BLOCK.value % mmap.PAGESIZE
     blocks = [
-        Block(tuple(inputs), output, offset, min(_BLOCK.value, size - offset))
-        for inputs, output, size in files
-        for offset in range(0, size, _BLOCK.value)
+        Block(tuple(inputs), outputs, offset, min(block, size - offset))
+        for inputs, outputs, size in files
+        for offset in range(0, size, block)
     ]
-    streaming = copy(blocks, _THREADS.value, _BLOCK.value)
+    streaming = copy(blocks, _THREADS.value, block)
     start = time.perf_counter()
     if _FSYNC.value:
-        for _, output, _ in files:
+        for _, (output, _), _ in files:
             os.fsync(output)
     commit = time.perf_counter() - start
     written = sum(size for _, _, size in files)

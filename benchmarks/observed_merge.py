@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from m3jax import __main__ as command
+from m3jax.commands import process
 from m3jax.engine import merge as engine
 from m3jax.engine.plan import TILE
 
@@ -84,6 +85,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 if __name__ == "__main__":
+    process.begin()
     exit_code, report = observe(sys.argv[1:])
     print(json.dumps(report))
-    sys.exit(exit_code)
+    sys.exit(process.end(exit_code))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from m3jax.commands import signals
+from m3jax.commands import process, signals
 
 COMMANDS = {
     "merge": "merge a base and fine-tuned models into a new checkpoint",
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         with signals.handled_by(signals.leave):
-            return main(sys.argv[1:])
+            process.begin()
+            return process.end(main(sys.argv[1:]))
     name = argv[0] if argv else "--help"
     if name in ("--help", "-h", "-help", "--helpfull", "help"):
         print(_usage())

@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["M3JAX_CACHE"] = "off"  # of the user's; tests of it have one of their own
 
 import jax
 from command_line import run  # noqa: F401 - a fixture for all tests

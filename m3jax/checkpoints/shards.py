@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.checkpoints import durable, safetensors
+from m3jax.checkpoints.direct import Buffers, OutputFile
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.output import OutputFolder
 from m3jax.checkpoints.part import OutputPart
@@ -59,7 +60,9 @@ class ShardWriter:
 
     Several processes may write disjoint parts of one file. On NFS that is safe as long
     as no client holds a page of the file that it could write back whole: so files are
-    opened for writing only, and what was read back is not kept in memory.
+    opened for writing only, and what was read back is not kept in memory. Nor is more
+    read than was asked for: a page of the cache that reached beyond it could be written
+    back over what another process writes past the cache (see `direct`).
     """
 
     def __init__(
@@ -79,8 +82,8 @@ class ShardWriter:
         """
         self._folder = folder.path
         self._shards = shards
-        self._held: dict[str, int] = {}  # descriptors
-        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        self._held: dict[str, OutputFile] = {}
+        self._buffers = Buffers()
         try:
             for shard in shards:
                 for name, size, content in (
@@ -88,28 +91,30 @@ class ShardWriter:
                 ):
                     path = self._folder / name
                     path.parent.mkdir(exist_ok=True)
-                    fd = self._held[name] = os.open(path, flags, 0o666)
+                    file = self._held[name] = OutputFile(
+                        path, size, self._buffers, create=create
+                    )
                     if create:
-                        durable.resize(fd, size, path)
-                        durable.write_at(fd, memoryview(content), 0, path)
+                        durable.resize(file.fd, size, path)
+                        durable.write_at(file.fd, memoryview(content), 0, path)
                     if not shard.held:
-                        os.close(self._held.pop(name))
+                        self._held.pop(name).close()
         except BaseException:
             self.close()
             raise
 
     def write(self, shard: int, offset: int, values: np.ndarray) -> None:
         """Writes the bytes of `values`, of one tensor, at `offset` of a shard."""
-        view = memoryview(values.view(np.uint8))
-        for name, place, size in self._shards[shard].pieces(offset, len(view)):
-            path = self._folder / name
+        left, own = values.view(np.uint8), self._shards[shard]
+        for name, place, size in own.pieces(offset, len(left)):
             with contextlib.ExitStack() as stack:
-                fd = self._held.get(name)
-                if fd is None:
-                    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-                    stack.callback(os.close, fd)
-                durable.write_at(fd, view[:size], place, path)
-            view = view[size:]
+                file = self._held.get(name)
+                if file is None:
+                    path = self._folder / name
+                    file = OutputFile(path, own.largest, self._buffers, create=False)
+                    stack.callback(file.close)
+                file.write(left[:size], place)
+            left = left[size:]
 
     def read(self, shard: int, offset: int, out: np.ndarray) -> None:
         """Reads back bytes of one tensor that were written."""
@@ -118,6 +123,8 @@ class ShardWriter:
             path = self._folder / name
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
+                if hasattr(os, "posix_fadvise"):  # nothing ahead, no large pages
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
                 durable.read_at(fd, view[:size], place, path)
                 if hasattr(os, "posix_fadvise"):
                     start, end = max(0, place - _PAGE), place + size + _PAGE
@@ -139,7 +146,7 @@ class ShardWriter:
         """Closes the files; a second call does nothing."""
         with contextlib.ExitStack() as stack:  # closes all, even if one fails
             while self._held:
-                stack.callback(os.close, self._held.popitem()[1])
+                stack.callback(self._held.popitem()[1].close)
 
 
 def make_shards(tensors: list[list[Any]]) -> list[Shard]:

@@ -86,6 +86,11 @@ def start() -> bool:
     return store is None or store.index == 0
 
 
+def started() -> bool:
+    """Whether `start` has started several processes."""
+    return _started
+
+
 def leave_after_failure(code: int) -> None:
     """Ends this process at once, if `start` has started several.
 

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.commands import allocator, config, distributed, mesh, reporting
+from m3jax.commands import allocator, config, distributed, mesh, process, reporting
 from m3jax.commands.cli import UsageError
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
@@ -89,6 +89,9 @@ def main(positional: list[str]) -> int:
     allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
     prints = _DRY_RUN.value or distributed.start()
+    if not distributed.started():  # several take leave of each other
+        process.keep_programs()
+        process.leave_at_once()
     from m3jax.engine.inputs import MismatchError
     from m3jax.engine.prepare import Execution, prepare
 

@@ -1,0 +1,144 @@
+"""Writes large files past the page cache, where the system can.
+
+Through the page cache every byte is copied, kept and written back by the kernel, which
+costs several times what the disk does. Direct writes take whole blocks at multiples of
+a block, from memory that starts at one, so what is written is copied into a buffer that
+does; a buffer is one of few and used again, so it is in the processor's cache.
+
+A page of a file is never written both ways at once: the blocks that lie within one call
+are written directly, and the bytes before and behind them, whose blocks other calls or
+other processes share, through the page cache, which keeps neighbours' bytes apart. It
+follows that pages which the cache holds are not those that are written directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from m3jax.checkpoints import durable
+
+# Bytes. No page of the cache is larger, and no disk's block.
+BLOCK = max(4096, mmap.PAGESIZE)
+# Of a direct write at most: disks are fastest with megabytes at a time.
+_BUFFER = 4 << 20
+# Of one at least: its wait for the disk costs what copying so much does.
+LEAST = 64 << 10
+# Of a file that is worth it.
+LEAST_FILE = 16 << 20
+# What a file system says that has no direct writes, if it does not on opening.
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+
+
+class Buffers(threading.local):
+    """A buffer for each thread that writes, made when it is first needed."""
+
+    def __init__(self) -> None:
+        self._whole: np.ndarray | None = None
+
+    def get(self) -> np.ndarray:
+        """Of `_BUFFER` bytes, at the start of a page."""
+        if self._whole is None:
+            memory = np.empty(_BUFFER + BLOCK, np.uint8)
+            start = -memory.ctypes.data % BLOCK
+            self._whole = memory[start : start + _BUFFER]
+        return self._whole
+
+
+class OutputFile:
+    """A file of an output, written at offsets from many threads."""
+
+    def __init__(self, path: Path, size: int, buffers: Buffers, *, create: bool):
+        """Opens the file.
+
+        Args:
+          path: of the file.
+          size: bytes that it is to have.
+          buffers: may be shared by many files.
+          create: make it if it is not there.
+
+        Raises:
+          OSError: it cannot be opened; the error names it.
+        """
+        self._path = path
+        self._buffers = buffers
+        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        self.fd = os.open(path, flags, 0o666)
+        self._direct = _open_direct(path) if size >= LEAST_FILE else -1
+        self._refused = self._direct < 0
+
+    def write(self, values: np.ndarray, offset: int) -> None:
+        """Writes bytes at an offset.
+
+        Raises:
+          OSError: the disk; it names the file.
+        """
+        start = offset + -offset % BLOCK
+        stop = (offset + len(values)) // BLOCK * BLOCK
+        if self._refused or stop - start < LEAST:
+            self._write_cached(values, offset)
+            return
+        self._write_cached(values[: start - offset], offset)
+        self._write_blocks(values[start - offset : stop - offset], start)
+        self._write_cached(values[stop - offset :], stop)
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        fds, self.fd, self._direct = (self.fd, self._direct), -1, -1
+        with contextlib.ExitStack() as stack:  # closes both, even if one fails
+            for fd in fds:
+                if fd >= 0:
+                    stack.callback(os.close, fd)
+
+    def _write_cached(self, values: np.ndarray, offset: int) -> None:
+        durable.write_at(self.fd, memoryview(values), offset, self._path)
+
+    def _write_blocks(self, values: np.ndarray, offset: int) -> None:
+        whole = self._buffers.get()
+        for first in range(0, len(values), len(whole)):
+            part = values[first : first + len(whole)]
+            buffer = whole[: len(part)]
+            buffer[:] = part
+            count = self._pwrite(memoryview(buffer), offset + first)
+            # Of a direct write that ended early the rest need not start at a block;
+            # the ordinary way writes it, or says why that cannot be done.
+            self._write_cached(part[count:], offset + first + count)
+
+    def _pwrite(self, blocks: memoryview, offset: int) -> int:
+        """Writes blocks directly; returns how many bytes it wrote."""
+        if self._refused:
+            return 0
+        with durable.naming(self._path):
+            try:
+                return os.pwrite(self._direct, blocks, offset)
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
+        self._refused = True
+        return 0
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor whose writes go past the page cache; -1 where there is none."""
+    uncached = getattr(fcntl, "F_NOCACHE", None)  # macOS has it for O_DIRECT
+    if not hasattr(os, "O_DIRECT") and uncached is None:
+        return -1
+    flags = os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
+    try:
+        fd = os.open(path, flags)
+    except OSError:  # it was opened the ordinary way, which is enough
+        return -1
+    try:
+        if uncached is not None:
+            fcntl.fcntl(fd, uncached, 1)
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
