@@ -18,7 +18,7 @@ import numpy as np
 
 from m3jax import prng
 from m3jax.recipe import Mixup
-from m3jax.traced import is_traced
+from m3jax.traced import at_once, is_traced
 
 
 def group_of(name: str, granularity: str) -> str:
@@ -145,7 +145,7 @@ def _draw(keys: np.ndarray, alpha: np.ndarray) -> list[np.ndarray]:
     One by one, so that one program makes them all: XLA's programs for different numbers
     of draws differ in the last bits.
     """
-    with jax.ensure_compile_time_eval():  # also inside a caller's jit
+    with at_once():
         try:
             return [np.asarray(_dirichlet_fast(key, alpha), np.float32) for key in keys]
         except jax.errors.JaxRuntimeError:  # this version of XLA lacks an option

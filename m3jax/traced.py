@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 
@@ -12,3 +13,11 @@ def is_traced(value: Any) -> bool:
     import jax
 
     return isinstance(value, jax.core.Tracer)
+
+
+def at_once() -> Any:
+    """A context in which concrete values are computed now, also inside `jax.jit`."""
+    import jax
+
+    inside = is_traced(jax.numpy.zeros(()))  # a constant is staged there, too
+    return jax.ensure_compile_time_eval() if inside else contextlib.nullcontext()

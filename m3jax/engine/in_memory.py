@@ -32,7 +32,7 @@ from m3jax.engine.trees import Leaf, align_trees
 from m3jax.methods.selection import count_codes_on_host
 from m3jax.methods.step import Reduction
 from m3jax.recipe import Recipe
-from m3jax.traced import is_traced
+from m3jax.traced import at_once, is_traced
 
 # Reading everything twice costs as little as a sample and reading it once below this.
 _SAMPLE_PAYS = 1 << 26  # elements
@@ -182,8 +182,7 @@ class Leaves:
 
         places = [(g, i) for g, own in enumerate(groups) for i in own]
         # What no transformation goes through is found at once, also inside a jit.
-        at_once = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
-        with at_once:
+        with contextlib.nullcontext() if traced else at_once():
             if on_host and "histogram" in first.combine:
                 # Codes are as many as elements: one leaf's at a time.
                 results = [fetched(dispatched(g, i)) for g, i in places]
@@ -368,7 +367,7 @@ def _check_overflow(leaves: Sequence[Leaf], merged: Sequence[dict[str, Any]]) ->
 def _are_finite(arrays: Sequence[Any]) -> list[bool]:
     if any(map(is_traced, arrays)):
         return [True] * len(arrays)  # nobody can look
-    with jax.ensure_compile_time_eval():  # also inside a caller's jit
+    with at_once():
         checks = [kernels.all_finite(a, placement=Placement.of(a)) for a in arrays]
         return [bool(np.all(multihost(check))) for check in checks]
 

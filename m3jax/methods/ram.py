@@ -95,7 +95,7 @@ class RamPlus(Method):
 
 def _changed(tasks: Any, threshold: Any) -> Any:
     """c_k, (K, ...) bool."""
-    return jnp.abs(tasks) > threshold[None]
+    return jnp.abs(tasks) > threshold[None].astype(tasks.dtype)
 
 
 def _count(changed: Any) -> Any:
