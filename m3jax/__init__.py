@@ -28,10 +28,12 @@ _HOMES = {
     "save": "m3jax.engine.save",
     "verify": "m3jax.engine.verify",
 }
-__all__ = sorted(_HOMES)
+_MODULES = ("multitask",)
+__all__ = sorted((*_HOMES, *_MODULES))
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
+    from m3jax import multitask
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.engine.in_memory import merge_params
     from m3jax.engine.load import load
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"m3jax.{name}")
     # A submodule is looked for by `import` itself; a step is found by its class's name.
     if name[:1].isupper():
         from m3jax.methods import METHODS, TRANSFORMS

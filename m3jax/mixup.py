@@ -145,7 +145,8 @@ def _draw(keys: np.ndarray, alpha: np.ndarray) -> list[np.ndarray]:
     One by one, so that one program makes them all: XLA's programs for different numbers
     of draws differ in the last bits.
     """
-    try:
-        return [np.asarray(_dirichlet_fast(key, alpha), np.float32) for key in keys]
-    except jax.errors.JaxRuntimeError:  # this version of XLA lacks an option
-        return [np.asarray(_dirichlet_safe(key, alpha), np.float32) for key in keys]
+    with jax.ensure_compile_time_eval():  # also inside a caller's jit
+        try:
+            return [np.asarray(_dirichlet_fast(key, alpha), np.float32) for key in keys]
+        except jax.errors.JaxRuntimeError:  # this version of XLA lacks an option
+            return [np.asarray(_dirichlet_safe(key, alpha), np.float32) for key in keys]

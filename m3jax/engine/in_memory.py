@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from m3jax.engine.measure import (
     Groups,
     completed,
     int64_rows,
+    is_traced_at,
     measure,
     put_together,
     stacked,
@@ -140,10 +142,7 @@ class Leaves:
         size = sum(self.sizes[i] for i in groups[0])
         if first.sample and (size < _SAMPLE_PAYS or len(groups) > 1 or self.traced):
             return [None] * len(groups)
-        traced = any(
-            map(is_traced, jax.tree.leaves((numbers.first(depth), numbers.keys)))
-        )
-        traced = traced or self.traced
+        traced = is_traced_at(self, program, depth, numbers)
         on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
         on_host = on_cpu and not traced and max(self.sizes) <= kernels.MAX_COUNTED
         arguments = stacked(reductions)
@@ -182,11 +181,14 @@ class Leaves:
             ]
 
         places = [(g, i) for g, own in enumerate(groups) for i in own]
-        if on_host and "histogram" in first.combine:
-            # Codes are as many as elements: one leaf's at a time.
-            results = [fetched(dispatched(g, i)) for g, i in places]
-        else:
-            results = list(map(fetched, [dispatched(g, i) for g, i in places]))
+        # What no transformation goes through is found at once, also inside a jit.
+        at_once = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
+        with at_once:
+            if on_host and "histogram" in first.combine:
+                # Codes are as many as elements: one leaf's at a time.
+                results = [fetched(dispatched(g, i)) for g, i in places]
+            else:
+                results = list(map(fetched, [dispatched(g, i) for g, i in places]))
         found: list[Any] = [None] * len(groups)
         for (g, _), own in zip(places, results, strict=True):
             before = found[g]
@@ -366,8 +368,9 @@ def _check_overflow(leaves: Sequence[Leaf], merged: Sequence[dict[str, Any]]) ->
 def _are_finite(arrays: Sequence[Any]) -> list[bool]:
     if any(map(is_traced, arrays)):
         return [True] * len(arrays)  # nobody can look
-    checks = [kernels.all_finite(a, placement=Placement.of(a)) for a in arrays]
-    return [bool(np.all(multihost(check))) for check in checks]
+    with jax.ensure_compile_time_eval():  # also inside a caller's jit
+        checks = [kernels.all_finite(a, placement=Placement.of(a)) for a in arrays]
+        return [bool(np.all(multihost(check))) for check in checks]
 
 
 def _check_distinct(leaves: Sequence[Leaf]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.methods.selection import BINS
-from m3jax.methods.step import Problem, Reduction, namespace
+from m3jax.methods.step import Problem, Reduction, any_traced, namespace
 from m3jax.mixup import group_of
 
 Groups = list[list[int]]  # the places of the tensors of each group
@@ -137,6 +137,7 @@ def _found(
     """What one step's statistics find: tables over all tensors."""
     step = program.steps[depth]
     alone = step.scope == "tensor"
+    traced = is_traced_at(bench, program, depth, numbers)
     groups = grouped(step.scope, bench.names, bench.own(places) if alone else places)
     infos: list[Any] = [None] * len(groups)
     for batch in _batches(len(groups), bench.num_models):
@@ -146,7 +147,7 @@ def _found(
                 num_models=bench.num_models,
                 size=sum(bench.sizes[i] for i in groups[g]),
                 numbers=_OfGroup(numbers.p[depth], groups[g]),
-                traced=bench.traced,
+                traced=traced,
             )
             live[g] = step.measure(problem)
 
@@ -173,6 +174,12 @@ def _found(
                 send(g, answer)
     tables = _spread(groups, infos, len(bench.names))
     return gathered(tables) if alone else tables
+
+
+def is_traced_at(bench: Bench, program: Program, depth: int, numbers: Numbers) -> bool:
+    """Whether what a step sees depends on an argument of a transformation of JAX."""
+    keys = numbers.keys if program.draws(depth) else None
+    return bench.traced or any_traced(numbers.p[:depth], numbers.info[:depth], keys)
 
 
 def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:

@@ -50,8 +50,9 @@ class Slerp(Method):
         t = weight[1] / (weight[0] + weight[1])
         chord = ~(xp.abs(cosine) <= _NEARLY_PARALLEL)  # NaN where a tensor is 0
         angle = xp.arccos(xp.where(chord, 0.0, cosine))
-        arc = xp.stack([xp.sin((1 - t) * angle), xp.sin(t * angle)]) / xp.sin(angle)
-        return {"coefficients": xp.where(chord, xp.stack([1 - t, t]), arc)}
+        parts = xp.stack([1 - t, t])
+        arc = xp.sin(parts * angle[None]) / xp.sin(angle)[None]
+        return {"coefficients": xp.where(chord[None], parts, arc)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         return sum_over_models(rounded_product(x.models, info["coefficients"]))

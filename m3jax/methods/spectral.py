@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from m3jax.lazy import jax, jnp
+from m3jax.methods.step import sum_over_models
 
 # U (m, r), singular values (r,) falling, Vᵀ (r, n).
 Triples: TypeAlias = "tuple[jax.Array, jax.Array, jax.Array]"
@@ -63,3 +64,8 @@ def polar(matrix: jax.Array) -> jax.Array:
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """a bᵀ at the highest precision."""
     return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def mean(tasks: jax.Array) -> jax.Array:
+    """mean_k τ_k of (K, ...): what becomes of tensors that are no matrices."""
+    return sum_over_models(tasks) / jnp.asarray(tasks.shape[0], tasks.dtype)

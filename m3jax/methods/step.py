@@ -255,8 +255,12 @@ def run_statistics(
 
 def namespace(*trees: Any) -> Any:
     """NumPy, or `jax.numpy` where a leaf is an argument of a transformation."""
-    leaves = [leaf for tree in trees for leaf in _leaves(tree)]
-    return jnp if any(map(is_traced, leaves)) else np
+    return jnp if any_traced(*trees) else np
+
+
+def any_traced(*trees: Any) -> bool:
+    """Whether a leaf of some dicts and tuples is an argument of a transformation."""
+    return any(is_traced(leaf) for tree in trees for leaf in _leaves(tree))
 
 
 def _leaves(tree: Any) -> list[Any]:

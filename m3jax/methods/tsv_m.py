@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3jax.lazy import jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.spectral import concatenated, kept_triples, polar, product, svd
+from m3jax.methods.spectral import concatenated, kept_triples, mean, polar, product, svd
 from m3jax.methods.step import (
     Method,
     Numbers,
     Operands,
     register,
     rounded_product,
-    sum_over_models,
 )
 
 
@@ -22,8 +20,8 @@ class TsvM(Method):
     """θ0 + s · P([U_1 … U_K]) diag([S_1 … S_K]) P([V_1 … V_K])ᵀ for matrices.
 
     λ_k τ_k = U_k S_k V_kᵀ, of which the first r = min(m, n) // K triples are kept, as
-    far as σ > max(m, n) ε σ_1. P(A) = Q Rᵀ for the SVD A = Q D Rᵀ is the polar factor, over
-    the singular values above max(shape) ε times the largest: tasks that are 0 in a
+    far as σ > max(m, n) ε σ_1. P(A) = Q Rᵀ for the SVD A = Q D Rᵀ is the polar factor,
+    over the singular values above max(shape) ε times the largest: tasks that are 0 in a
     tensor, or of low rank, add nothing. Tensors that are no matrices get
     θ0 + s · mean λ_k τ_k. Without M3 all λ_k are 1.
 
@@ -41,8 +39,7 @@ class TsvM(Method):
         tasks = rounded_product(x.deltas, p["weights"])
         count = tasks.shape[0]
         if x.base.ndim != 2:
-            mean = sum_over_models(tasks) / jnp.asarray(count, tasks.dtype)
-            return x.base + rounded_product(mean, p["scaling"])
+            return x.base + rounded_product(mean(tasks), p["scaling"])
         rank = min(x.base.shape) // count
         triples = [kept_triples(svd(task), rank) for task in tasks]
         left, values, right = concatenated(triples)

@@ -1,0 +1,114 @@
+"""RAM and RAM+: average the tasks that change an entry, not those that leave it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from m3jax.lazy import jnp
+from m3jax.methods.fields import number, weights
+from m3jax.methods.orders import of_model
+from m3jax.methods.step import (
+    Info,
+    Method,
+    Numbers,
+    Operands,
+    Problem,
+    Reduction,
+    Statistics,
+    register,
+    rounded_product,
+    sum_over_models,
+)
+
+
+def _threshold() -> Any:
+    return number(
+        default=1e-5, help="|τ_k| above which task k changes an entry", low=0.0
+    )
+
+
+@register("ram")
+class Ram(Method):
+    """θ0 + s · Σ λ_k τ_k c_k / max(1, Σ c_k) with c_k = 1[|τ_k| > `threshold`].
+
+    Without M3 all λ_k are 1.
+
+    Source: RAM of xiangchi-yuan/mrl.
+    """
+
+    weights: Any = weights(equal=lambda num_models: 1.0)
+    scaling: Any = number(
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
+    )
+    threshold: Any = _threshold()
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        changed = _changed(x.deltas, p["threshold"])
+        tasks = rounded_product(x.deltas, p["weights"])
+        return _averaged(x.base, tasks, changed, p["scaling"])
+
+
+@register("ram_plus")
+class RamPlus(Method):
+    """RAM, where entries that task k alone changes count s_k times.
+
+    s_k = 1 + (r − 1) · min(1, overlap_k / unique_k), r `boost`: of the entries that
+    task k changes, unique_k are changed by it alone, overlap_k by others too, in the
+    whole model, exact. Nothing unique: s_k = 1. Without M3 all λ_k are 1.
+
+    Source: RAM+ of xiangchi-yuan/mrl. mergekit's `ramplus_tl` counts per tensor.
+    """
+
+    weights: Any = weights(equal=lambda num_models: 1.0)
+    scaling: Any = number(
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
+    )
+    threshold: Any = _threshold()
+    boost: Any = number(
+        default=1.2,
+        help="r, at most so much do unique entries count",
+        low=0.0,
+        search=(1.0, 1.5),
+    )
+    scope = "model"
+
+    def measure(self, problem: Problem) -> Statistics:
+        (threshold,) = of_model("ram_plus", problem, "threshold")
+        arguments = {"threshold": threshold}
+        unique, overlap = yield Reduction(_counts, arguments, ("sum", "sum"))
+        xp = jnp if problem.traced else np
+        share = xp.where(unique > 0, overlap / xp.maximum(unique, 1), 0.0)
+        return {"shares": xp.minimum(1.0, share)}
+
+    def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
+        return {"boosts": 1 + (numbers["boost"] - 1)[None] * info["shares"]}
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        changed = _changed(x.deltas, p["threshold"])
+        tasks = rounded_product(x.deltas, p["weights"])
+        boosted = rounded_product(tasks, info["boosts"])
+        tasks = jnp.where(_count(changed)[None] == 1, boosted, tasks)
+        return _averaged(x.base, tasks, changed, p["scaling"])
+
+
+def _changed(tasks: Any, threshold: Any) -> Any:
+    """c_k, (K, ...) bool."""
+    return jnp.abs(tasks) > threshold[None]
+
+
+def _count(changed: Any) -> Any:
+    return sum_over_models(changed.astype(jnp.int32))
+
+
+def _averaged(base: Any, tasks: Any, changed: Any, scaling: Any) -> Any:
+    total = sum_over_models(jnp.where(changed, tasks, jnp.zeros((), tasks.dtype)))
+    count = jnp.maximum(_count(changed), jnp.int32(1)).astype(tasks.dtype)
+    return base + rounded_product(total / count, scaling)
+
+
+def _counts(x: Operands, arguments: Numbers) -> tuple[Any, Any]:
+    changed = _changed(x.deltas, arguments["threshold"])
+    alone = _count(changed)[None] == 1
+    return (changed & alone).astype(jnp.int32), (changed & ~alone).astype(jnp.int32)
