@@ -27,20 +27,20 @@ class Consensus(Method):
     Source: arXiv 2405.07813; agrees with nik-dim/tall_masks.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.2, 1.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.2, 1.0)
     )
     mask_scale: Any = number(
-        0.4,
-        "μ, how much a task's entry has to weigh against the others', one number or "
+        default=0.4,
+        help="μ, how much a task's entry has to weigh against the others', one number or "
         "one per model",
         low=0.0,
         per_model=True,
         search=(0.2, 0.6),
     )
     min_models: Any = number(
-        2.0, "tasks that have to need an entry", low=0.0, integer=True
+        default=2.0, help="tasks that have to need an entry", low=0.0, integer=True
     )
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:

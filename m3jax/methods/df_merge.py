@@ -31,9 +31,12 @@ class DfMerge(Method):
     """
 
     coefficients: Any = number(
-        None, "λ, one number or one per model", per_model=True, search=(0.0, 1.0)
+        default=None,
+        help="λ, one number or one per model",
+        per_model=True,
+        search=(0.0, 1.0),
     )
-    floor: Any = number(1e-12, "is added to F", low=0.0)
+    floor: Any = number(default=1e-12, help="is added to F", low=0.0)
     beside = ("statistics",)
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:

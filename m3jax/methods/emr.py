@@ -41,9 +41,9 @@ class Emr(Method):
     """
 
     rescale: Any = choice(
-        "sum",
-        "λ_k by the ratio of L1 norms, of tensors' mean magnitudes, or least squares",
-        ("sum", "mean", "l2"),
+        default="sum",
+        help="λ_k by the ratio of L1 norms, of tensors' mean magnitudes, or least squares",
+        options=("sum", "mean", "l2"),
     )
     records = ("scales",)
 

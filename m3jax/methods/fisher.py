@@ -41,15 +41,17 @@ class Fisher(Method):
     ``first_max`` with the authors' code.
     """
 
-    weights: Any = weights(lambda num_models: 1 / num_models, low=0.0)
+    weights: Any = weights(equal=lambda num_models: 1 / num_models, low=0.0)
     normalize: Any = choice(
-        "l2", "divide F by its norm over the whole model", ("l2", "none")
+        default="l2",
+        help="divide F by its norm over the whole model",
+        options=("l2", "none"),
     )
-    floor: Any = number(1e-6, "what F is at least", low=0.0)
+    floor: Any = number(default=1e-6, help="what F is at least", low=0.0)
     floor_rule: Any = choice(
-        "add",
-        "add the floor everywhere, or bound F of the first model by it",
-        ("add", "first_max"),
+        default="add",
+        help="add the floor everywhere, or bound F of the first model by it",
+        options=("add", "first_max"),
     )
     needs_base = False
     beside = ("statistics",)

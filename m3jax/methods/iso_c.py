@@ -31,9 +31,9 @@ class IsoC(Method):
     Source: arXiv 2502.04959; agrees with fusion-bench 0.2.33 and the authors' code.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 2.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
     )
     unit = "matrix"
 

@@ -37,13 +37,13 @@ class IsoCts(Method):
     Source: arXiv 2502.04959; agrees with fusion-bench 0.2.33 and the authors' code.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 2.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
     )
     common_fraction: Any = number(
-        0.8,
-        "f, share of the directions that are common to all tasks",
+        default=0.8,
+        help="f, share of the directions that are common to all tasks",
         low=0.0,
         high=1.0,
         search=(0.5, 1.0),
@@ -79,7 +79,7 @@ class IsoCts(Method):
 def _first(triples: Triples, width: int, count: jax.Array, whole: jax.Array) -> Triples:
     """The first `width` triples, 0 from `count` on and where σ is only rounding."""
     left, values, right = (part[..., :width] for part in (*triples[:2], triples[2].T))
-    epsilon = max(whole.shape) * np.finfo(np.float32).eps
+    epsilon = max(whole.shape) * float(np.finfo(np.float32).eps)
     real = values > jnp.linalg.norm(whole) * epsilon
     kept = real & (jnp.arange(width, dtype=count.dtype) < count)
     left, values, right = (

@@ -33,8 +33,8 @@ class LocalizeAndStitch(Method):
     """
 
     share: Any = number(
-        0.05,
-        "of each task's entries that are kept, largest first, over the whole model",
+        default=0.05,
+        help="of each task's entries that are kept, largest first, over the whole model",
         low=0.0,
         high=1.0,
         search=(0.01, 0.2),

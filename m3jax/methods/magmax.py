@@ -20,9 +20,9 @@ class Magmax(Method):
     Source: arXiv 2407.06322; agrees with fusion-bench 0.2.33.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.3, 1.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.3, 1.0)
     )
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:

@@ -32,7 +32,7 @@ class MetaGpt(Method):
     """
 
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 1.5)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     scope = "model"
     records = ("coefficients",)

@@ -38,19 +38,22 @@ class Pcb(Method):
     Source: arXiv 2410.02396; agrees with `PCB_merge` of duguodong7/pcb-merging.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 2.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
     )
     ratio: Any = number(
-        0.1,
-        "r, share of each task's parameters that weigh anything",
+        default=0.1,
+        help="r, share of each task's parameters that weigh anything",
         low=0.0,
         high=1.0,
         search=(0.05, 0.4),
     )
     clip: Any = number(
-        1e-4, "b, share of the magnitudes cut at either end", low=0.0, high=0.5
+        default=1e-4,
+        help="b, share of the magnitudes cut at either end",
+        low=0.0,
+        high=0.5,
     )
     scope = "model"
     weighs_statistics = True

@@ -24,7 +24,9 @@ from m3jax.methods.step import (
 
 
 def _threshold() -> Any:
-    return number(1e-5, "|τ_k| above which task k changes an entry", low=0.0)
+    return number(
+        default=1e-5, help="|τ_k| above which task k changes an entry", low=0.0
+    )
 
 
 @register("ram")
@@ -36,9 +38,9 @@ class Ram(Method):
     Source: RAM of xiangchi-yuan/mrl.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 1.5)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     threshold: Any = _threshold()
 
@@ -59,13 +61,16 @@ class RamPlus(Method):
     Source: RAM+ of xiangchi-yuan/mrl. mergekit's `ramplus_tl` counts per tensor.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 1.5)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     threshold: Any = _threshold()
     boost: Any = number(
-        1.2, "r, at most so much do unique entries count", low=0.0, search=(1.0, 1.5)
+        default=1.2,
+        help="r, at most so much do unique entries count",
+        low=0.0,
+        search=(1.0, 1.5),
     )
     scope = "model"
 
@@ -90,7 +95,7 @@ class RamPlus(Method):
 
 def _changed(tasks: Any, threshold: Any) -> Any:
     """c_k, (K, ...) bool."""
-    return jnp.abs(tasks) > threshold[None]
+    return jnp.abs(tasks) > threshold[None].astype(tasks.dtype)
 
 
 def _count(changed: Any) -> Any:

@@ -41,10 +41,10 @@ class RegMean(Method):
     Source: arXiv 2212.09849; agrees with fusion-bench 0.2.33.
     """
 
-    weights: Any = weights(lambda num_models: 1 / num_models, low=0.0)
+    weights: Any = weights(equal=lambda num_models: 1 / num_models, low=0.0)
     nondiagonal: Any = number(
-        0.9,
-        "factor of the Gram matrices' entries off the diagonal",
+        default=0.9,
+        help="factor of the Gram matrices' entries off the diagonal",
         low=0.0,
         high=1.0,
         search=(0.1, 1.0),

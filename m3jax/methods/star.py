@@ -21,13 +21,13 @@ class Star(Method):
     Source: arXiv 2502.10339, and its authors' code, IBM/STAR.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 2.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
     )
     energy: Any = number(
-        0.4,
-        "η, share of the sum of singular values that is kept",
+        default=0.4,
+        help="η, share of the sum of singular values that is kept",
         low=0.0,
         high=1.0,
         search=(0.2, 0.8),

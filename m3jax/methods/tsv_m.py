@@ -29,9 +29,9 @@ class TsvM(Method):
     values are left out, which is ours.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 2.0)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
     )
     unit = "matrix"
 

@@ -38,12 +38,16 @@ class Wudi(Method):
     Source: arXiv 2503.08099; agrees with fusion-bench 0.2.33.
     """
 
-    weights: Any = weights(lambda num_models: 1.0)
+    weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
-        1.0, "s, multiplies the merged task vector", search=(0.5, 1.5)
+        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
-    steps: Any = number(300.0, "steps of Adam", low=0.0, high=1e6, integer=True)
-    learning_rate: Any = number(1e-5, "of Adam", low=0.0, search=(1e-6, 1e-4))
+    steps: Any = number(
+        default=300.0, help="steps of Adam", low=0.0, high=1e6, integer=True
+    )
+    learning_rate: Any = number(
+        default=1e-5, help="of Adam", low=0.0, search=(1e-6, 1e-4)
+    )
     unit = "matrix"
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
