@@ -33,8 +33,8 @@ class Consensus(Method):
     )
     mask_scale: Any = number(
         default=0.4,
-        help="μ, how much a task's entry has to weigh against the others', one number or "
-        "one per model",
+        help="μ, how much a task's entry has to weigh against the others', one number "
+        "or one per model",
         low=0.0,
         per_model=True,
         search=(0.2, 0.6),

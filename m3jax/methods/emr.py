@@ -42,7 +42,7 @@ class Emr(Method):
 
     rescale: Any = choice(
         default="sum",
-        help="λ_k by the ratio of L1 norms, of tensors' mean magnitudes, or least squares",
+        help="λ_k by ratios of L1 norms, of tensors' mean magnitudes, or least squares",
         options=("sum", "mean", "l2"),
     )
     records = ("scales",)

@@ -71,7 +71,7 @@ class Fisher(Method):
         return {"shares": numbers["weights"] / xp.where(norms > 0, norms, 1.0)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        mean = _mean(x.models, p["weights"] * jnp.ones_like(x.models))
+        mean = _mean(x.models, jnp.broadcast_to(p["weights"], x.models.shape))
         fisher = x.beside.get("statistics")
         if fisher is None:
             return mean
@@ -92,5 +92,8 @@ def _mean(models: Any, shares: Any) -> Any:
 
 
 def _squares(x: Operands) -> Any:
-    fisher = x.beside.get("statistics", jnp.zeros_like(x.models))
+    fisher = x.beside.get("statistics")
+    if fisher is None:  # zeros that lie as the models do
+        zero = jnp.zeros((), x.models.dtype)
+        return jnp.where(jnp.isfinite(x.models), zero, zero)
     return fisher * fisher

@@ -79,7 +79,7 @@ class IsoCts(Method):
 def _first(triples: Triples, width: int, count: jax.Array, whole: jax.Array) -> Triples:
     """The first `width` triples, 0 from `count` on and where σ is only rounding."""
     left, values, right = (part[..., :width] for part in (*triples[:2], triples[2].T))
-    epsilon = jnp.asarray(max(whole.shape) * np.finfo(np.float32).eps, whole.dtype)
+    epsilon = max(whole.shape) * float(np.finfo(np.float32).eps)
     real = values > jnp.linalg.norm(whole) * epsilon
     kept = real & (jnp.arange(width, dtype=count.dtype) < count)
     left, values, right = (

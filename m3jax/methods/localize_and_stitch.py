@@ -34,7 +34,7 @@ class LocalizeAndStitch(Method):
 
     share: Any = number(
         default=0.05,
-        help="of each task's entries that are kept, largest first, over the whole model",
+        help="of each task's entries kept, largest first, over the whole model",
         low=0.0,
         high=1.0,
         search=(0.01, 0.2),

@@ -100,7 +100,7 @@ def _balance(tasks: jax.Array, info: Numbers) -> jax.Array:
     """β_k, (K, ...)."""
     low, high = info["smallest"], info["largest"]
     size = _normalized(jnp.clip(jnp.abs(tasks), low, high), low, high)
-    within = jnp.exp(rounded_product(size * size, len(tasks) * jnp.ones_like(size)))
+    within = jnp.exp(rounded_product(size * size, jnp.asarray(len(tasks), size.dtype)))
     return within * jnp.tanh(tasks * sum_over_models(tasks)[None])
 
 
