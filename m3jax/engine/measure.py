@@ -188,7 +188,7 @@ def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:
 
 
 def _batches(count: int, num_models: int) -> Iterator[range]:
-    size = min(_TOGETHER, max(1, _COUNTERS // (8 * BINS * num_models)))
+    size = min(_TOGETHER, max(1, _COUNTERS // (8 * BINS * max(1, num_models))))
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
 
