@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import reference
 
 import m3jax
 from m3jax import CheckpointError, Mixup, Recipe
+from m3jax.methods import METHODS as ALL
 
 SHAPES = {"model.norm.weight": (5,), "model.layers.0.up_proj.weight": (9, 7)}
 METHODS = ("average", "task_arithmetic", "ties")  # those that the oracle knows
@@ -456,6 +458,36 @@ class TestFewModels:
         for name, tensor in merged.items():
             assert tensor.dtype == np.float64
             np.testing.assert_array_equal(tensor, model[name])
+
+
+class TestNothingToMerge:
+    """No element that is merged, in any executor."""
+
+    @pytest.mark.parametrize("strategy", [None, "random", "magnitude"])
+    @pytest.mark.parametrize("method", ALL)
+    @pytest.mark.parametrize("tensors", ["empty", "copied", "excluded"])
+    def test_it(self, tensors: str, method: str, strategy: str | None, merge: Merge):
+        model = {
+            "empty": {"a": np.zeros((0, 3), np.float32), "b.1": np.zeros(0)},
+            "copied": {"ids": np.arange(3)},
+            "excluded": {"a": np.ones((2, 2), np.float32)},
+        }[tensors]
+        if ALL[method].beside and strategy:
+            pytest.skip("what is beside the models is about the models as they are")
+        dare = m3jax.Dare(drop_rate=strategy and 0.5, strategy=strategy or "random")
+        recipe = Recipe(method=method, mixup=PLAIN, exclude=("a",), dare=dare)
+        if tensors != "excluded":
+            recipe = dataclasses.replace(recipe, exclude=())
+        for executor in ("streamed", "sharded"):
+            merged = merge(
+                model, model, model, recipe=recipe, executor=executor, again=True
+            )
+            for name, tensor in model.items():
+                np.testing.assert_array_equal(merged[name], tensor)
+        in_memory = m3jax.merge_params(model, [model, model], recipe)
+        in_memory = in_memory.get("", in_memory)
+        for name, tensor in model.items():
+            np.testing.assert_array_equal(in_memory[name], tensor)
 
 
 class TestNonfinite:
