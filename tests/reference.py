@@ -1,13 +1,14 @@
 """The formulas of merging in NumPy, written apart from m3jax: an oracle for tests.
 
-Everything is float32 and happens in the order of the formulas: whole models, flattened
-where the method says so, with a sort where m3jax counts.
+A tensor is float32, or float64 where one of the inputs is, and everything happens in
+the order of the formulas: whole models, with a sort where m3jax counts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,10 +38,9 @@ def merge(
       masks: what random DARE drops; None: by magnitude.
 
     Returns:
-      The merged tensors, float32.
+      The merged tensors, float32, or float64 where an input is.
     """
-    base = None if base is None else _float32(base)
-    models = [_float32(model) for model in models]
+    base, *models = _widened([base, *models])
     if drop_rates is not None:
         models = [
             {
@@ -58,9 +58,10 @@ def merge(
             for i, (model, rate) in enumerate(zip(models, drop_rates, strict=True))
         ]
 
-    def weights(name: str, default: float) -> list[np.float32]:
+    def weights(name: str, default: float) -> list[np.floating]:
         own = ratios[name] if isinstance(ratios, Mapping) else ratios
-        return [np.float32(x) for x in own or [default] * len(models)]
+        number = models[0][name].dtype.type
+        return [number(x) for x in own or [default] * len(models)]
 
     names = list(models[0])
     if method == "average":
@@ -84,7 +85,10 @@ def merge(
         }
     else:
         merged = _ties(deltas, names, lambda name: weights(name, 1.0), trim_rate)
-    return {name: base[name] + np.float32(scaling) * merged[name] for name in names}
+    return {
+        name: base[name] + base[name].dtype.type(scaling) * merged[name]
+        for name in names
+    }
 
 
 def plain_jax_mask(
@@ -114,46 +118,73 @@ def _dare(
 ) -> np.ndarray:
     values = tensor if target == "weights" else tensor - base
     if dropped is None:
-        sizes = np.abs(values)
+        sizes = np.abs(values).astype(np.float32)
         smallest = np.sort(sizes, axis=None)
         dropped = sizes <= smallest[count - 1] if count else np.zeros_like(sizes, bool)
-    scale = np.float32(1 / (1 - rate)) if rescale and rate < 1 else np.float32(1)
-    kept = np.where(dropped, np.float32(0), values * scale)
+    scale = values.dtype.type(1 / (1 - rate) if rescale and rate < 1 else 1)
+    kept = np.where(dropped, values.dtype.type(0), values * scale)
     return kept if target == "weights" else base + kept
 
 
 def _ties(
     deltas: Sequence[Tensors],
     names: Sequence[str],
-    weights: Callable[[str], Sequence[np.float32]],
+    weights: Callable[[str], Sequence[np.floating]],
     trim_rate: float,
 ) -> dict[str, np.ndarray]:
-    rows = np.stack([np.concatenate([d[n].ravel() for n in names]) for d in deltas])
-    coefficients = np.concatenate(
-        [np.tile(np.array(weights(n))[:, None], deltas[0][n].size) for n in names],
-        axis=1,
-    )  # (K, n)
-    count = int(rows.shape[1] * trim_rate)
-    for row in rows:
-        if count:
-            row[np.abs(row) < np.sort(np.abs(row))[count - 1]] = 0
-    signs = np.sign(sum(rows))
-    signs[signs == 0] = np.sign(signs.sum())
-    survives = rows * signs > 0
-    total = sum(np.where(survives, coefficients, np.float32(0)))
-    merged = sum(np.where(survives, rows * coefficients, np.float32(0)))
-    merged /= np.where(total > 0, total, np.float32(1))
-    # One survivor passes whole, whatever its λ; several that all have λ = 0 count
-    # alike.
-    number = survives.sum(axis=0).astype(np.float32)
-    plain = sum(np.where(survives, rows, np.float32(0))) / np.maximum(number, 1)
-    merged = np.where((number == 1) | (total == 0), plain, merged)
-    ends = np.cumsum([deltas[0][n].size for n in names])[:-1]
+    trimmed = [_trimmed(model, names, trim_rate) for model in deltas]
+    rows = {name: np.stack([model[name] for model in trimmed]) for name in names}
+    signs = {name: np.sign(sum(own)) for name, own in rows.items()}
+    majority = np.sign(sum(own.sum(dtype=np.float64) for own in signs.values()))
     return {
-        name: part.reshape(deltas[0][name].shape)
-        for name, part in zip(names, np.split(merged, ends), strict=True)
+        name: _merged_by_sign(rows[name], signs[name], majority, weights(name))
+        for name in names
     }
 
 
-def _float32(tensors: Tensors) -> dict[str, np.ndarray]:
-    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+def _trimmed(model: Tensors, names: Sequence[str], trim_rate: float) -> Tensors:
+    """Zeros for the smallest entries of a whole model, compared in float32."""
+    sizes = {name: np.abs(model[name]).astype(np.float32) for name in names}
+    ordered = np.sort(np.concatenate([own.ravel() for own in sizes.values()]))
+    count = int(ordered.size * trim_rate)
+    if not count:
+        return model
+    least = ordered[count - 1]
+    return {n: np.where(sizes[n] < least, 0, model[n]) for n in names}
+
+
+def _merged_by_sign(
+    rows: np.ndarray,
+    signs: np.ndarray,
+    majority: float,
+    weights: Sequence[np.floating],
+) -> np.ndarray:
+    zero, one = rows.dtype.type(0), rows.dtype.type(1)
+    coefficients = np.array(weights).reshape(-1, *[1] * (rows.ndim - 1))
+    signs = np.where(signs == 0, majority, signs)
+    survives = rows * signs > 0
+    total = sum(np.where(survives, coefficients, zero))
+    merged = sum(np.where(survives, rows * coefficients, zero))
+    merged = merged / np.where(total > 0, total, one)
+    # One survivor passes whole, whatever its λ; several that all have λ = 0 count
+    # alike.
+    number = survives.sum(axis=0).astype(rows.dtype)
+    plain = sum(np.where(survives, rows, zero)) / np.maximum(number, one)
+    return np.where((number == 1) | (total == 0), plain, merged)
+
+
+def _widened(models: Sequence[Tensors | None]) -> list[Any]:
+    """The models in the dtype of the arithmetic."""
+    given = [model for model in models if model is not None]
+
+    def wide(name: str) -> type:
+        return (
+            np.float64
+            if any(model[name].dtype == np.float64 for model in given)
+            else np.float32
+        )
+
+    return [
+        None if model is None else {n: t.astype(wide(n)) for n, t in model.items()}
+        for model in models
+    ]

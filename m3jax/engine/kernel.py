@@ -121,7 +121,7 @@ def merge(
     Returns:
       The parts of the output by name; "" is the merged model.
     """
-    x = _transformed(_wide(x, _compute_dtype(dtypes)), numbers, draw, program, None)
+    x = _transformed(_wide(x), numbers, draw, program, None)
     merged = program.method.apply(x, numbers.p[-1], numbers.info[-1])
     parts = merged if isinstance(merged, Mapping) else {"": merged}
     return {part: parts[part].astype(dtype) for part, dtype in dtypes}
@@ -154,9 +154,7 @@ def reduce(
       For each array of the function: sums and maxima of each row, (R, ...); a
       histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH).
     """
-    wide = x.models.dtype == jnp.float64
-    x = _wide(x, jnp.float64 if wide else jnp.float32)
-    x = _transformed(x, numbers, draw, program, depth)
+    x = _transformed(_wide(x), numbers, draw, program, depth)
     shape = x.models.shape[1:]
 
     def rows(part: jax.Array) -> jax.Array:
@@ -196,9 +194,7 @@ def _transformed(
     return x
 
 
-def _compute_dtype(dtypes: tuple[tuple[str, str], ...]) -> Any:
-    return jnp.float64 if dtypes[0][1] == "float64" else jnp.float32
-
-
-def _wide(x: Operands, dtype: Any) -> Operands:
+def _wide(x: Operands) -> Operands:
+    """The operands in the dtype of the arithmetic, whatever that of the output."""
+    dtype = jnp.float64 if x.models.dtype == jnp.float64 else jnp.float32
     return jax.tree.map(lambda array: array.astype(dtype), x)

@@ -123,7 +123,7 @@ def _merge(
     """
 
     def merge(models: Any, base: Any, beside: Any, numbers: Any, draw: Any) -> Any:
-        x = _operands(base, models, beside, dtypes[0][1])
+        x = _operands(base, models, beside)
         return kernel.merge(x, numbers, draw, program=program, dtypes=dtypes)
 
     spec = placement.spec
@@ -190,7 +190,7 @@ def reduce_leaf(
     def reduce(
         models: Any, base: Any, beside: Any, numbers: Any, draw: Any, arguments: Any
     ) -> Any:
-        x: Any = (_operands(base, models, beside, models[0].dtype.name), draw)
+        x: Any = (_operands(base, models, beside), draw)
         if not whole:
             x = jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - axes], -1), x)
         size = x[0].models.shape[-1]
@@ -249,14 +249,15 @@ def _operands(
     base: jax.Array | None,
     models: Sequence[jax.Array],
     beside: Mapping[str, Sequence[jax.Array]],
-    result: str,
 ) -> Operands:
     """Base, models and what is beside them, the latter two on a leading axis.
 
     The stacks are made of selects: XLA fuses them with what follows, so that a stack is
     never in memory, and the selects vanish. It writes out a concatenation.
     """
-    dtype = jnp.float64 if result == "float64" else jnp.float32
+    own = () if base is None else (base,)
+    wide = any(array.dtype == jnp.float64 for array in (*models, *own))
+    dtype = jnp.float64 if wide else jnp.float32
 
     def stack(arrays: Sequence[jax.Array]) -> jax.Array:
         shape = (len(arrays), *arrays[0].shape)
@@ -266,5 +267,8 @@ def _operands(
             stacked = jnp.where(model == i, values.astype(dtype)[None], stacked)
         return stacked
 
-    own = None if base is None else base.astype(dtype)
-    return Operands(own, stack(models), {name: stack(a) for name, a in beside.items()})
+    return Operands(
+        None if base is None else base.astype(dtype),
+        stack(models),
+        {name: stack(arrays) for name, arrays in beside.items()},
+    )

@@ -107,6 +107,8 @@ def derived(
     program: Program, depth: int, numbers: Numbers, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A step's `info` from its parameters and what it measured; tables."""
+    if program.steps[depth].scope and not found:
+        return {}  # there is no element to measure, and none to merge
     parameters = {name: table_of(own) for name, own in numbers.p[depth].items()}
     xp = namespace(parameters, found)
     with np.errstate(all="ignore"):
@@ -187,7 +189,7 @@ def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:
     if scope == "tensor":
         return [[i] for i in places]
     if scope == "model":
-        return [list(places)]
+        return [list(places)] if places else []
     groups: dict[str, list[int]] = {}
     for i in places:
         groups.setdefault(group_of(names[i], "layer"), []).append(i)
@@ -195,6 +197,8 @@ def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:
 
 
 def _batches(count: int, num_models: int) -> Iterator[range]:
+    if not count:
+        return
     size = min(_TOGETHER, max(1, _COUNTERS // (8 * BINS * num_models)))
     for start in range(0, count, size):
         yield range(start, min(start + size, count))

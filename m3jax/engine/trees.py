@@ -57,7 +57,7 @@ class Leaf:
     @property
     def compute_dtype(self) -> Any:
         """Of the arithmetic: float64 where an array has it and JAX has 64 bits on."""
-        wide = any(array.dtype == np.float64 for array in self.models)
+        wide = any(array.dtype == np.float64 for array in self.arrays)
         return np.float64 if wide and _x64() else np.float32
 
     @property
@@ -203,6 +203,9 @@ def _leaf(tensor: TensorInputs, names: Sequence[str], recipe: Recipe) -> Leaf:
     if 0 in tensor.shape:
         empty = jnp.asarray(arrays[0], dtype)
         return Leaf(tensor.name, empty, (), False, dtype, tensor.parts)
+    if tensor.wide and _x64() and all(a.dtype != np.float64 for a in arrays):
+        # It is a base that nothing reads that makes the arithmetic wide.
+        arrays[-1] = jnp.asarray(arrays[-1], np.float64)
     own = None if tensor.base is None else arrays.pop(0)
     beside = {
         name: tuple(jnp.asarray(_array(origin.source)) for origin in origins)

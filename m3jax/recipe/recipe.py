@@ -67,17 +67,19 @@ class Recipe:
 
     def __post_init__(self, scaling: Any, trim_rate: Any, dare: Any) -> None:
         problems = Problems()
-        flat = {"scaling": scaling, "trim_rate": trim_rate}
+        given = {"scaling": scaling, "trim_rate": trim_rate}
+        flat = {name: own for name, own in given.items() if own is not None}
         self._set("method", self._method(problems, flat))
-        transforms = (*self.transforms, *(() if dare is None else (dare,)))
-        if all(isinstance(step, Transform) for step in transforms):
-            on = tuple(_parsed(step) for step in transforms if step.on)
-            self._set("transforms", on)
+        steps: Any = (*self.transforms, *(() if dare is None else (dare,)))
+        if all(isinstance(step, Transform) for step in steps):
+            steps = tuple(map(_parsed, steps))
+            self._set("transforms", tuple(step for step in steps if step.on))
         else:
-            problems.add("transforms", transforms, "transforms, such as m3jax.Dare()")
-        problems.raise_if_any()
+            problems.add("transforms", steps, "transforms, such as m3jax.Dare()")
+            steps = ()
+            self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
-        self._check_fields(problems)
+        self._check_fields(problems, (*steps, self.method), flat)
         problems.raise_if_any()
 
     def _set(self, name: str, value: Any) -> None:
@@ -94,20 +96,31 @@ class Recipe:
         if not isinstance(method, Method):
             problems.add("method", method, "a method or its name")
             return method
-        given = {name: own for name, own in flat.items() if own is not None}
         fields = method.fields()
-        own = {name: value for name, value in given.items() if name in fields}
-        self._set("without_effect", tuple(n for n in given if n not in fields))
+        own = {name: value for name, value in flat.items() if name in fields}
+        self._set("without_effect", tuple(n for n in flat if n not in fields))
         return _parsed(dataclasses.replace(method, **own))
 
-    def _check_fields(self, problems: Problems) -> None:
-        self.mixup.check(problems)
+    def _check_fields(
+        self, problems: Problems, steps: tuple[Any, ...], flat: dict[str, Any]
+    ) -> None:
+        """Notes what is out of range, in steps that are off and without effect too."""
+        if isinstance(self.mixup, Mixup):
+            self.mixup.check(problems)
+        else:
+            problems.add("mixup", self.mixup, "an m3jax.Mixup")
         problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
         problems.choice("dtype", self.dtype, DTYPES)
-        for step in self.steps:
+        for step in steps:
+            if not isinstance(step, Step):
+                continue  # noted by `_method`, and nothing is known of its fields
             for name, field in step.fields().items():
                 label = name if name in FLAT else f"{step.name}.{name}"
                 values.check(label, getattr(step, name), field, problems)
+        for name, value in flat.items():
+            if not isinstance(self.method, Method) or name in self.without_effect:
+                field = METHODS["ties"].fields()[name]
+                values.check(name, values.parse(value), field, problems)
         names = [step.name for step in self.transforms]
         if len(set(names)) < len(names):
             problems.add("transforms", names, "each transform once")
@@ -236,28 +249,30 @@ class Recipe:
         Raises:
           RecipeError: for an unknown field (by its dotted name) or a bad value.
         """
-        own = {field.name for field in dataclasses.fields(cls) if field.init}
+        own = [field.name for field in dataclasses.fields(cls) if field.init]
         groups = {**TRANSFORMS, **METHODS}
-        _check_known("", fields, {*own, *FLAT, *groups})
+        _check_known("", fields, [*own, *FLAT, *groups])
         method = fields.get("method", "average")
         problems = Problems()
         problems.choice("method", method, tuple(METHODS))
+        order = fields.get("transforms", ())
+        if not isinstance(order, (list, tuple)):
+            problems.add("transforms", order, "a tuple of names, such as ('dare',)")
         problems.raise_if_any()
         for name, group_fields in fields.items():
             if name in groups:
-                _check_known(f"{name}.", group_fields, set(groups[name].fields()))
+                _check_known(f"{name}.", group_fields, [*groups[name].fields()])
         for name in METHODS:
             if name != method and name in fields:
                 _check_unset(name, fields[name], method)
         steps = {
             name: groups[name](**fields[name]) for name in fields if name in groups
         }
-        order = [*fields.get("transforms", ())]
-        _check_known("transforms: ", order, set(TRANSFORMS))
-        order += [name for name in TRANSFORMS if name not in order]
+        _check_known("transforms: ", order, [*TRANSFORMS])
+        order = [*order, *(name for name in TRANSFORMS if name not in order)]
         known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
         mixup = fields.get("mixup", {})
-        _check_known("mixup.", mixup, {f.name for f in dataclasses.fields(Mixup)})
+        _check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
         return cls(
             **{name: plain(own) for name, own in fields.items() if name in known}
             | {
@@ -292,7 +307,7 @@ def _parsed(step: Any) -> Any:
     return dataclasses.replace(step, **parsed)
 
 
-def _check_known(prefix: str, fields: Any, known: set[str]) -> None:
+def _check_known(prefix: str, fields: Any, known: list[str]) -> None:
     """Raises RecipeError for a field that is unknown here, saying where it is known."""
     if not isinstance(fields, (Mapping, list, tuple)):
         raise RecipeError(f"recipe field {prefix[:-1]!r} must be a group of fields")
@@ -303,7 +318,7 @@ def _check_known(prefix: str, fields: Any, known: set[str]) -> None:
         where = (
             f"; it is a field of {', '.join(f'{home}.{name}' for home in homes)}"
             if homes
-            else f"; known: {', '.join(prefix + own for own in sorted(known))}"
+            else f"; known: {', '.join(prefix + own for own in known)}"
         )
         raise RecipeError(f"unknown recipe field {prefix + str(name)!r}{where}")
 
