@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import app, flags
+from m3jax.engine.tables import TileTables
+from m3jax.methods.method import Reduction, run_statistics
 
 from m3jax import prng
 from m3jax.commands import allocator
 from m3jax.engine import kernels, plan
 from m3jax.engine.pipeline import available_cores
-from m3jax.engine.tables import TileTables
 from m3jax.methods import METHODS, dare, selection
-from m3jax.methods.method import Reduction, run_statistics
 
 _TILES = flags.DEFINE_integer(
     "tiles", None, "Of a chunk, 1024 elements each. [2048 on a CPU, 65536 elsewhere]"

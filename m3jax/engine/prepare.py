@@ -40,7 +40,7 @@ class Execution:
     """How a merge is run; nothing here changes a byte of the result.
 
     Attributes:
-      threads: that read, compute and write; None: one per core, 2 to 4.
+      threads: that read, compute and write; None: one more than cores, 2 to 4.
       chunk_size: elements of a tensor that are worked on at a time; None: chosen.
       devices: to compute on; None: all local devices of the default backend.
       overwrite: replace a previous m3jax output.
@@ -85,7 +85,8 @@ class Execution:
 
     @property
     def num_threads(self) -> int:
-        return self.threads or min(4, max(2, available_cores()))
+        # One more than cores: one of them is always waiting for the disk.
+        return self.threads or min(4, available_cores() + 1)
 
 
 @dataclasses.dataclass(frozen=True)
