@@ -19,14 +19,16 @@ from m3jax.methods.step import (
 )
 from m3jax.methods.sums import deltas, gram, row_sums
 
+_SMALLEST = 1e-6  # product of norms, mergekit's: below it cosines fade to 0
+
 
 @register("model_stock")
 class ModelStock(Method):
     """θ0 + t · mean τ_i with t = K c / (1 + (K − 1) c).
 
-    c is the mean cosine between two task vectors, of the tensor or (`by_row`) of each of
-    its rows; a task vector of 0 has cosine 0 with every other, and where the task vectors cancel
-    out t is 0. K = 1 gives θ_1.
+    c is the mean of τ_i·τ_j / max(‖τ_i‖ ‖τ_j‖, 1e-6) over the pairs, of the tensor or
+    (`by_row`) of each of its rows: a task vector of 0 has cosine 0 with every other.
+    Where the task vectors cancel out t is 0. K = 1 gives θ_1.
 
     Source: arXiv 2403.19522. Agrees with mergekit's `model_stock`.
     """
@@ -79,5 +81,4 @@ def _share(products: list[list[Any]], xp: Any) -> Any:
 
 
 def _cosine(dot: Any, first: Any, second: Any, xp: Any) -> Any:
-    norm = xp.sqrt(first) * xp.sqrt(second)
-    return xp.where(norm > 0, dot / xp.where(norm > 0, norm, 1.0), 0.0)
+    return dot / xp.maximum(xp.sqrt(first) * xp.sqrt(second), _SMALLEST)
