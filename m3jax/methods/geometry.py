@@ -90,4 +90,5 @@ def arc(t: Any, cosine: Any, chord: Any, xp: Any) -> Any:
     """
     angle = xp.arccos(xp.where(chord, 0.0, cosine))
     shares = xp.stack([1 - t, t])
-    return xp.where(chord, shares, xp.sin(shares * angle) / xp.sin(angle))
+    on_arc = xp.sin(shares * angle[None]) / xp.sin(angle)[None]
+    return xp.where(chord[None], shares, on_arc)

@@ -73,7 +73,7 @@ class RamPlusTl(Method):
 
 
 def _changed(x: Operands, epsilon: Any) -> Any:
-    return jnp.abs(x.deltas) > epsilon.astype(x.models.dtype)
+    return jnp.abs(x.deltas) > epsilon.astype(x.models.dtype)[None]
 
 
 def _number(changed: Any) -> Any:

@@ -152,7 +152,7 @@ def table(
     """
     shape = (num_models, len(names)) if field.per_model else (len(names),)
     if is_traced(value) or not varies(value):
-        number = xp.asarray(np.nan if value is None else value)
+        number = xp.asarray(np.nan if value is None else value, xp.result_type(float))
         behind = number[:, None] if number.ndim else number
         return xp.broadcast_to(behind, shape)
     rows = [
