@@ -164,7 +164,7 @@ def align(
     for name in _names(checkpoints, tables, recipe, problems):
         if recipe.excludes(name):
             origin = Origin(checkpoints[0], name, tables[0][name])
-            dtype = _output_dtype(origin.source, recipe)
+            dtype = _output_dtype([origin.source], recipe)
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
@@ -188,7 +188,7 @@ def align(
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
             sources = fitted
-        dtype = _output_dtype(sources[0], recipe)
+        dtype = _output_dtype(sources, recipe)
         origins = [
             Origin(owner, name, source)
             for owner, source in zip(
@@ -350,9 +350,14 @@ def _differ(
     return f"tensor {shown(name)} has {what} {each}"
 
 
-def _output_dtype(source: Source, recipe: Recipe) -> Dtype:
-    if recipe.dtype == "input" or source.dtype.kind == "exact":
-        return source.output_dtype
+def _output_dtype(sources: list[Source], recipe: Recipe) -> Dtype:
+    first = sources[0]
+    if recipe.dtype == "input" or first.dtype.kind == "exact":
+        return first.output_dtype
+    if recipe.dtype == "promote":
+        widest = max((s.output_dtype for s in sources), key=lambda d: d.itemsize)
+        same = all(s.output_dtype.itemsize < widest.itemsize or s.output_dtype == widest for s in sources)
+        return widest if same else FLOAT32  # of bfloat16 and float16
     return of_numpy(recipe.dtype)
 
 

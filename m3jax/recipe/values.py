@@ -107,6 +107,18 @@ def check(name: str, value: Any, field: Field, problems: Problems) -> None:
         problems.add(name, value, field.allowed)
 
 
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The value with a function, linear where there is a gradient, of each number."""
+    if isinstance(value, Rules):
+        rules = tuple((pattern, mapped(own, function)) for pattern, own in value.rules)
+        return Rules(rules, mapped(value.otherwise, function))
+    if isinstance(value, Gradient):
+        return Gradient(tuple(map(function, value.points)))
+    if isinstance(value, tuple):
+        return tuple(mapped(own, function) for own in value)
+    return None if value is None else function(value)
+
+
 def wrong_length(value: Any, num_models: int) -> bool:
     """Whether a tuple in it does not have one value per model."""
     if isinstance(value, Rules):
@@ -159,6 +171,12 @@ def table(
         np.broadcast_to(np.array(of_tensor(value, n, at), np.float64), shape[:-1])
         for n, at in zip(names, positions(names), strict=True)
     ]
+    for name, row in zip(names, rows, strict=True):
+        if np.any(np.isnan(row)):
+            raise RecipeError(
+                f"tensor {name!r}: no rule gives it a value ({field.help}); add one "
+                "without a filter"
+            )
     return np.moveaxis(np.stack(rows), 0, -1)
 
 
