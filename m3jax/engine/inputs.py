@@ -355,9 +355,10 @@ def _output_dtype(sources: list[Source], recipe: Recipe) -> Dtype:
     if recipe.dtype == "input" or first.dtype.kind == "exact":
         return first.output_dtype
     if recipe.dtype == "promote":
-        widest = max((s.output_dtype for s in sources), key=lambda d: d.itemsize)
-        same = all(s.output_dtype.itemsize < widest.itemsize or s.output_dtype == widest for s in sources)
-        return widest if same else FLOAT32  # of bfloat16 and float16
+        dtypes = {source.output_dtype for source in sources}
+        size = max(dtype.itemsize for dtype in dtypes)
+        widest = [dtype for dtype in dtypes if dtype.itemsize == size]
+        return widest[0] if len(widest) == 1 else FLOAT32  # bfloat16 and float16
     return of_numpy(recipe.dtype)
 
 

@@ -14,9 +14,9 @@ from m3jax.methods.sums import row_sums
 class ArceeFusion(Method):
     """θ0 + τ where the importance is at least its threshold, θ0 elsewhere.
 
-    The importance of an entry is |τ| · KL(softmax(r) ‖ softmax(r0)), r and r0 its rows in
-    the model and in the base. The threshold of a tensor is q½ + 1.5 (q¾ − q¼), where q_f
-    is the (⌊f (n − 1)⌋ + 1)-th smallest importance.
+    The importance of an entry is |τ| · KL(softmax(r) ‖ softmax(r0)), r and r0 its rows
+    in the model and in the base. The threshold of a tensor is q½ + 1.5 (q¾ − q¼),
+    where q_f is the (⌊f (n − 1)⌋ + 1)-th smallest importance.
 
     Source: agrees with mergekit's `arcee_fusion`, but for entries beside the threshold,
     which rounding decides there.

@@ -36,10 +36,10 @@ class FromGram(Method):
     """
 
     scope: ClassVar[Any] = "tensor"
-    task_vectors: ClassVar[Any] = False
+    task_vectors = False
 
     @property
-    def needs_base(self) -> bool:  # type: ignore[override]
+    def needs_base(self) -> bool:
         return bool(self.task_vectors)
 
     def measure(self, problem: Problem) -> Statistics:
@@ -82,7 +82,7 @@ def cosine_of(first: Any, both: Any, second: Any, xp: Any) -> Any:
 
 
 def arc(t: Any, cosine: Any, chord: Any, xp: Any) -> Any:
-    """(c_0, c_1): sin((1 − t) ω) / sin ω and sin(t ω) / sin ω; 1 − t and t where `chord`.
+    """sin((1 − t) ω) / sin ω and sin(t ω) / sin ω; 1 − t and t where `chord`.
 
     Args:
       t, cosine, chord: arrays that broadcast against each other.

@@ -19,7 +19,9 @@ from m3jax.methods.step import (
 )
 from m3jax.methods.sums import deltas, gram, row_sums
 
-_SMALLEST = 1e-6  # product of norms, mergekit's: below it cosines fade to 0
+# Below it a product of norms makes cosines fade to 0, as mergekit's do, and what is
+# left of task vectors that cancel out is rounding.
+_SMALLEST = 1e-6
 
 
 @register("model_stock")
@@ -51,7 +53,10 @@ class ModelStock(Method):
         if self.by_row:
             return {}
         count = int(len(info["products"]) ** 0.5)
-        products = [[info["products"][i * count + j] for j in range(count)] for i in range(count)]
+        products = [
+            [info["products"][i * count + j] for j in range(count)]
+            for i in range(count)
+        ]
         return {"share": _share(products, xp)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
@@ -61,7 +66,9 @@ class ModelStock(Method):
             tau = x.deltas
             products = [[row_sums(a * b) for b in tau] for a in tau]
             share = _share(products, jnp)
-        mean = sum_over_models(rounded_product(x.deltas, jnp.asarray(1 / count, x.models.dtype)))
+        mean = sum_over_models(
+            rounded_product(x.deltas, jnp.asarray(1 / count, x.models.dtype))
+        )
         return x.base + rounded_product(mean, share)
 
 
@@ -76,8 +83,9 @@ def _share(products: list[list[Any]], xp: Any) -> Any:
     if not cosines:
         return xp.ones_like(products[0][0])
     mean = sum(cosines) / len(cosines)
-    below = 1 + (count - 1) * mean  # 0 where the task vectors cancel out
-    return xp.where(below > 0, count * mean / xp.where(below > 0, below, 1.0), 0.0)
+    below = 1 + (count - 1) * mean
+    cancel = below < _SMALLEST
+    return xp.where(cancel, 0.0, count * mean / xp.where(cancel, 1.0, below))
 
 
 def _cosine(dot: Any, first: Any, second: Any, xp: Any) -> Any:

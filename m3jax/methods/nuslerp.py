@@ -35,11 +35,11 @@ class NuSlerp(FromGram):
     num_models = 2
 
     @property
-    def unit(self) -> str:  # type: ignore[override]
+    def unit(self) -> str:
         return {"whole": "element", "rows": "row", "columns": "matrix"}[self.along]
 
     @property
-    def scope(self) -> str:  # type: ignore[override]
+    def scope(self) -> str:
         return "tensor" if self.along == "whole" else ""
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:

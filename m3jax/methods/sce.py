@@ -31,8 +31,8 @@ class Sce(Method):
 
     Selected are the int(p · n') entries of a tensor with the largest variance over the
     models, n' entries having any, and all that equal the last of them; p = 1 selects
-    everything. w_i = Σ x_i² / Σ_j Σ x_j² over the tensor. S are the models with the sign
-    of Σ x_i, or + where that is 0.
+    everything. w_i = Σ x_i² / Σ_j Σ x_j² over the tensor. S are the models with the
+    sign of Σ x_i, or + where that is 0.
 
     Source: arXiv 2408.07990 (FuseChat); agrees with mergekit's `sce`.
     """

@@ -71,15 +71,15 @@ class Sparsify(Transform):
         return self.density is not None
 
     @property
-    def draws(self) -> str:  # type: ignore[override]
+    def draws(self) -> str:
         return {"random": "mask", "rank": "lanes"}.get(self.by, "")
 
     @property
-    def scope(self) -> str:  # type: ignore[override]
+    def scope(self) -> str:
         return "" if self.draws else "tensor"
 
     @property
-    def unit(self) -> str:  # type: ignore[override]
+    def unit(self) -> str:
         return "row" if self.by == "rank" else "element"
 
     def measure(self, problem: Problem) -> Statistics:
@@ -131,7 +131,9 @@ class Rescale(Transform):
     Source: agrees with mergekit's `rescale`.
     """
 
-    norm: Any = choice("none", "what is kept: the `l1` norm, or `none`: off", ("none", "l1"))
+    norm: Any = choice(
+        "none", "what is kept: the `l1` norm, or `none`: off", ("none", "l1")
+    )
     scope = "tensor"
 
     @property

@@ -47,7 +47,9 @@ class _Limbs:
     def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array, ...]:
         unit = arguments["unit"]
         arguments = {name: own for name, own in arguments.items() if name != "unit"}
-        left = _terms(self.terms, x, arguments).astype(jnp.float32) * unit  # |left| <= 1
+        left = (
+            _terms(self.terms, x, arguments).astype(jnp.float32) * unit
+        )  # |left| <= 1
         limbs = []
         for _ in range(_LIMBS):
             left = left * (1 << _BITS)
@@ -92,7 +94,9 @@ def exact_sums(
         if not np.isfinite(largest[j]):
             sums.append(math.nan)
             continue
-        total = sum(int(limb[j]) << _BITS * (_LIMBS - 1 - i) for i, limb in enumerate(limbs))
+        total = sum(
+            int(limb[j]) << _BITS * (_LIMBS - 1 - i) for i, limb in enumerate(limbs)
+        )
         sums.append(math.ldexp(total, exponent - _BITS * _LIMBS))
     return np.array(sums)
 

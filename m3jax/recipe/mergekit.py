@@ -29,7 +29,7 @@ from typing import Any
 from m3jax.recipe.mergekit_methods import METHODS, Parameter
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe
-from m3jax.recipe.values import Gradient, Rules, as_json
+from m3jax.recipe.values import LAYER, Gradient, Rules, as_json
 
 _KEYS = (
     "base_model",
@@ -74,8 +74,8 @@ def parse(text: str) -> Document:
     """The document of a YAML file.
 
     Raises:
-      RecipeError: it is no YAML, a key is unknown or not supported, a value is missing or
-        out of range; one line that names the key.
+      RecipeError: it is no YAML, a key is unknown or not supported, a value is missing
+        or out of range; one line that names the key.
     """
     document = _loaded(text)
     _check_keys("", document, _KEYS, _LATER)
@@ -90,7 +90,10 @@ def parse(text: str) -> Document:
     method = METHODS[name]
     base, entries = method.arranged(name, base, entries)
     mixup = _mapping(ours.get("mixup"), "m3jax.mixup")
-    drawn = bool(mixup) and (mixup.get("alpha", 0.5), mixup.get("ratios")) != (None, None)
+    drawn = bool(mixup) and (mixup.get("alpha", 0.5), mixup.get("ratios")) != (
+        None,
+        None,
+    )
     fields: dict[str, Any] = {}
     for parameter in method.parameters:
         if parameter.weight and drawn:
@@ -107,13 +110,10 @@ def parse(text: str) -> Document:
                 )
         fields[parameter.name] = tuple(resolved) if parameter.per_model else resolved[0]
     steps = method.steps(fields, base is not None)
-    recipe = {
-        "method": method.native,
-        "mixup": {"alpha": None, **mixup},
-        "dtype": _dtype(document),
-        **{key: ours[key] for key in ("exclude", "vocabulary", "max_shard_size") if key in ours},
-        **_transforms(ours, steps),
-    }
+    plain = ("exclude", "vocabulary", "max_shard_size")
+    recipe: dict[str, Any] = {key: ours[key] for key in plain if key in ours}
+    recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
+    recipe |= {"dtype": _dtype(document), **_transforms(ours, steps)}
     return Document(
         base,
         tuple(entries),
@@ -132,16 +132,21 @@ def _loaded(text: str) -> dict[str, Any]:
         raise RecipeError(f"not valid YAML ({' '.join(str(error).split())})") from None
     if len(documents) != 1:
         raise RecipeError(
-            f"{len(documents)} documents where one is allowed: several YAML documents in "
-            "a file are not supported"
+            f"{len(documents)} documents where one is allowed: several YAML documents "
+            "in a file are not supported"
         )
     if not isinstance(documents[0], dict):
-        raise RecipeError("not a mergekit configuration: it needs merge_method and models")
+        raise RecipeError(
+            "not a mergekit configuration: it needs merge_method and models"
+        )
     return documents[0]
 
 
 def _check_keys(
-    prefix: str, mapping: Mapping[Any, Any], known: Sequence[str], later: Sequence[str] = ()
+    prefix: str,
+    mapping: Mapping[Any, Any],
+    known: Sequence[str],
+    later: Sequence[str] = (),
 ) -> None:
     """Raises RecipeError for a key that is unknown or not supported."""
     for key in mapping:
@@ -173,8 +178,8 @@ def _model_name(model: Any, key: str) -> str | None:
             model = path.get("path") if isinstance(path, dict) else path
     if model is not None and (not isinstance(model, str) or not model or "+" in model):
         raise RecipeError(
-            f"{key}={model!r} needs a folder, a file or org/name; adapters (+, lora) are "
-            "not supported"
+            f"{key}={model!r} needs a folder, a file or org/name; adapters (+, lora) "
+            "are not supported"
         )
     return model
 
@@ -224,13 +229,20 @@ def _conditions(parameter: Parameter, given: Any) -> list[tuple[str | None, Any]
         if "value" not in own:
             raise RecipeError(f"{name}: a filter has no value: {own!r}")
         pattern = own.get("filter")
-        found.append((pattern if pattern is None else str(pattern), _value(parameter, own["value"])))
+        found.append(
+            (
+                pattern if pattern is None else str(pattern),
+                _value(parameter, own["value"]),
+            )
+        )
     return found
 
 
 def _value(parameter: Parameter, value: Any) -> Any:
     if isinstance(value, list) and value and not parameter.word:
-        return Gradient(tuple(float(_value(parameter, point)) for point in value))
+        points = tuple(float(_value(parameter, point)) for point in value)
+        # mergekit: what lies outside the layers is at their beginning.
+        return Rules(((LAYER.pattern, Gradient(points)),), points[0])
     if isinstance(value, str):
         value = _WORDS.get(value.lower(), value)
     if isinstance(value, bool) or parameter.word:
@@ -254,7 +266,7 @@ def _transforms(ours: Mapping[str, Any], steps: dict[str, Any]) -> dict[str, Any
     twice = set(own) & set(steps)
     if twice:
         raise RecipeError(
-            f"m3jax.transforms.{min(twice)}: the merge_method has this transform already"
+            f"m3jax.transforms.{min(twice)}: the merge_method has it already"
         )
     order = [*own, *(name for name in steps if name in ("sparsify", "rescale"))]
     groups = {name: _mapping(fields, name) for name, fields in own.items()}

@@ -122,7 +122,11 @@ def _with_weights(own: dict[str, Any], fields: Fields) -> dict[str, Any]:
 
 
 def _family(
-    by: str | None, *, vote: bool = False, normalize: bool = False, rescale: bool = False
+    by: str | None,
+    *,
+    vote: bool = False,
+    normalize: bool = False,
+    rescale: bool = False,
 ) -> MergekitMethod:
     """A method of the task-vector family."""
 
@@ -135,7 +139,10 @@ def _family(
         made: Steps = {}
         if by is not None:
             names = ("density", "gamma", "epsilon")
-            made["sparsify"] = {"by": by, **{n: fields[n] for n in names if n in fields}}
+            made["sparsify"] = {
+                "by": by,
+                **{n: fields[n] for n in names if n in fields},
+            }
             made["rescale"] = {"norm": "l1" if fields["rescale"] else "none"}
         return {**made, "generalized_task_arithmetic": _with_weights(own, fields)}
 

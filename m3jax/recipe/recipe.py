@@ -41,8 +41,8 @@ class Recipe:
       exclude: regular expressions (``re.match``) of tensors taken from the base.
       vocabulary: what to do about different vocabulary sizes: ``error``,
         ``mean`` (append mean rows) or ``truncate``.
-      dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base (of
-        the first model without one); ``promote``: one that holds those of all models.
+      dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
+        (of the first model without one); ``promote``: one that holds all models' own.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.
@@ -224,7 +224,9 @@ class Recipe:
         for name in METHODS:
             if name != method and name in fields:
                 _check_unset(name, fields[name], method)
-        steps = {name: groups[name](**fields[name]) for name in fields if name in groups}
+        steps = {
+            name: groups[name](**fields[name]) for name in fields if name in groups
+        }
         order = [*fields.get("transforms", ())]
         _check_known("transforms: ", order, set(TRANSFORMS))
         order += [name for name in TRANSFORMS if name not in order]

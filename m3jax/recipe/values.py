@@ -23,7 +23,7 @@ from m3jax.methods.fields import Field, Number
 from m3jax.traced import is_traced
 from m3jax.recipe.problems import Problems, RecipeError, plain
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)
 
 
@@ -208,5 +208,5 @@ def positions(names: Sequence[str]) -> list[float]:
 
 def layer_of(name: str) -> int | None:
     """The first number in a tensor's name, which is that of its layer."""
-    found = _LAYER.search(name)
+    found = LAYER.search(name)
     return int(found.group(1)) if found else None
