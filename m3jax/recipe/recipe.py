@@ -22,7 +22,7 @@ from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
 
 VOCABULARIES = ("error", "mean", "truncate")
-DTYPES = ("input", "promote", "float32", "float16", "bfloat16", "float64")
+DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
 
