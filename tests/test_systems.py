@@ -45,8 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "magmax": {},
     "metagpt": {},
     "pcb": {"ratio": 0.3, "clip": 0.01},
-    "ram": {"threshold": 0.001},
-    "ram_plus": {"threshold": 0.003, "boost": 1.5},
+    "ram": {"epsilon": 0.001},
+    "ram_plus": {"epsilon": 0.003, "boost": 1.5},
     "star": {"energy": 0.6},
     "tsv_m": {},
     "wudi": {"steps": 12},
@@ -210,8 +210,8 @@ EQUAL: dict[str, tuple[dict[str, Any], float]] = {
     "localize_and_stitch": ({"share": 1.0}, 1.0),
     "magmax": ({}, 1.0),
     "metagpt": ({}, 1.0),
-    "ram": ({"threshold": 0.0}, 1.0),
-    "ram_plus": ({"threshold": 0.0}, 1.0),
+    "ram": ({"epsilon": 0.0}, 1.0),
+    "ram_plus": ({"epsilon": 0.0}, 1.0),
     "star": ({"energy": 1.0}, 1.0),
     "emr": ({}, 1.0),
     "wudi": ({"steps": 0}, 3.0),
@@ -262,8 +262,8 @@ def test_task_vectors_of_twice_the_size(method: str):
     """Merging is homogeneous: PCB's tanh and WUDI's learning rate are not."""
     base, *models = random_models(3)
     options = dict(OPTIONS[method])
-    if "threshold" in options:
-        options["threshold"] = 0.0
+    if "epsilon" in options:
+        options["epsilon"] = 0.0
     merged = run(base, models, method, options)
     doubled = [{n: 2 * m[n] - base[n] for n in base} for m in models]
     twice = run(base, doubled, method, options)
@@ -291,8 +291,8 @@ WEIGHED = [name for name in OPTIONS if "weights" in METHODS[name].fields()]
 def test_ratios_multiply_the_task_vectors(method: str):
     base, *models = random_models(2)
     options = dict(OPTIONS[method])
-    if "threshold" in options:  # which is of the task vectors themselves
-        options["threshold"] = 0.0
+    if "epsilon" in options:  # which is of the task vectors themselves
+        options["epsilon"] = 0.0
     ratios = (0.75, 0.25)
     recipe = recipe_of(
         method=method, **{method: options}, mixup={"alpha": None, "ratios": ratios}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,11 @@ def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of a .py file, an m3jax.json, or a config that comes with m3jax."""
+    """Fields of a .py file, an m3jax.json, a mergekit YAML, or a config of m3jax's.
+
+    Returns:
+      The fields, and what the file says beside: as a record does.
+    """
     path = Path(source)
     if not path.suffix:
         import m3jax.configs
@@ -139,6 +144,8 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if not isinstance(record, dict):
             raise UsageError(f"--config={source}: not a recipe")
         return (record["recipe"], record) if "recipe" in record else (record, {})
+    if path.suffix in (".yml", ".yaml"):
+        return _mergekit(source, path)
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
@@ -147,6 +154,23 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
             "file whose get_config() returns a ConfigDict"
         ) from None
     return config.to_dict(), {}
+
+
+def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and record of a mergekit configuration."""
+    from m3jax.recipe import mergekit
+
+    try:
+        document = mergekit.parse(path.read_text("utf-8"))
+    except (RecipeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config={source}: {error}") from None
+    for note in document.notes:
+        print(f"{source}: {note}", file=sys.stderr)
+    return document.recipe.to_dict(), {
+        "base": {"path": document.base},
+        "models": [{"path": model} for model in document.models],
+        "seed": document.seed or 0,
+    }
 
 
 def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:

@@ -18,7 +18,8 @@ USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]
 SHARED = [distributed]
 MORE_HELP = [
     "",
-    "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
+    "  --config=FILE          recipe: a .py file, an m3jax.json, a name in configs/,",
+    "                         or a mergekit YAML, which names its models itself",
     "  --config.FIELD=VALUE   one field of the recipe:",
     *[f"                           {name}" for name in config.field_names()],
 ]

@@ -184,7 +184,7 @@ def align(
     for name in _names(checkpoints, tables, recipe, problems):
         if recipe.excludes(name):
             origin = Origin(checkpoints[0], name, tables[0][name])
-            dtype = _output_dtype(origin.source, recipe)
+            dtype = _output_dtype([origin.source], recipe)
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
@@ -208,7 +208,7 @@ def align(
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
             sources = fitted
-        dtype = _output_dtype(sources[0], recipe)
+        dtype = _output_dtype(sources, recipe)
         origins = [
             Origin(owner, name, source)
             for owner, source in zip(
@@ -409,9 +409,15 @@ def _differ(
     return f"tensor {shown(name)} has {what} {each}"
 
 
-def _output_dtype(source: Source, recipe: Recipe) -> Dtype:
-    if recipe.dtype == "input" or source.dtype.kind == "exact":
-        return source.output_dtype
+def _output_dtype(sources: list[Source], recipe: Recipe) -> Dtype:
+    first = sources[0]
+    if recipe.dtype == "input" or first.dtype.kind == "exact":
+        return first.output_dtype
+    if recipe.dtype == "promote":
+        dtypes = {source.output_dtype for source in sources}
+        size = max(dtype.itemsize for dtype in dtypes)
+        widest = [dtype for dtype in dtypes if dtype.itemsize == size]
+        return widest[0] if len(widest) == 1 else FLOAT32  # bfloat16 and float16
     return of_numpy(recipe.dtype)
 
 

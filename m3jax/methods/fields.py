@@ -95,6 +95,21 @@ class Weights(Number):
 
 
 @dataclasses.dataclass(frozen=True)
+class Switch(Number):
+    """Yes or no, which may differ between tensors: a number, 0 for no."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def allowed(self) -> str:
+        return "True or False"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, bool) or super().fits(value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice(Field):
     """One of a few words (or `True` and `False`); a kernel is compiled for each."""
 
@@ -128,6 +143,11 @@ def weights(
 def choice(*, default: Any, help: str, options: tuple[Any, ...] = (True, False)) -> Any:
     """A field of a step that holds one of a few words."""
     return _field(Choice(help, default, options))
+
+
+def switch(*, default: bool, help: str) -> Any:
+    """A field of a step that is on or off, by tensor."""
+    return _field(Switch(help, default))
 
 
 def _field(described: Field) -> Any:

@@ -1,11 +1,12 @@
-"""Average and task arithmetic: linear combinations of models or of task vectors."""
+"""Linear combinations of models or of task vectors."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import number, switch, weights
 from m3jax.methods.step import (
+    Info,
     Method,
     Numbers,
     Operands,
@@ -29,6 +30,27 @@ class Average(Method):
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         return sum_over_models(rounded_product(x.models, p["weights"]))
+
+
+@register("linear")
+class Linear(Method):
+    """Σ w_i θ_i / Σ w_i; without `normalize`, Σ w_i θ_i. Without M3, w_i = 1.
+
+    Source: agrees with mergekit's `linear`.
+    """
+
+    weights: Any = weights(equal=lambda num_models: 1.0)
+    normalize: Any = switch(default=True, help="divide by the sum of the weights")
+    needs_base = False
+    shows_nonfinite = True
+
+    def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
+        total = numbers["weights"].sum(axis=0)
+        divisor = xp.where(numbers["normalize"] > 0, total, 1.0)
+        return {"coefficients": numbers["weights"] / divisor}
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        return sum_over_models(rounded_product(x.models, info["coefficients"]))
 
 
 @register("task_arithmetic")

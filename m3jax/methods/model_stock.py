@@ -19,14 +19,18 @@ from m3jax.methods.step import (
 )
 from m3jax.methods.sums import deltas, gram, row_sums
 
+# Below it a product of norms makes cosines fade to 0, as mergekit's do, and what is
+# left of task vectors that cancel out is rounding.
+_SMALLEST = 1e-6
+
 
 @register("model_stock")
 class ModelStock(Method):
     """θ0 + t · mean τ_i with t = K c / (1 + (K − 1) c).
 
-    c is the mean cosine between two task vectors, of the tensor or (`by_row`) of each
-    of its rows; a task vector of 0 has cosine 0 with every other, and where the task
-    vectors cancel out t is 0. K = 1 gives θ_1.
+    c is the mean of τ_i·τ_j / max(‖τ_i‖ ‖τ_j‖, 1e-6) over the pairs, of the tensor or
+    (`by_row`) of each of its rows: a task vector of 0 has cosine 0 with every other.
+    Where the task vectors cancel out t is 0. K = 1 gives θ_1.
 
     Source: arXiv 2403.19522. Agrees with mergekit's `model_stock`.
     """
@@ -81,10 +85,10 @@ def _share(products: list[list[Any]], xp: Any) -> Any:
     if not cosines:
         return xp.ones_like(products[0][0])
     mean = sum(cosines) / len(cosines)
-    below = 1 + (count - 1) * mean  # 0 where the task vectors cancel out
-    return xp.where(below > 0, count * mean / xp.where(below > 0, below, 1.0), 0.0)
+    below = 1 + (count - 1) * mean
+    cancel = below < _SMALLEST
+    return xp.where(cancel, 0.0, count * mean / xp.where(cancel, 1.0, below))
 
 
 def _cosine(dot: Any, first: Any, second: Any, xp: Any) -> Any:
-    norm = xp.sqrt(first) * xp.sqrt(second)
-    return xp.where(norm > 0, dot / xp.where(norm > 0, norm, 1.0), 0.0)
+    return dot / xp.maximum(xp.sqrt(first) * xp.sqrt(second), _SMALLEST)

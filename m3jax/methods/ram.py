@@ -23,31 +23,32 @@ from m3jax.methods.step import (
 )
 
 
-def _threshold() -> Any:
+def changed_above() -> Any:
+    """ε, a field."""
     return number(
-        default=1e-5, help="|τ_k| above which task k changes an entry", low=0.0
+        default=1e-5, help="ε, |τ_k| above which task k changes an entry", low=0.0
     )
 
 
 @register("ram")
 class Ram(Method):
-    """θ0 + s · Σ λ_k τ_k c_k / max(1, Σ c_k) with c_k = 1[|τ_k| > `threshold`].
+    """θ0 + s · Σ λ_k τ_k c_k / max(1, Σ c_k) with c_k = 1[|τ_k| > ε].
 
     Without M3 all λ_k are 1.
 
-    Source: RAM of xiangchi-yuan/mrl.
+    Source: RAM of xiangchi-yuan/mrl. Agrees with mergekit's `ram`.
     """
 
     weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
-    threshold: Any = _threshold()
+    epsilon: Any = changed_above()
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        changed = _changed(x.deltas, p["threshold"])
+        own = changed(x.deltas, p["epsilon"])
         tasks = rounded_product(x.deltas, p["weights"])
-        return _averaged(x.base, tasks, changed, p["scaling"])
+        return averaged(x.base, tasks, own, p["scaling"])
 
 
 @register("ram_plus")
@@ -65,7 +66,7 @@ class RamPlus(Method):
     scaling: Any = number(
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
-    threshold: Any = _threshold()
+    epsilon: Any = changed_above()
     boost: Any = number(
         default=1.2,
         help="r, at most so much do unique entries count",
@@ -75,9 +76,9 @@ class RamPlus(Method):
     scope = "model"
 
     def measure(self, problem: Problem) -> Statistics:
-        (threshold,) = of_model("ram_plus", problem, "threshold")
-        arguments = {"threshold": threshold}
-        unique, overlap = yield Reduction(_counts, arguments, ("sum", "sum"))
+        (epsilon,) = of_model("ram_plus", problem, "epsilon")
+        arguments = {"epsilon": epsilon}
+        unique, overlap = yield Reduction(counts, arguments, ("sum", "sum"))
         xp = jnp if problem.traced else np
         share = xp.where(unique > 0, overlap / xp.maximum(unique, 1), 0.0)
         return {"shares": xp.minimum(1.0, share)}
@@ -86,29 +87,29 @@ class RamPlus(Method):
         return {"boosts": 1 + (numbers["boost"] - 1)[None] * info["shares"]}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        changed = _changed(x.deltas, p["threshold"])
+        own = changed(x.deltas, p["epsilon"])
         tasks = rounded_product(x.deltas, p["weights"])
         boosted = rounded_product(tasks, info["boosts"])
-        tasks = jnp.where(_count(changed)[None] == 1, boosted, tasks)
-        return _averaged(x.base, tasks, changed, p["scaling"])
+        tasks = jnp.where(count_of(own)[None] == 1, boosted, tasks)
+        return averaged(x.base, tasks, own, p["scaling"])
 
 
-def _changed(tasks: Any, threshold: Any) -> Any:
+def changed(tasks: Any, epsilon: Any) -> Any:
     """c_k, (K, ...) bool."""
-    return jnp.abs(tasks) > threshold[None].astype(tasks.dtype)
+    return jnp.abs(tasks) > epsilon[None].astype(tasks.dtype)
 
 
-def _count(changed: Any) -> Any:
+def count_of(changed: Any) -> Any:
     return sum_over_models(changed.astype(jnp.int32))
 
 
-def _averaged(base: Any, tasks: Any, changed: Any, scaling: Any) -> Any:
+def averaged(base: Any, tasks: Any, changed: Any, scaling: Any) -> Any:
     total = sum_over_models(jnp.where(changed, tasks, jnp.zeros((), tasks.dtype)))
-    count = jnp.maximum(_count(changed), jnp.int32(1)).astype(tasks.dtype)
+    count = jnp.maximum(count_of(changed), jnp.int32(1)).astype(tasks.dtype)
     return base + rounded_product(total / count, scaling)
 
 
-def _counts(x: Operands, arguments: Numbers) -> tuple[Any, Any]:
-    changed = _changed(x.deltas, arguments["threshold"])
-    alone = _count(changed)[None] == 1
-    return (changed & alone).astype(jnp.int32), (changed & ~alone).astype(jnp.int32)
+def counts(x: Operands, arguments: Numbers) -> tuple[Any, Any]:
+    own = changed(x.deltas, arguments["epsilon"])
+    alone = count_of(own)[None] == 1
+    return (own & alone).astype(jnp.int32), (own & ~alone).astype(jnp.int32)

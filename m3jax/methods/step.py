@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import Choice, Field, Weights, choice, number, weights
+from m3jax.methods.fields import Choice, Field, Weights, choice, number, switch, weights
 from m3jax.traced import is_traced
 
 S = TypeVar("S", bound="type[Step]")
@@ -227,7 +227,7 @@ TRANSFORMS: dict[str, type[Transform]] = {}
 @dataclass_transform(
     kw_only_default=True,
     frozen_default=True,
-    field_specifiers=(number, weights, choice),
+    field_specifiers=(number, weights, choice, switch),
 )
 def register(name: str) -> Callable[[S], S]:
     """Makes a class a step with parameters, known by `name` to everything."""

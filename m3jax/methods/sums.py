@@ -19,7 +19,8 @@ import numpy as np
 from m3jax.lazy import jax, jnp
 from m3jax.methods.step import Numbers, Operands, Problem, Reduction
 
-Terms = Callable[[Operands], Any]  # float32 terms of J sums, (J, ...)
+# Float32 terms of J sums, (J, ...), of the operands and the sum's own arguments if any.
+Terms = Callable[..., Any]
 _BITS, _LIMBS = 20, 3
 
 
@@ -28,8 +29,7 @@ class _Largest:
     terms: Terms
 
     def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
-        del arguments
-        return (jnp.abs(self.terms(x)).astype(jnp.float32),)
+        return (jnp.abs(_terms(self.terms, x, arguments)).astype(jnp.float32),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,7 @@ class _Plain:
     terms: Terms
 
     def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
-        del arguments
-        return (self.terms(x).astype(jnp.float32),)
+        return (_terms(self.terms, x, arguments).astype(jnp.float32),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,11 @@ class _Limbs:
     terms: Terms
 
     def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array, ...]:
-        left = self.terms(x).astype(jnp.float32) * arguments["unit"]  # |left| <= 1
+        unit = arguments["unit"]
+        arguments = {name: own for name, own in arguments.items() if name != "unit"}
+        left = (
+            _terms(self.terms, x, arguments).astype(jnp.float32) * unit
+        )  # |left| <= 1
         limbs = []
         for _ in range(_LIMBS):
             left = left * (1 << _BITS)
@@ -56,12 +59,20 @@ class _Limbs:
         return tuple(limbs)
 
 
-def exact_sums(terms: Terms, problem: Problem) -> Generator[Reduction, Any, Any]:
+def _terms(terms: Terms, x: Operands, arguments: Numbers) -> Any:
+    return terms(x, arguments) if arguments else terms(x)
+
+
+def exact_sums(
+    terms: Terms, problem: Problem, arguments: Numbers | None = None
+) -> Generator[Reduction, Any, Any]:
     """Σ over a group's elements of each of J terms.
 
     Args:
-      terms: operands -> (J, ...) terms; a function of a module.
+      terms: operands, and arguments if there are any -> (J, ...) terms; a function of a
+        module.
       problem: the group.
+      arguments: arrays () or (J,) by name, which `terms` gets ready to broadcast.
 
     Yields:
       Two reading passes: the largest terms, then the sums.
@@ -70,13 +81,14 @@ def exact_sums(terms: Terms, problem: Problem) -> Generator[Reduction, Any, Any]
       (J,) float64, each rounded once; NaN where a term is not finite.
     """
     if problem.traced:
-        (sums,) = yield Reduction(_Plain(terms), {}, ("float",))
+        (sums,) = yield Reduction(_Plain(terms), arguments or {}, ("float",))
         return sums
-    (largest,) = yield Reduction(_Largest(terms), {}, ("max",))
+    own = dict(arguments or {})
+    (largest,) = yield Reduction(_Largest(terms), own, ("max",))
     _, exponents = np.frexp(largest)  # largest <= 2^exponent
     exponents = np.clip(exponents, -125, 127)
     unit = np.ldexp(np.float32(1), -exponents).astype(np.float32)
-    limbs = yield Reduction(_Limbs(terms), {"unit": unit}, ("sum",) * _LIMBS)
+    limbs = yield Reduction(_Limbs(terms), {**own, "unit": unit}, ("sum",) * _LIMBS)
     sums = []
     for j, exponent in enumerate(exponents.tolist()):
         if not np.isfinite(largest[j]):

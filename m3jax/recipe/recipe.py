@@ -22,7 +22,7 @@ from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.traced import is_traced
 
 VOCABULARIES = ("error", "mean", "truncate")
-DTYPES = ("input", "float32", "float16", "bfloat16", "float64")
+DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
 
@@ -41,7 +41,8 @@ class Recipe:
       exclude: regular expressions (``re.match``) of tensors taken from the base.
       vocabulary: what to do about different vocabulary sizes: ``error``,
         ``mean`` (append mean rows) or ``truncate``.
-      dtype: dtype of the output; ``input`` keeps each tensor's own.
+      dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
+        (of the first model without one); ``promote``: one that holds all models' own.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.

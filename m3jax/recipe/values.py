@@ -23,7 +23,7 @@ from m3jax.methods.fields import Field, Number
 from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.traced import is_traced
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)
 
 
@@ -107,6 +107,18 @@ def check(name: str, value: Any, field: Field, problems: Problems) -> None:
         problems.add(name, value, field.allowed)
 
 
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The value with a function, linear where there is a gradient, of each number."""
+    if isinstance(value, Rules):
+        rules = tuple((pattern, mapped(own, function)) for pattern, own in value.rules)
+        return Rules(rules, mapped(value.otherwise, function))
+    if isinstance(value, Gradient):
+        return Gradient(tuple(map(function, value.points)))
+    if isinstance(value, tuple):
+        return tuple(mapped(own, function) for own in value)
+    return None if value is None else function(value)
+
+
 def wrong_length(value: Any, num_models: int) -> bool:
     """Whether a tuple in it does not have one value per model."""
     if isinstance(value, Rules):
@@ -152,13 +164,19 @@ def table(
     """
     shape = (num_models, len(names)) if field.per_model else (len(names),)
     if is_traced(value) or not varies(value):
-        number = xp.asarray(np.nan if value is None else value)
+        number = xp.asarray(np.nan if value is None else value, xp.result_type(float))
         behind = number[:, None] if number.ndim else number
         return xp.broadcast_to(behind, shape)
     rows = [
         np.broadcast_to(np.array(of_tensor(value, n, at), np.float64), shape[:-1])
         for n, at in zip(names, positions(names), strict=True)
     ]
+    for name, row in zip(names, rows, strict=True):
+        if np.any(np.isnan(row)):
+            raise RecipeError(
+                f"tensor {name!r}: no rule gives it a value ({field.help}); add one "
+                "without a filter"
+            )
     return np.moveaxis(np.stack(rows), 0, -1)
 
 
@@ -190,5 +208,5 @@ def positions(names: Sequence[str]) -> list[float]:
 
 def layer_of(name: str) -> int | None:
     """The first number in a tensor's name, which is that of its layer."""
-    found = _LAYER.search(name)
+    found = LAYER.search(name)
     return int(found.group(1)) if found else None

@@ -1,0 +1,182 @@
+"""mergekit's sparsifiers: what of each task vector is kept, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from m3jax.lazy import jnp
+from m3jax.methods.fields import choice, number
+from m3jax.methods.selection import kth_smallest, magnitude_codes, magnitudes
+from m3jax.methods.step import (
+    Info,
+    Numbers,
+    Operands,
+    Problem,
+    Statistics,
+    Transform,
+    register,
+)
+from m3jax.methods.sums import exact_sums
+from m3jax.prng import RATE_STEPS, drop_thresholds
+
+_WHOLE = "whole"  # the task vectors as they were, beside the models
+
+
+@register("sparsify")
+class Sparsify(Transform):
+    """θ0 + τ'_i, where τ'_i is τ_i where kept and 0 elsewhere; d = `density`.
+
+    Of a tensor with n entries, by ``magnitude`` the int(n · d) largest are kept, but
+    one at least if d > 0; without ``outliers`` the int(n · γ) largest are dropped too,
+    and of the others so many of the smallest that int(n · d) are left, or as many as
+    there are. Entries that equal the last one kept are kept with it. At ``random``
+    each is kept with probability d; by ``rank`` with d + ε (2 r / (c − 1) − 1) for the
+    entry of rank r, from 0 for the smallest, among the c of its row. d = 1 keeps all.
+
+    Source: agrees with what mergekit does before its task-vector methods: `ties`,
+    `breadcrumbs`, `dare_linear` and `dare_ties`, `della`.
+    """
+
+    by: Any = choice(
+        default="magnitude",
+        help="what is kept: the largest (`magnitude`), all but the largest and the smallest "
+        "(`outliers`), at `random`, or at random but rather the large (`rank`)",
+        options=("magnitude", "outliers", "random", "rank"),
+    )
+    density: Any = number(
+        default=None,
+        help="d, share that is kept, one number or one per model; None: off",
+        low=0.0,
+        high=1.0,
+        per_model=True,
+        optional=True,
+        search=(0.1, 1.0),
+    )
+    gamma: Any = number(
+        default=0.01, help="γ, share of the outliers", low=0.0, high=1.0, per_model=True
+    )
+    epsilon: Any = number(
+        default=0.15,
+        help="ε, by how much the probability of the largest entry of a row is more than d",
+        low=0.0,
+        high=1.0,
+        per_model=True,
+    )
+
+    @property
+    def on(self) -> bool:
+        return self.density is not None
+
+    @property
+    def draws(self) -> str:
+        return {"random": "mask", "rank": "lanes"}.get(self.by, "")
+
+    @property
+    def scope(self) -> str:
+        return "" if self.draws else "tensor"
+
+    @property
+    def unit(self) -> str:
+        return "row" if self.by == "rank" else "element"
+
+    def measure(self, problem: Problem) -> Statistics:
+        xp = jnp if problem.traced else np
+        count, n = problem.num_models, problem.size
+        density = xp.broadcast_to(problem.numbers["density"], (count,))
+        kept, top = xp.floor(density * n), 0 * density
+        if self.by == "magnitude":
+            kept = xp.maximum(kept, density > 0)
+        else:
+            gamma = xp.floor(problem.numbers["gamma"] * n)
+            top = xp.minimum(gamma, n - kept)
+        # Ranks of the smallest and of the largest entry that is kept.
+        rank = xp.concatenate([n - top - kept + 1, n - top])
+        both = dataclasses.replace(problem, num_models=2 * count)
+        rates = xp.minimum((rank + 0.5) / n, 1.0)
+        found = yield from kth_smallest(_two_codes, rates, both)
+        low, high = found[:count], found[count:]
+        low = xp.where(density >= 1, 0.0, xp.where(kept > 0, low, xp.inf))
+        high = xp.where((density >= 1) | (top == 0), xp.inf, high)
+        return {"low": low.astype(np.float32), "high": high.astype(np.float32)}
+
+    def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
+        if self.by != "random":
+            return info
+        return {"threshold": drop_thresholds(1 - numbers["density"], xp)}
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
+        tau = x.deltas
+        if self.by == "random":
+            kept = ~draw
+        elif self.by == "rank":
+            kept = draw.astype(jnp.uint32) >= _rank_thresholds(tau, p)
+        else:
+            size = magnitudes(tau)
+            kept = (size >= info["low"].astype(jnp.float32)) & (
+                size <= info["high"].astype(jnp.float32)
+            )
+        models = x.base[None] + jnp.where(kept, tau, 0 * tau)
+        return x._replace(models=models, beside={**x.beside, _WHOLE: tau})
+
+
+@register("rescale")
+class Rescale(Transform):
+    """θ0 + s_i τ'_i with s_i = ‖τ_i‖₁ / ‖τ'_i‖₁: what `sparsify` took is made up for.
+
+    The norms are those of a tensor; s_i = 1 where nothing is left.
+
+    Source: agrees with mergekit's `rescale`.
+    """
+
+    norm: Any = choice(
+        default="none",
+        help="what is kept: the `l1` norm, or `none`: off",
+        options=("none", "l1"),
+    )
+    scope = "tensor"
+
+    @property
+    def on(self) -> bool:
+        return bool(self.norm == "l1")
+
+    def measure(self, problem: Problem) -> Statistics:
+        sums = yield from exact_sums(_norms, problem)
+        count = problem.num_models
+        return {"whole": sums[:count], "left": sums[count:]}
+
+    def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
+        left = info["left"]
+        none = left <= 0
+        return {"scale": xp.where(none, 1.0, info["whole"] / xp.where(none, 1.0, left))}
+
+    def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
+        tau = x.deltas
+        # A select between product and sum: see `rounded_product`.
+        scaled = jnp.where(tau == 0, 0 * tau, tau * info["scale"])
+        return x._replace(models=x.base[None] + scaled)
+
+
+def _two_codes(x: Operands, window: Numbers) -> tuple[Any]:
+    return (magnitude_codes(jnp.concatenate([x.deltas, x.deltas]), window),)
+
+
+def _norms(x: Operands) -> Any:
+    whole = x.beside.get(_WHOLE, x.deltas)
+    return jnp.abs(jnp.concatenate([whole, x.deltas]))
+
+
+def _rank_thresholds(tau: Any, p: Numbers) -> Any:
+    """The lanes from which on an entry is kept, uint32, by its rank in its row."""
+    rows = magnitudes(tau).reshape(*tau.shape, *(1,) * (tau.ndim == 1))
+    order = jnp.argsort(rows, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1).reshape(tau.shape)
+    last = max(rows.shape[-1] - 1, 1)
+    middle = 0.5 * (rows.shape[-1] == 1)
+    place = 2 * (rank.astype(jnp.float32) / last + middle) - 1
+    density = p["density"].astype(jnp.float32)
+    keep = density + p["epsilon"].astype(jnp.float32) * place
+    keep = jnp.where((density <= 0) | (density >= 1), density, jnp.clip(keep, 0, 1))
+    return jnp.round((1 - keep) * RATE_STEPS).astype(jnp.uint32)
