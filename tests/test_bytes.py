@@ -149,6 +149,8 @@ def test_bytes_of_version_0_1(name: str, tmp_path: Path):
         for i, tree in enumerate([base, *models])
     ]
     for how, settings in EXECUTIONS.items():
+        if how == "sharded" and list(cases()).index(name) % 3:
+            continue  # each way through the sharded executor is among the others
         output = tmp_path / how
         execution = m3jax.Execution(fsync=False, **settings)
         m3jax.merge(paths[0], paths[1:], output, recipe, seed=SEED, execution=execution)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import contract
 import pytest
@@ -53,16 +54,32 @@ class Longest(Method):
 '''
 
 
-@pytest.mark.parametrize("check", contract.FILES, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", METHODS)
+# One method of each kind; `make test-long` runs every check over every method.
+KINDS = ("average", "ties", "slerp", "model_stock", "tsv_m", "emr", "fisher")
+ALWAYS = (contract.check_executors, contract.check_replay)
+
+
+def pairs(checks: tuple[contract.Check, ...]) -> list[Any]:
+    return [
+        pytest.param(
+            method,
+            check,
+            id=f"{method}-{check.__name__}",
+            marks=() if method in KINDS or check in ALWAYS else pytest.mark.slow,
+        )
+        for method in METHODS
+        for check in checks
+    ]
+
+
+@pytest.mark.parametrize(("method", "check"), pairs(contract.FILES))
 def test_contract(method: str, check: contract.Check, tmp_path: Path):
     if check is contract.check_equal_models and method in contract.NOT_IDEMPOTENT:
         pytest.skip(contract.NOT_IDEMPOTENT[method])
     check(method, tmp_path)
 
 
-@pytest.mark.parametrize("check", contract.COMMANDS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "check"), pairs(contract.COMMANDS))
 def test_commands(method: str, check: contract.Check, tmp_path: Path, run: Run):
     check(method, tmp_path, run)
 

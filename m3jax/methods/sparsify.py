@@ -42,8 +42,8 @@ class Sparsify(Transform):
 
     by: Any = choice(
         default="magnitude",
-        help="what is kept: the largest (`magnitude`), all but the largest and the smallest "
-        "(`outliers`), at `random`, or at random but rather the large (`rank`)",
+        help="what is kept: the largest (`magnitude`), all but the largest and the "
+        "smallest (`outliers`), at `random`, or at random but rather the large (`rank`)",
         options=("magnitude", "outliers", "random", "rank"),
     )
     density: Any = number(
@@ -60,7 +60,7 @@ class Sparsify(Transform):
     )
     epsilon: Any = number(
         default=0.15,
-        help="ε, by how much the probability of the largest entry of a row is more than d",
+        help="ε, by how much the largest entry of a row is likelier than d",
         low=0.0,
         high=1.0,
         per_model=True,
