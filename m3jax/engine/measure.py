@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,7 @@ from m3jax.engine.kernel import Numbers, Program
 from m3jax.methods.selection import BINS
 from m3jax.methods.step import Problem, Reduction, namespace
 from m3jax.mixup import group_of
+from m3jax.traced import is_traced
 
 Groups = list[list[int]]  # the places of the tensors of each group
 # Bytes of counters that a pass may hold: so many groups are measured together.
@@ -141,6 +143,7 @@ def _found(
     alone = step.scope == "tensor"
     groups = grouped(step.scope, bench.names, bench.own(places) if alone else places)
     infos: list[Any] = [None] * len(groups)
+    traced = bench.traced or traced_before(program, depth, numbers)
     for batch in _batches(len(groups), bench.num_models):
         live, asked = {}, {}
         for g in batch:
@@ -148,7 +151,7 @@ def _found(
                 num_models=bench.num_models,
                 size=sum(bench.sizes[i] for i in groups[g]),
                 numbers=_OfGroup(numbers.p[depth], groups[g]),
-                traced=bench.traced,
+                traced=traced,
             )
             live[g] = step.measure(problem)
 
@@ -175,6 +178,14 @@ def _found(
                 send(g, answer)
     tables = _spread(groups, infos, len(bench.names))
     return gathered(tables) if alone else tables
+
+
+def traced_before(program: Program, depth: int, numbers: Numbers) -> bool:
+    """Whether what a step measures depends on numbers that are traced."""
+    own = [numbers.p[: depth + 1], numbers.info[:depth]]
+    if program.draws(depth):
+        own.append(numbers.keys)
+    return any(map(is_traced, jax.tree.leaves(own)))
 
 
 def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:
