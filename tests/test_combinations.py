@@ -46,7 +46,9 @@ def test_any_merge(seed: int, tmp_path: Path):
     assert set(found) == set(base)
     expected = _expected(base, models, recipe, seed, result.ratios)
     # A sole survivor's weight cancels up to rounding in TIES; the rest is exact.
-    tolerance = {"rtol": 2e-6, "atol": 3e-8} if recipe.method.name == "ties" else {"rtol": 0}
+    tolerance = (
+        {"rtol": 2e-6, "atol": 3e-8} if recipe.method.name == "ties" else {"rtol": 0}
+    )
     for name, tensor in expected.items():
         rounded = tensor.astype(found[name].dtype)
         np.testing.assert_allclose(found[name], rounded, **tolerance, err_msg=name)

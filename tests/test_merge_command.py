@@ -189,7 +189,7 @@ class TestDryRun:
         facts = {line[:11].strip(): line[11:] for line in ran.out.splitlines()}
         elements = sum(int(np.prod(shape)) for shape in SHAPES.values())
         assert f"4 merged, 0 copied), {elements} elements" in facts["tensors"]
-        assert facts["method"] == "ties after DARE (random)"
+        assert facts["method"] == "ties after dare"
         assert "thresholds" in facts["passes"]
         assert f"{3 * 2 * elements} B in the last pass" in facts["read"]
         assert "in 1 file" in facts["written"]

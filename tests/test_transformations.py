@@ -121,9 +121,7 @@ def test_vmap_over_scaling(method: str):
 
     numbers = jnp.asarray([0.5, 1.0, -2.0])
     expected = [merge(number) for number in numbers]
-    same(
-        jax.vmap(merge)(numbers), jax.tree.map(lambda *own: jnp.stack(own), *expected)
-    )
+    same(jax.vmap(merge)(numbers), jax.tree.map(lambda *own: jnp.stack(own), *expected))
 
 
 @pytest.mark.parametrize("way", ["plain", "inside", "outside"])
@@ -231,7 +229,9 @@ class Model:
 def model(value: float, *, step: int = 0, key: int = 0) -> Model:
     value = float(value)
     return Model(
-        layers=[Linear(jnp.full((3, 2), value + i), jnp.full(2, value)) for i in (0, 1)],
+        layers=[
+            Linear(jnp.full((3, 2), value + i), jnp.full(2, value)) for i in (0, 1)
+        ],
         ends=(jnp.full(4, value), {"x": jnp.full((), value)}),
         activation=jax.nn.relu,
         key=jax.random.key(key),
