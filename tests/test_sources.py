@@ -17,9 +17,9 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.files import InputFile
 from m3jax.checkpoints.safetensors import header_of, layout
 from m3jax.checkpoints.sources import (
+    Converted,
     FileTensor,
     FirstRows,
-    Converted,
     WithMeanRows,
     read_whole,
 )

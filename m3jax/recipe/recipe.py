@@ -188,7 +188,7 @@ class Recipe:
         problems.raise_if_any()
 
     def check_statistics(self, count: int, num_models: int) -> None:
-        """Raises RecipeError unless there are as many statistics as the method reads."""
+        """Raises RecipeError unless there are as many as the method reads."""
         needed = num_models if self.method.beside else 0
         if count != needed:
             allowed = (
