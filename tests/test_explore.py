@@ -135,10 +135,11 @@ def test_search_sets_every_field():
         own = trial.recipe
         assert trial.seed == trial_seed(5, i)
         assert own.mixup.ratios is not None
-        assert 2 <= own.scaling <= 3
-        assert 0.1 <= own.trim_rate <= 0.2
-        assert all(0 <= rate <= 0.9 for rate in own.dare.drop_rate)
-        assert len(own.dare.drop_rate) == 2
+        assert 2 <= own.method.scaling <= 3
+        assert 0.1 <= own.method.trim_rate <= 0.2
+        (dare,) = own.transforms
+        assert all(0 <= rate <= 0.9 for rate in dare.drop_rate)
+        assert len(dare.drop_rate) == 2
 
 
 @pytest.mark.parametrize(
@@ -378,7 +379,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     monkeypatch.delattr(m3jax.exploration.report, "picture", raising=False)
     said = []
     explore(draws=2, output=tmp_path, say=said.append)
-    assert said[-1].endswith("install it from a checkout: pip install '.[plot]'")
+    assert said[-1].endswith("pip install '.[plot]'")
     assert contents(tmp_path)
     assert not (tmp_path / "scores.png").exists()
 
@@ -420,7 +421,7 @@ def test_places_that_share_a_merger_do_not_share_what_one_of_them_measured():
     class Replaced(Merger):
         @property
         def _measured(self):
-            return None, {}
+            return {}
 
         @_measured.setter
         def _measured(self, value):

@@ -197,7 +197,7 @@ class TestJournal:
     def test_every_line_speaks_of_what_is_done(self, output):
         start, statistics, *tensors = durable.read_lines(journal_of(output))
         assert list(start) == ["fingerprint"]
-        assert statistics["statistics"] == "method"
+        assert statistics["statistics"] == "step 0"
         assert tensors
         for tensor in tensors:
             assert len(tensor["inputs"]) == 3

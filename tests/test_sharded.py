@@ -29,6 +29,7 @@ from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.tree import flatten, nest
 from m3jax.engine import in_memory, leaves, load, save
+from m3jax.engine.kernel import Program, take
 from m3jax.engine.placement import Placement, run_starts
 from m3jax.engine.sharding_rules import by_rules
 from m3jax.engine.trees import align_trees
@@ -194,9 +195,9 @@ def test_masks(shape: tuple[int, ...], mesh: Mesh, spec: P):
     """Each device makes its own part of the documented mask."""
     names, rates = ["model.w"], (0.3, 0.8)
     keys = prng.mask_keys(prng.root_key(SEED), 2, names)[:, 0]
-    masks = leaves.draw_masks(
-        keys, prng.drop_thresholds(rates), placement=Placement(shape, mesh, spec)
-    )
+    thresholds = prng.drop_thresholds(np.array(rates))
+    placement = Placement(shape, mesh, spec)
+    masks = leaves.draw(keys, thresholds, "mask", placement=placement)
     for model, rate in enumerate(rates):
         expected = reference.plain_jax_mask(SEED, model, names[0], shape, rate)
         np.testing.assert_array_equal(masks[model], expected)
@@ -252,41 +253,44 @@ def test_nothing_is_gathered(name: str):
     """The compiled kernels hold no exchange between devices, and no whole tensor."""
     trees = [placed(tensors, name) for tensors in random_trio()]
     own = recipe("ties", "random", "delta")
-    transform = leaves.Transform.of(own)
+    program = Program.of(own)
     aligned, _ = align_trees(trees[0], trees[1:], own)
-    draw = in_memory.draw(aligned, own, 2, SEED)
-    info = {"thresholds": np.zeros(2, np.float32), "majority": np.float32(1)}
-    window = selection.Window(np.zeros(2, np.int32), np.zeros(2, np.int32))
+    bench = in_memory.Leaves(aligned, 2)
+    numbers = in_memory.measured(bench, own, SEED)
+    window = {name: np.zeros((2, 1), np.int32) for name in ("low", "shift")}
     for i, leaf in enumerate(aligned):
         placement = Placement.of(leaf.base)
-        keys, thresholds = jnp.asarray(draw.keys[:, i]), jnp.asarray(draw.thresholds)
-        words = leaves._draw_words(keys, thresholds, placement=placement)
-        masks = leaves._unpack(words, placement=placement)
-        numbers = leaves.Numbers(draw.coefficients[:, i], None, draw.scales, masks)
+        keys, thresholds = numbers.keys[:, i], program.threshold(numbers)[:, i]
+        words = leaves._draw_words(keys, thresholds, kind="mask", placement=placement)
+        masks = leaves._unpack(words, kind="mask", placement=placement)
+        axes = len(placement.shape)
         at = {"placement": placement}
         kernels = [
-            leaves._draw_words.lower(keys, thresholds, **at),
-            leaves._unpack.lower(words, **at),
+            leaves._draw_words.lower(keys, thresholds, kind="mask", **at),
+            leaves._unpack.lower(words, kind="mask", **at),
             leaves.all_finite.lower(leaf.base, **at),
             leaves.merge_leaf.lower(
                 leaf.models[0],
                 leaf.models[1:],
                 leaf.base,
-                numbers,
-                info,
-                np.float32(1),
-                method="ties",
-                transform=transform,
-                dtype="float32",
+                {},
+                take(numbers._replace(keys=None), i, axes),
+                masks,
+                program=program,
+                dtypes=leaf.kernel_dtypes,
                 **at,
             ),
             leaves.reduce_leaf.lower(
                 leaf.models,
                 leaf.base,
-                numbers,
-                window,
+                {},
+                take(numbers.first(1), i, 1),
+                masks,
+                take(window, 0, 1),
+                program=program,
+                depth=1,
                 function=selection.delta_codes,
-                transform=transform,
+                combine=("histogram",),
                 count=True,
                 **at,
             ),

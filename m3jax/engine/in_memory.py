@@ -94,17 +94,28 @@ def merge_params(
     recipe.check(num_models=len(models), has_base=base is not None)
     recipe.check_statistics(len(statistics), len(models))
     prng.root_key(key)  # raises SeedError before anything is done
-    leaves, structure = align_trees(base, models, recipe, statistics)
-    if donate:
-        _check_distinct(leaves)
-    if not allow_nonfinite:
-        check_inputs(leaves)
-    bench = Leaves(leaves, len(models))
-    numbers = measured(bench, recipe, key)
+    with _now():
+        leaves, structure = align_trees(base, models, recipe, statistics)
+        if donate:
+            _check_distinct(leaves)
+        if not allow_nonfinite:
+            check_inputs(leaves)
+        bench = Leaves(leaves, len(models))
+        numbers = measured(bench, recipe, key)
     merged = combine(bench, recipe, numbers, donate=donate)
     if not allow_nonfinite:
         _check_overflow(leaves, merged)
     return unflatten(structure, merged)
+
+
+def _now() -> contextlib.AbstractContextManager[Any]:
+    """Under a `jax.jit` around the merge, computes now what its arguments do not touch.
+
+    Python looks at what arrays that are no arguments hold, and a drawn ratio must not
+    be drawn by another program.
+    """
+    under_jit = is_traced(jnp.zeros(()))
+    return jax.ensure_compile_time_eval() if under_jit else contextlib.nullcontext()
 
 
 class Leaves:
@@ -140,9 +151,9 @@ class Leaves:
         del everywhere  # every process has shards of every leaf
         first = reductions[0]
         size = sum(self.sizes[i] for i in groups[0])
-        if first.sample and (size < _SAMPLE_PAYS or len(groups) > 1 or self.traced):
-            return [None] * len(groups)
         traced = is_traced_at(self, program, depth, numbers)
+        if first.sample and (size < _SAMPLE_PAYS or len(groups) > 1 or traced):
+            return [None] * len(groups)
         on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
         on_host = on_cpu and not traced and max(self.sizes) <= kernels.MAX_COUNTED
         arguments = stacked(reductions)

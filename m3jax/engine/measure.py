@@ -181,7 +181,9 @@ def _found(
 def is_traced_at(bench: Bench, program: Program, depth: int, numbers: Numbers) -> bool:
     """Whether what a step sees depends on an argument of a transformation of JAX."""
     keys = numbers.keys if program.draws(depth) else None
-    return bench.traced or any_traced(numbers.p[:depth], numbers.info[:depth], keys)
+    return bench.traced or any_traced(
+        numbers.p[: depth + 1], numbers.info[:depth], keys
+    )
 
 
 def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:

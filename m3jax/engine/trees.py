@@ -164,10 +164,12 @@ def align_trees(
         _as_checkpoint(f"statistics[{i}]", tree.flatten(own)[0])
         for i, own in enumerate(statistics)
     ]
-    others = {name for name, leaf in order.items() if not _merges(leaf)}
+    others = {
+        name for own, _ in trees for name, leaf in own.items() if not _merges(leaf)
+    }
     _check_others(others, names, [own for own, _ in trees], recipe)
     by_name: dict[str, TensorInputs] = {}
-    if others != set(order):
+    if set(order) - others:
         first = None if base is None else checkpoints[0]
         inputs = align(first, checkpoints[base is not None :], recipe, beside)
         by_name = {tensor.name: tensor for tensor in inputs.tensors}
@@ -230,16 +232,24 @@ def _check_others(
 ) -> None:
     """Raises CheckpointError where what cannot be merged differs."""
     problems = []
+    holders = list(zip(names, trees, strict=True))
     for name in sorted(others):
         if recipe.excludes(name):
             continue
-        for who, own in zip(names[1:], trees[1:], strict=True):
-            if name not in own or not _equal(trees[0][name], own[name]):
-                leaf = trees[0][name]
+        for who, own in holders[1:]:
+            if not (name in own and name in trees[0]) or not _equal(
+                trees[0][name], own[name]
+            ):
+                where, leaf = next(
+                    (holder, tree[name])
+                    for holder, tree in holders
+                    if name in tree and not _merges(tree[name])
+                )
                 what = getattr(leaf, "dtype", type(leaf).__name__)
                 problems.append(
-                    f"{shown(name)} ({what}) is no array of numbers, and differs "
-                    f"between {names[0]} and {who}; exclude it to take the former's"
+                    f"{where}: {shown(name)} is {what}, no array of numbers, and "
+                    f"differs between {names[0]} and {who}; exclude it to take the "
+                    "former's"
                 )
                 break
     for who, own in zip(names, trees, strict=True):

@@ -43,7 +43,7 @@ class Sparsify(Transform):
     by: Any = choice(
         default="magnitude",
         help="what is kept: the largest (`magnitude`), all but the largest and the "
-        "smallest (`outliers`), at `random`, or at random but rather the large (`rank`)",
+        "smallest (`outliers`), at `random`, or at random rather the large (`rank`)",
         options=("magnitude", "outliers", "random", "rank"),
     )
     density: Any = number(
