@@ -19,6 +19,7 @@ from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, fact, shape, table
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.recipe.recipe import group
 
 USAGE = "m3jax inspect DIR [--tensors | --json]"
 
@@ -203,7 +204,12 @@ def _recipe(recorded: dict[str, Any]) -> list[str]:
         recipe = Recipe.from_dict(recorded)
     except RecipeError as error:
         return [clean(f"not one that this m3jax knows: {error}")]
-    fields, defaults = _dotted(recipe.to_dict()), _dotted(Recipe().to_dict())
+    fields = _dotted(recipe.to_dict())
+    defaults = _dotted(Recipe(method=recipe.method.name).to_dict())
+    steps = [group(type(step)()) for step in recipe.transforms]
+    for step, own in zip(recipe.transforms, steps, strict=True):
+        defaults |= _dotted({step.name: own})
+    defaults |= {"method": Recipe().method.name}
     changed = [f"{n}={v!r}" for n, v in fields.items() if v != defaults[n]]
     return [clean(line) for line in changed] or ["all defaults"]
 
