@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import m3jax
+import m3jax.exploration.report
 from m3jax import prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.exploration.merger import Merger
