@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import m3jax
+import m3jax.exploration.report
 from m3jax import prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.exploration.merger import Merger
@@ -379,7 +380,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     monkeypatch.delattr(m3jax.exploration.report, "picture", raising=False)
     said = []
     explore(draws=2, output=tmp_path, say=said.append)
-    assert said[-1].endswith("pip install '.[plot]'")
+    assert said[-1].endswith("install it from a checkout: pip install '.[plot]'")
     assert contents(tmp_path)
     assert not (tmp_path / "scores.png").exists()
 

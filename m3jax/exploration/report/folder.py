@@ -93,8 +93,8 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
         from m3jax.exploration.report import picture
     except ImportError:
         say(
-            f"{PICTURE} was not drawn, it needs matplotlib; install it with: "
-            "pip install '.[plot]'"
+            f"{PICTURE} was not drawn, it needs matplotlib; install it from a "
+            "checkout: pip install '.[plot]'"
         )
         return
     with durable.naming(folder / PICTURE):
