@@ -11,6 +11,7 @@ import pytest
 from m3jax import Dare, Mixup, Recipe, RecipeError, TaskArithmetic, Ties
 from m3jax.methods import METHODS
 from m3jax.recipe import Gradient, Rules, parse_size
+from m3jax.recipe.recipe import FLAT
 
 DEFAULTS = {
     "method": "average",
@@ -102,7 +103,9 @@ def test_the_flat_form_is_a_view():
 
 def test_flat_fields_without_effect_are_listed():
     recipe = Recipe.from_dict({**VERSION_0_1, "method": "average"})
-    assert recipe.without_effect == ("scaling", "trim_rate")
+    changed = [n for n in ("scaling", "trim_rate") if VERSION_0_1[n] != FLAT[n]]
+    assert recipe.without_effect == tuple(changed)
+    assert Recipe(scaling=3.0, trim_rate=0.5).without_effect == ("scaling",)
     assert Recipe(method="task_arithmetic", scaling=2.0).without_effect == ()
     recipe = Recipe(method="task_arithmetic", scaling=2.0, trim_rate=0.3)
     assert recipe.without_effect == ("trim_rate",)

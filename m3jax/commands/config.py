@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import runpy
 import sys
@@ -75,11 +76,9 @@ def prepare(arguments: list[str]) -> list[str]:
     known = _dotted(RECIPE_FIELDS)
     for argument in rest:
         name = argument.partition("=")[0].lstrip("-")
-        if name.startswith("config.") and name.removeprefix("config.") not in known:
-            raise RecipeError(
-                f"unknown recipe field {name.removeprefix('config.')!r}; "
-                f"known: {', '.join(known)}"
-            )
+        field = name.removeprefix("config.")
+        if name.startswith("config.") and field not in known:
+            raise RecipeError(f"unknown recipe field {field!r}; {_hint(field, known)}")
     _holder = config_flags.DEFINE_config_dict(
         "config", config, "The recipe.", sys_argv=["m3jax", *rest]
     )
@@ -171,6 +170,19 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "models": [{"path": model} for model in document.models],
         "seed": document.seed or 0,
     }
+
+
+def _hint(field: str, known: list[str]) -> str:
+    """The fields that may be meant, or those that there are."""
+    own = [name for name in known if name.partition(".")[0] not in TRANSFORMS | METHODS]
+    close = difflib.get_close_matches(field, known, n=3)
+    homes = [name for name in known if name.rpartition(".")[2] == field]
+    meant = f"; did you mean {', '.join(close or homes)}?" if close or homes else ""
+    group = field.partition(".")[0]
+    within = [name for name in known if name.startswith(f"{group}.")]
+    listed = ", ".join(within or own)
+    more = "" if within else "; `m3jax methods` lists those of steps"
+    return f"known: {listed}{more}{meant}"
 
 
 def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:

@@ -235,6 +235,10 @@ def align(
     for pattern in recipe.exclude:
         if not any(re.match(pattern, name) for name in tables[0]):
             notes.append(f"exclude: {pattern!r} matches no tensor")
+    notes += [
+        f"{field} has no effect: method {recipe.method.name} has none"
+        for field in recipe.without_effect
+    ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
 

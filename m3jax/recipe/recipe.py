@@ -99,7 +99,9 @@ class Recipe:
             return method
         fields = method.fields()
         own = {name: value for name, value in flat.items() if name in fields}
-        self._set("without_effect", tuple(n for n in flat if n not in fields))
+        # Version 0.1 wrote all flat fields, for any method: defaults say nothing.
+        idle = [n for n, v in flat.items() if n not in fields and v != FLAT[n]]
+        self._set("without_effect", tuple(idle))
         return _parsed(dataclasses.replace(method, **own))
 
     def _check_fields(
@@ -119,7 +121,7 @@ class Recipe:
                 label = name if name in FLAT else f"{step.name}.{name}"
                 values.check(label, getattr(step, name), field, problems)
         for name, value in flat.items():
-            if not isinstance(self.method, Method) or name in self.without_effect:
+            if not isinstance(self.method, Method) or name not in self.method.fields():
                 field = METHODS["ties"].fields()[name]
                 values.check(name, values.parse(value), field, problems)
         names = [step.name for step in self.transforms]
@@ -205,8 +207,8 @@ class Recipe:
         if not mixup.on or problems:
             return
         if not isinstance(field, Weights):
-            allowed = f"None: method {name} has no ratios"
             what = "alpha" if mixup.ratios is None else "ratios"
+            allowed = f"None (--config.mixup.{what}=None): method {name} has no ratios"
             problems.add(f"mixup.{what}", getattr(mixup, what), allowed)
         elif self.method.weights is not None:
             problems.add(
