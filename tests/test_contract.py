@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import contract
+import numpy as np
 import pytest
 from command_line import Run
 
@@ -92,6 +93,37 @@ def test_documented(method: str):
 def test_docs_are_those_of_the_registry():
     docs = (Path(__file__).parent.parent / "docs" / "METHODS.md").read_text()
     assert markdown() in docs, "run `m3jax methods --markdown` and put it there"
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_statistics_of_layers_and_of_the_model(
+    scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is longest in its layer, or in all: alike in all executors, and right."""
+    name = f"longest_{scope}"
+    text = NEW.replace('"longest"', f'"{name}"').replace('"tensor"', f'"{scope}"')
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module(name)
+    try:
+        contract.check_executors(name, tmp_path)
+        base, models = contract.inputs(name)
+        own = contract.Recipe(method=name, mixup=contract.Mixup(alpha=None))
+        merged = contract.in_memory(name, own)
+        groups: dict[str, list[str]] = {}
+        for tensor in base:
+            layer = ".".join(tensor.split(".")[:3]) if scope == "layer" else ""
+            groups.setdefault(layer, []).append(tensor)
+        for tensors in groups.values():
+            norms = [
+                sum(np.square(np.float64(m[t]) - base[t]).sum() for t in tensors)
+                for m in models
+            ]
+            longest = models[int(np.argmax(norms))]
+            for tensor in tensors:
+                np.testing.assert_allclose(merged[tensor], longest[tensor], atol=1e-7)
+    finally:
+        del METHODS[name], sys.modules[name]
 
 
 def test_a_new_method_is_one_file(
