@@ -147,7 +147,7 @@ def test_search_sets_every_field():
     ("options", "message"),
     [
         ({"sampler": "random"}, "sampler='random' needs one of recipe, grid"),
-        ({"sampler": "grid", "search": ["alpha"]}, "search='alpha' needs each once"),
+        ({"sampler": "grid", "search": ["wobble"]}, "search='wobble' needs each once"),
         ({"sampler": "grid", "search": ["scaling"]}, "scaling does nothing in .*avera"),
         ({"sampler": "grid", "search": ["ratios", "trim_rate"]}, "trim_rate does noth"),
         ({"sampler": "grid", "search": ["drop_rate=0:2"]}, "drop_rate=2.0 needs a num"),

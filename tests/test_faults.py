@@ -26,7 +26,7 @@ from interruptions import RECIPES, Merge, Observer, held, partial_of, write_mode
 import m3jax
 from m3jax.checkpoints.output import SpaceError
 from m3jax.checkpoints.shards import ShardWriter
-from m3jax.engine import streamed
+from m3jax.engine import buffers
 
 TIES = RECIPES["ties"]
 LATE = 68  # calls of `advance`: some tensors are written, some are not
@@ -224,7 +224,7 @@ class TestMemory:
         def aligned(size):
             raise MemoryError
 
-        monkeypatch.setattr(streamed, "_aligned", aligned)
+        monkeypatch.setattr(buffers, "_aligned", aligned)
         ran = merge_fails(merge, output, run)
         assert ran.code == 4
         assert ran.error.endswith(

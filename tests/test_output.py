@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_one_file_is_the_librarys(model: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("limit", [1000, "9KB", 17_000])
 def test_shards_are_the_librarys(limit: int | str, model: Path, tmp_path: Path):
-    recipe = Recipe(**{**vars(KEEP_BASE), "max_shard_size": limit})
+    recipe = dataclasses.replace(KEEP_BASE, max_shard_size=limit)
     m3jax.merge(model, [model], tmp_path / "merged", recipe)
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     count = len(files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import contract
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ RECIPES = [
         mixup=Mixup(alpha=None),
         transforms=(Dare(drop_rate=(Gradient((0.1, 0.9)), 0.5)),),
     ),
-    *(Recipe(method=method, mixup=Mixup(alpha=None)) for method in METHODS),
+    *(Recipe(method=contract.required(m), mixup=Mixup(alpha=None)) for m in METHODS),
 ]
 
 
@@ -202,7 +203,7 @@ def test_numbers_of_numpy_and_jax(made):
         ({"dtype": "int8"}, "dtype='int8' needs one of input, float32, float16, b"),
         ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples' needs such as"),
         ({"max_shard_size": 0}, "max_shard_size=0 needs such as 5GB or 200MB"),
-        ({"alpha": 1}, "unknown recipe field 'alpha'; known: method, transforms, mix"),
+        ({"alpha": 1}, "unknown recipe field 'alpha'; it is a field of mixup.alpha, "),
         ({"drop": 1}, "unknown recipe field 'drop'; known: method, transforms, mixup"),
         ({"transforms": "dare"}, "transforms='dare' needs a tuple of names"),
         ({"transforms": ("drop",)}, "unknown recipe field 'transforms: drop'; known:"),

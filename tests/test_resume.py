@@ -99,7 +99,7 @@ def test_what_was_done_is_not_done_again(merge, references, output):
     interrupt(merge, output, TIES, almost_all(references, "ties"))
     observer = Observer()
     result = merge(output, TIES, observer, resume=True)
-    assert 0 < result.resumed < FLOATS
+    assert 0 < result.resumed <= FLOATS  # what is copied may be all that is left
     assert observer.stages == ["checking what was written", "merging"]
     assert references["ties"][1].stages[0] == "measuring, pass 1"
     assert observer.notes == []

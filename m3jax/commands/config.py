@@ -21,7 +21,9 @@ from m3jax.recipe.recipe import FLAT, group
 def all_fields(recipe: Recipe) -> dict[str, Any]:
     """The recipe's fields, and those of all steps, so that flags may name them."""
     steps = {name: group(cls()) for name, cls in (TRANSFORMS | METHODS).items()}
-    return {**dict.fromkeys(FLAT), **steps, **recipe.to_dict()}
+    own = recipe.to_dict()
+    others = {name: fields for name, fields in steps.items() if name not in own}
+    return {**dict.fromkeys(FLAT), **own, **others}
 
 
 RECIPE_FIELDS = all_fields(Recipe())

@@ -317,7 +317,8 @@ def _check_known(prefix: str, fields: Any, known: list[str]) -> None:
     for name in fields:
         if name in known:
             continue
-        homes = [step for step, cls in METHODS.items() if name in cls.fields()]
+        homes = ["mixup"] * (name in {f.name for f in dataclasses.fields(Mixup)})
+        homes += [step for step, cls in METHODS.items() if name in cls.fields()]
         where = (
             f"; it is a field of {', '.join(f'{home}.{name}' for home in homes)}"
             if homes
