@@ -15,6 +15,8 @@ from command_line import Run
 from m3jax.commands import config
 from m3jax.commands.methods import markdown
 from m3jax.methods import METHODS
+from m3jax.methods.ties import Ties
+from m3jax.recipe import Rules
 
 NEW = '''
 """Midpoint: a method that a stranger adds, in one file."""
@@ -142,3 +144,22 @@ def test_a_new_method_is_one_file(
         contract.check_docs_row("longest")
     finally:
         del METHODS["longest"], sys.modules["longest"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            {"method": Ties(trim_rate=Rules((("norm", 0.2),), 0.5))},
+            "ties.trim_rate differs between tensors that are measured together",
+        ),
+        (
+            {"method": "pcb", "mixup": contract.Mixup(granularity="tensor")},
+            "pcb.weights differs .* give all of them one value, and mixup.granularity",
+        ),
+    ],
+)
+def test_what_the_whole_model_shares_may_not_differ(recipe: Any, message: str):
+    base, models = contract.inputs("ties")
+    with pytest.raises(contract.m3jax.RecipeError, match=message):
+        contract.m3jax.merge_params(base, models, contract.Recipe(**recipe), 0)

@@ -7,7 +7,6 @@ time share a reading pass, so that small tensors cost little.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from m3jax.engine.kernel import Numbers, Program
 from m3jax.methods.selection import BINS
 from m3jax.methods.step import Problem, Reduction, any_traced, namespace
 from m3jax.mixup import group_of
+from m3jax.recipe import RecipeError
 
 Groups = list[list[int]]  # the places of the tensors of each group
 # Bytes of counters that a pass may hold: so many groups are measured together.
@@ -148,7 +148,7 @@ def _found(
             problem = Problem(
                 num_models=bench.num_models,
                 size=sum(bench.sizes[i] for i in groups[g]),
-                numbers=_OfGroup(numbers.p[depth], groups[g]),
+                numbers=_OfGroup(step.name, numbers.p[depth], groups[g]),
                 traced=traced,
             )
             live[g] = step.measure(problem)
@@ -235,9 +235,10 @@ def _spread(
 
 
 class _OfGroup(Mapping[str, Any]):
-    """A step's parameters for a group of tensors: () or (K,), NaN where they differ."""
+    """A step's parameters for a group of tensors, () or (K,); they may not differ."""
 
-    def __init__(self, tables: Mapping[str, Any], places: Sequence[int]):
+    def __init__(self, step: str, tables: Mapping[str, Any], places: Sequence[int]):
+        self._step = step
         self._tables = tables
         self._places = places
 
@@ -246,8 +247,13 @@ class _OfGroup(Mapping[str, Any]):
         first = table[..., self._places[0]] if self._places else table[..., 0]
         if isinstance(table, np.ndarray) and len(self._places) > 1:
             own = table[..., np.array(self._places)]
-            same = np.all(own == first[..., None], axis=-1)
-            return np.where(same, first, math.nan)
+            if not np.all(own == first[..., None]):
+                raise RecipeError(
+                    f"{self._step}.{name} differs between tensors that are measured "
+                    "together; give all of them one value"
+                    + ", and mixup.granularity=model"
+                    * (name == "weights")
+                )
         return first
 
     def __iter__(self) -> Iterator[str]:

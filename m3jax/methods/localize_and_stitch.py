@@ -6,7 +6,7 @@ from typing import Any
 
 from m3jax.lazy import jnp
 from m3jax.methods.fields import number
-from m3jax.methods.orders import magnitudes_at, of_model
+from m3jax.methods.orders import magnitudes_at
 from m3jax.methods.selection import magnitudes
 from m3jax.methods.step import (
     Method,
@@ -42,7 +42,7 @@ class LocalizeAndStitch(Method):
     scope = "model"
 
     def measure(self, problem: Problem) -> Statistics:
-        (share,) = of_model("localize_and_stitch", problem, "share")
+        share = problem.numbers["share"]
         rank = problem.size - max(int(problem.size * share), 1) + 1
         ranks = [rank] * problem.num_models
         found = yield from magnitudes_at(_tasks, {}, ranks, problem)

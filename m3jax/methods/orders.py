@@ -67,19 +67,3 @@ def signed(found: Any) -> Any:
     return (jnp if not isinstance(found, np.ndarray) else np).where(
         above > 0, above, -below
     )
-
-
-def of_model(name: str, problem: Problem, *fields: str) -> list[Any]:
-    """Parameters that have to be the same in all tensors, for statistics of a model.
-
-    Raises:
-      ValueError: one differs between tensors.
-    """
-    values = [problem.numbers[field] for field in fields]
-    for field, value in zip(fields, values, strict=True):
-        if isinstance(value, np.ndarray) and np.isnan(value).any():
-            raise ValueError(
-                f"{name}.{field} differs between tensors, and {name} looks at the "
-                "whole model: give one value, and mixup.granularity=model"
-            )
-    return values

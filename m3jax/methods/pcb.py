@@ -8,7 +8,7 @@ import numpy as np
 
 from m3jax.lazy import jax, jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.orders import halves, magnitudes_at, of_model, signed
+from m3jax.methods.orders import halves, magnitudes_at, signed
 from m3jax.methods.step import (
     Method,
     Numbers,
@@ -59,7 +59,11 @@ class Pcb(Method):
     weighs_statistics = True
 
     def measure(self, problem: Problem) -> Statistics:
-        ratio, clip, factors = of_model("pcb", problem, "ratio", "clip", "weights")
+        ratio, clip, factors = (
+            problem.numbers["ratio"],
+            problem.numbers["clip"],
+            problem.numbers["weights"],
+        )
         n, count = problem.size, problem.num_models
         ends = np.array([int(n * clip), int(n * (1 - clip) - 1)]).clip(0, n - 1)
         ranks = np.repeat(ends + 1, count)

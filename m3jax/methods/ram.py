@@ -8,7 +8,6 @@ import numpy as np
 
 from m3jax.lazy import jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.orders import of_model
 from m3jax.methods.step import (
     Info,
     Method,
@@ -76,7 +75,7 @@ class RamPlus(Method):
     scope = "model"
 
     def measure(self, problem: Problem) -> Statistics:
-        (epsilon,) = of_model("ram_plus", problem, "epsilon")
+        epsilon = problem.numbers["epsilon"]
         arguments = {"epsilon": epsilon}
         unique, overlap = yield Reduction(counts, arguments, ("sum", "sum"))
         xp = jnp if problem.traced else np

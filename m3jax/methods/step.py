@@ -77,8 +77,8 @@ class Problem:
     Attributes:
       num_models: K.
       size: elements of the group's tensors.
-      numbers: the step's parameters, () or (K,) float64 each; NaN where they differ
-        between the tensors of the group.
+      numbers: the step's parameters, () or (K,) float64 each. Reading one that differs
+        between the tensors of the group is an error.
       traced: the arrays are those of a `jax.jit`, `grad` or `vmap` around the merge:
         Python cannot look at what a pass finds.
     """
