@@ -24,14 +24,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import app, flags
-from m3jax.engine.tables import TileTables
-from m3jax.methods.method import Reduction, run_statistics
 
-from m3jax import prng
+from m3jax import Dare, Mixup, Recipe
 from m3jax.commands import allocator
-from m3jax.engine import kernels, plan
+from m3jax.engine import draws, plan, tiles
+from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.measure import completed, derived, int64_rows
 from m3jax.engine.pipeline import available_cores
-from m3jax.methods import METHODS, dare, selection
+from m3jax.methods import selection
+from m3jax.methods.step import Operands, Problem, Reduction, run_statistics
 
 _TILES = flags.DEFINE_integer(
     "tiles", None, "Of a chunk, 1024 elements each. [2048 on a CPU, 65536 elsewhere]"
@@ -47,8 +48,6 @@ _DROP_RATE = 0.2
 _TRIM_RATE = 0.5
 _SAMPLE_SECONDS = 0.3
 _ITEMSIZE = 2  # bfloat16
-_OFF = kernels.Transform(None, "delta")
-_RANDOM = kernels.Transform("random", "delta")
 
 Call = Callable[["Chunk"], Any]
 
@@ -57,22 +56,19 @@ class Chunk(NamedTuple):
     """The arrays of one chunk, on the device; T tiles, K models.
 
     Attributes:
-      base: (T, TILE) bfloat16.
-      stack: (K, T, TILE) bfloat16.
+      x: base (T, TILE) and models (K, T, TILE), bfloat16.
       parts: the base and each model again, 1 + K arrays of (T, TILE).
       room: (T, TILE) uint16, memory to copy them to on a CPU.
-      plain: per-tile numbers without DARE.
-      random: the same with random DARE.
-      reducing: per-tile numbers for statistics, without coefficients.
+      item, tile: (T,), the tensor of each tile and its number.
+      seed: of its masks.
     """
 
-    base: jax.Array
-    stack: jax.Array
+    x: Operands
     parts: list[jax.Array]
     room: np.ndarray
-    plain: kernels.Tiles
-    random: kernels.Tiles
-    reducing: kernels.Tiles
+    item: np.ndarray
+    tile: np.ndarray
+    seed: int
 
 
 class Kernel(NamedTuple):
@@ -93,34 +89,25 @@ class Kernel(NamedTuple):
     unit: str = "elements"
 
 
-def make_chunk(tiles: int, seed: int) -> Chunk:
+def make_chunk(tile_count: int, seed: int) -> Chunk:
     """A chunk of weights and fine-tuned weights as in make_checkpoints.py."""
     rng = np.random.default_rng(seed)
-    block = min(tiles, 1 << 10)
+    block = min(tile_count, 1 << 10)
     base = rng.standard_normal((block, plan.TILE), np.float32) * np.float32(0.02)
     base = base.astype(ml_dtypes.bfloat16)
     steps = rng.standard_normal((_MODELS, *base.shape), np.float32) * np.float32(4e-5)
     stack = (base.astype(np.float32) + steps).astype(ml_dtypes.bfloat16)
-    [chunk] = plan.cut([plan.Item(tiles * plan.TILE, ())], [0], tiles)
-    drop = prng.drop_thresholds((_DROP_RATE,) * _MODELS)
-    tables = TileTables(
-        keys=prng.mask_keys(prng.root_key(seed), _MODELS, ["weight"]),
-        drop=drop,
-        scales=dare.rescale_factors(1 - drop / prng.RATE_STEPS, rescale=True),
-    )
-    coefficients = np.full((_MODELS, 1), 1 / _MODELS, np.float32)
-    repeat = -(-tiles // block)
-    whole_base = jnp.tile(base, (repeat, 1))[:tiles]
-    whole_stack = jnp.tile(stack, (1, repeat, 1))[:, :tiles]
+    repeat = -(-tile_count // block)
+    whole_base = jnp.tile(base, (repeat, 1))[:tile_count]
+    whole_stack = jnp.tile(stack, (1, repeat, 1))[:, :tile_count]
     parts = [jnp.copy(part) for part in (whole_base, *whole_stack)]
     return Chunk(
-        whole_base,
-        whole_stack,
+        Operands(whole_base, whole_stack),
         parts,
         np.ones(whole_base.shape, np.uint16),
-        jax.device_put(tables.tiles(chunk, tiles, _OFF, coefficients)),
-        jax.device_put(tables.tiles(chunk, tiles, _RANDOM, coefficients)),
-        jax.device_put(tables.tiles(chunk, tiles, _OFF)),
+        np.zeros(tile_count, np.int64),
+        np.arange(tile_count, dtype=np.uint64),
+        seed,
     )
 
 
@@ -140,41 +127,89 @@ def copy(chunk: Chunk) -> list[jax.Array]:
 _copy = jax.jit(jnp.copy)
 
 
-def merging(method: str, transform: kernels.Transform, info: Any) -> Call:
-    """A merge of one chunk. On a CPU, DARE's masks come from a kernel of their own."""
-    kernel = kernels.merge_kernel(method, transform, "bfloat16")
-    needs_base = METHODS[method].needs_base or transform.strategy is not None
-    scaling = jax.device_put(np.float32(1))
-    info = jax.device_put(info)
+def recipe_of(method: str, *, dare: bool = False) -> Recipe:
+    return Recipe(
+        method=method,
+        mixup=Mixup(alpha=None),
+        dare=Dare(drop_rate=_DROP_RATE) if dare else None,
+    )
 
-    def call(chunk: Chunk) -> jax.Array:
-        tiles = chunk.plain if transform.strategy is None else chunk.random
-        if tiles.keys is not None and on_cpu():
-            dropped = np.asarray(masks(chunk)).view(np.bool_)
-            tiles = tiles._replace(keys=None, blocks=None, drop=None, dropped=dropped)
-        base = chunk.base if needs_base else None
-        return kernel(base, chunk.stack, tiles, info, scaling)
+
+def numbers_of(recipe: Recipe, seed: int, found: dict[str, Any]) -> Numbers:
+    """The tables of a recipe over the one tensor of a chunk."""
+    program = Program.of(recipe)
+    own = draws.tables(recipe, program, ["weight"], _MODELS, seed, lambda: None)
+    info: list[Any] = []
+    for depth in range(len(program.transforms)):
+        info.append(derived(program, depth, own._replace(info=tuple(info)), {}))
+    return completed(program, own._replace(info=(*info, found)))
+
+
+def made_of(recipe: Recipe, chunk: Chunk) -> tuple[np.ndarray, ...]:
+    """What the masks of a chunk are made of."""
+    numbers = numbers_of(recipe, chunk.seed, _NOTHING)
+    threshold = Program.of(recipe).threshold(numbers)
+    return tiles.keys_and_blocks(numbers.keys, threshold, chunk.item, chunk.tile)
+
+
+_NOTHING = {"thresholds": np.zeros((_MODELS, 1)), "majority": np.zeros(1)}
+
+
+def merging(recipe: Recipe, found: dict[str, Any]) -> Call:
+    """A merge of one chunk. On a CPU, DARE's masks come from a kernel of their own."""
+    program = Program.of(recipe)
+    kernel = tiles.merge_tiles(program, (("", "bfloat16"),))
+    ready: dict[int, Any] = {}
+
+    def call(chunk: Chunk) -> Any:
+        if chunk.seed not in ready:
+            tables = numbers_of(recipe, chunk.seed, found)._replace(keys=None)
+            draw = made_of(recipe, chunk) if program.draws() else None
+            taken = take(tables, chunk.item, 1)
+            ready[chunk.seed] = jax.device_put((taken, draw))
+        numbers, draw = ready[chunk.seed]
+        if draw is not None and on_cpu():
+            draw = tiles.drawn_beforehand("mask", draw)
+        return kernel(chunk.x, numbers, draw)
 
     return call
 
 
-def masks(chunk: Chunk) -> jax.Array:
-    tiles = chunk.random
-    return kernels.mask_kernel()(tiles.keys, tiles.blocks, tiles.drop)
+def masks() -> Call:
+    recipe = recipe_of("ties", dare=True)
+    ready: dict[int, Any] = {}
+
+    def call(chunk: Chunk) -> jax.Array:
+        if chunk.seed not in ready:
+            ready[chunk.seed] = jax.device_put(made_of(recipe, chunk))
+        return tiles.draw_kernel("mask")(*ready[chunk.seed])
+
+    return call
 
 
 def reducing(reduction: Reduction) -> Call:
     """One chunk of a reading pass; a CPU's codes are counted by NumPy."""
-    on_device = reduction.histogram and not on_cpu()
-    kernel = kernels.reduce_kernel(reduction.function, _OFF, count=on_device)
-    arguments = jax.device_put(reduction.arguments)
+    program = Program.of(recipe_of("ties"))
+    kernel = tiles.reduce_tiles(
+        program, 0, reduction.function, reduction.combine, None, not on_cpu()
+    )
 
-    def call(chunk: Chunk) -> Any:
-        counts = kernel(chunk.base, chunk.stack, chunk.reducing, arguments)
-        if reduction.histogram and not on_device:
-            codes, *others = counts
-            return selection.count_codes_on_host(np.asarray(codes)[0])[None], *others
-        return counts
+    def call(chunk: Chunk) -> list[Any]:
+        count = len(chunk.item)
+        arguments = {
+            name: np.broadcast_to(
+                np.asarray(own)[..., None, None], (*np.shape(own), count, 1)
+            )
+            for name, own in reduction.arguments.items()
+        }
+        valid = np.full((count, 1), plan.TILE, np.int32)
+        parts = kernel(chunk.x, Numbers((), ()), None, arguments, valid)
+        return [
+            selection.count_codes_on_host(np.asarray(part)[0])
+            if how == "histogram" and on_cpu()
+            else int64_rows(how, part)
+            for how, part in zip(reduction.combine, parts, strict=True)
+        ]
 
     return call
 
@@ -185,34 +220,37 @@ def statistics_of(chunk: Chunk) -> tuple[Any, list[Reduction]]:
 
     def answer(reduction: Reduction) -> Any:
         passes.append(reduction)
-        counts = reducing(reduction)(chunk)
-        return jax.tree.map(lambda part: np.asarray(part).sum(0, np.int64), counts)
+        return tuple(reducing(reduction)(chunk))
 
-    generator = METHODS["ties"].statistics
-    assert generator is not None
-    info = run_statistics(generator(_MODELS, chunk.base.size, _TRIM_RATE), answer)
-    return info, passes
+    size = int(chunk.x.base.size)
+    problem = Problem(_MODELS, size, {"trim_rate": np.float64(_TRIM_RATE)})
+    step = recipe_of("ties").method
+    info = run_statistics(step.measure(problem), answer)
+    return {name: np.asarray(own)[..., None] for name, own in info.items()}, passes
 
 
 def all_kernels(chunk: Chunk) -> list[Kernel]:
     info, passes = statistics_of(chunk)
     read = _MODELS + 1
+
+    def one(name: str, method: str, dare: bool, arrays: float) -> Kernel:
+        found = info if method == "ties" else {}
+        return Kernel(name, merging(recipe_of(method, dare=dare), found), arrays)
+
     table = [
         Kernel("copy", copy, 2 * read, read),
-        Kernel("average", merging("average", _OFF, {}), _MODELS + 1),
-        Kernel("task arithmetic", merging("task_arithmetic", _OFF, {}), read + 1),
-        Kernel("DARE + average", merging("average", _RANDOM, {}), read + 1),
-        Kernel(
-            "DARE + task arithmetic", merging("task_arithmetic", _RANDOM, {}), read + 1
-        ),
-        Kernel("TIES, applied", merging("ties", _OFF, info), read + 1),
-        Kernel("DARE + TIES, applied", merging("ties", _RANDOM, info), read + 1),
+        one("average", "average", False, _MODELS + 1),
+        one("task arithmetic", "task_arithmetic", False, read + 1),
+        one("DARE + average", "average", True, read + 1),
+        one("DARE + task arithmetic", "task_arithmetic", True, read + 1),
+        one("TIES, applied", "ties", False, read + 1),
+        one("DARE + TIES, applied", "ties", True, read + 1),
         # A byte a mask: half a bfloat16 array for each model.
-        Kernel("DARE masks", masks, _MODELS / 2, _MODELS, "masks"),
+        Kernel("DARE masks", masks(), _MODELS / 2, _MODELS, "masks"),
     ]
     for reduction in passes:
         name = "TIES, histogram" + " of a sample" * reduction.sample
-        if reduction.histogram:
+        if "histogram" in reduction.combine:
             call = reducing(reduction)
             table.append(Kernel(name, call, read, _MODELS, "values"))
         else:
@@ -250,7 +288,7 @@ def measure(chunks: list[Chunk], samples: int) -> list[dict[str, Any]]:
     for _ in range(samples):
         for kernel, count, own in zip(table, counts, spent, strict=True):
             own.append(repeat(kernel.call, chunks, count))
-    size = chunks[0].base.size
+    size = int(chunks[0].x.base.size)
     records: list[dict[str, Any]] = []
     for kernel, own in zip(table, spent, strict=True):
         median = statistics.median(own)
@@ -294,14 +332,14 @@ def markdown(results: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     del argv
     allocator.keep_freed_memory()  # as the command does
-    tiles = _TILES.value or ((1 << 11) if on_cpu() else (1 << 16))
+    tile_count = _TILES.value or ((1 << 11) if on_cpu() else (1 << 16))
     threads = _THREADS.value or (available_cores() if on_cpu() else 1)
-    chunks = [make_chunk(tiles, seed) for seed in range(threads)]
+    chunks = [make_chunk(tile_count, seed) for seed in range(threads)]
     results = {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "threads": threads,
-        "chunk_elements": tiles * plan.TILE,
+        "chunk_elements": tile_count * plan.TILE,
         "samples": _SAMPLES.value,
         "commit": bench.commit(),
         "machine": bench.machine(Path.cwd()),
