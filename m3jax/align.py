@@ -3,9 +3,9 @@
 permutations = m3jax.align.weight_matching(target, source, axes)
 aligned = m3jax.align.permute(source, permutations, axes)
 
-`axes` says what may be permuted: {leaf's name: [group or None for each axis]}. All axes
-of a group have the same units. In a transformer the units between the two matrices of an
-FFN are free; heads and the dimensions of rotary positions are not.
+`axes` says what may be permuted: {leaf's name: [group or None for each axis]}. All
+axes of a group have the same units. In a transformer the units between the two matrices
+of an FFN are free; heads and the dimensions of rotary positions are not.
 """
 
 from __future__ import annotations
@@ -140,24 +140,31 @@ def inject(
     if unmatched not in ("keep", "shrink"):
         raise ValueError(f"unmatched={unmatched!r} is neither 'keep' nor 'shrink'")
     _, widths = _arrays(target, axes, "the target", look=False)
-    own = _checked(permutations, None)
+    own = {group: np.asarray(_of(permutations, group)) for group in widths}
+    for group, p in own.items():
+        if p.shape != (widths[group],):
+            raise ValueError(
+                f"permutations[{group!r}] has the shape {p.shape}; the target has "
+                f"{widths[group]} units"
+            )
     leaves, rebuild = tree.flatten(target)
     others, _ = tree.flatten(aligned)
     for name, groups in axes.items():
         leaf = leaves[name]
-        if name not in others or jnp.shape(others[name]) != jnp.shape(leaf):
+        found = jnp.shape(others[name]) if name in others else None
+        if found != jnp.shape(leaf):
             raise ValueError(
                 f"{shown(name)} has the shape {jnp.shape(leaf)} in the target and "
-                f"{jnp.shape(others.get(name))} in the aligned source; permute makes "
-                "them fit"
+                f"{found} in the aligned source; permute makes them fit"
             )
         if not is_floating(leaf):
             continue
         mixed = (1 - gamma) * wide(leaf) + gamma * wide(others[name])
         if unmatched == "keep":
-            for axis, group in enumerate(groups):
-                if group is not None:
-                    there = _along(_of(own, group) != NO_PARTNER, axis, mixed.ndim)
+            for axis, name_of_axis in enumerate(groups):
+                if name_of_axis is not None:
+                    partner = own[name_of_axis] != NO_PARTNER
+                    there = _along(partner, axis, mixed.ndim)
                     mixed = jnp.where(there, mixed, wide(leaf))
         leaves[name] = mixed.astype(jnp.result_type(leaf))
     return rebuild(leaves.values())
@@ -206,9 +213,10 @@ def _along(flags: np.ndarray, axis: int, ndim: int) -> jax.Array:
 def _arrays(
     params: Any, axes: Axes, what: str, look: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The leaves of `axes` in float64 (if they are looked at), and each group's width."""
+    """The leaves of `axes` in float64, where they are looked at; widths of groups."""
     leaves, _ = tree.flatten(params)
-    arrays, widths = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    widths: dict[str, int] = {}
     for name, groups in axes.items():
         if name not in leaves:
             raise ValueError(f"{what} lacks {shown(name)}, which axes names")
@@ -229,18 +237,18 @@ def _arrays(
     return arrays, widths
 
 
-def _of(permutations: Mapping[str, np.ndarray], group: str) -> np.ndarray:
+def _of(permutations: Permutations, group: str) -> Any:
     if group not in permutations:
         raise ValueError(f"permutations lacks the group {group!r}, which axes names")
     return permutations[group]
 
 
 def _checked(
-    permutations: Permutations, widths: Mapping[str, int] | None
+    permutations: Permutations, widths: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    own = {group: np.asarray(p) for group, p in permutations.items()}
-    for group, width in (widths or {}).items():
-        p = _of(own, group)
+    own = {group: np.asarray(_of(permutations, group)) for group in widths}
+    for group, width in widths.items():
+        p = own[group]
         if p.ndim != 1 or np.any((p < NO_PARTNER) | (p >= width)):
             raise ValueError(
                 f"permutations[{group!r}] needs one axis of indices from -1 to "

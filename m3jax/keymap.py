@@ -146,5 +146,6 @@ def _assembled(rule: Mapping[str, Any], parts: Any) -> jax.Array:
         dtype = jnp.result_type(whole)
         whole = jnp.concatenate([jnp.asarray(p, dtype) for p in parts], rule["axis"])
     if rule["slice"] is not None:
-        whole = jax.lax.slice_in_dim(whole, *rule["slice"], axis=rule["axis"])
+        start, stop = rule["slice"]
+        whole = jax.lax.slice_in_dim(whole, start, stop, axis=rule["axis"])
     return whole.T if rule["transpose"] else whole

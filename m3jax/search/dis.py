@@ -1,4 +1,4 @@
-"""DIS of "Fine, I'll Merge It Myself", arXiv 2502.04030: which blocks, in which order."""
+"""DIS of "Fine, I'll Merge It Myself", arXiv 2502.04030: which blocks, in what order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dis_program(
 
     Args:
       selected: (L, K) of 0 and 1.
-      order: (L,) indices into the K! permutations of the models, in lexicographic order.
+      order: (L,) indices into the K! permutations of the models in lexicographic order.
       scales: (L,) of the hidden state after the layer.
 
     Returns:

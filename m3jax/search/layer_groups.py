@@ -41,8 +41,8 @@ def merge_layer_groups(models: Sequence[Any], weights: Any) -> Any:
     table = np.asarray(weights, np.float64)
     if table.ndim != 2 or len(table) < 2:
         raise ValueError(
-            f"weights has the shape {table.shape}; (groups + 1, {len(models)}) with one "
-            "group or more is needed"
+            f"weights has the shape {table.shape}; (groups + 1, {len(models)}) with "
+            "one group or more is needed"
         )
     rows = [
         normalized(row, len(models), f"weights[{g}]") for g, row in enumerate(table)

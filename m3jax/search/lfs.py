@@ -1,4 +1,4 @@
-"""LFS of "Fine, I'll Merge It Myself", arXiv 2502.04030: a method for each group of layers.
+"""LFS of "Fine, I'll Merge It Myself", arXiv 2502.04030: a method per group of layers.
 
 A genotype is a dict: `layers_per_group` g; `filters`, such as ("self_attn", "mlp"); and
 `groups`, for each g layers {"method": ..., "sets": {filter or "base": numbers}}.
@@ -24,7 +24,7 @@ from m3jax.search.pytrees import (
 )
 
 _LINEAR_ABOVE = 0.9995  # |cos| of two tensors that slerp takes for parallel
-# Our name and the published one of each method's numbers, and whether each model has one.
+# Our and the published names of a method's numbers, and whether each model has its own.
 _NUMBERS = {
     "linear": ({"weights": "weights"}, True),
     "slerp": ({"t": "slerp_t"}, True),
@@ -83,8 +83,8 @@ def lfs_merge(base: Any, models: Sequence[Any], genotype: Mapping[str, Any]) -> 
                 g = 0 if is_embedding(name) else len(groups) - 1
             if g >= len(groups):
                 raise ValueError(
-                    f"{shown(name)} lies in layer {g * size} or later, which none of the "
-                    f"{len(groups)} groups of {size} layers holds"
+                    f"{shown(name)} lies in layer {g * size} or later, which none of "
+                    f"the {len(groups)} groups of {size} layers holds"
                 )
             chosen = next((text for text in filters if text in name), _BASE)
             own = rules[g][chosen](own, others).astype(jnp.result_type(own))
@@ -168,8 +168,8 @@ def _rule(
         if not fits:
             each = f", {count} numbers each" if per_model else ""
             raise ValueError(
-                f"groups[{g}].sets.{part}={dict(numbers)!r} does not fit {method}, which "
-                f"has {sorted(names)}{each}"
+                f"groups[{g}].sets.{part}={dict(numbers)!r} does not fit {method}, "
+                f"which has {sorted(names)}{each}"
             )
     if method == "linear":
         rows = {
@@ -188,7 +188,7 @@ def _rule(
             part: functools.partial(_slerp, pair=pair, t=numbers["t"])
             for part, numbers in sets.items()
         }
-    rule = {"task_arithmetic": _task_arithmetic, "ties": _ties}[method]
+    rule: Any = _ties if method == "ties" else _task_arithmetic
     return {part: functools.partial(rule, **sets[part]) for part in sets}
 
 

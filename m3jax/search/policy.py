@@ -22,7 +22,7 @@ def dynamic_average_reward(
     """Averages rewards that were measured on parts of the data.
 
     With p = round(1/fraction) and b = β i/E, episode i = 1, ..., E: r_i stays where
-    (i − 1) mod p = 0, otherwise r_i ← b r_{i−1} + (1 − b) r_i with the averaged r_{i−1}.
+    (i − 1) mod p = 0, else r_i ← b r_{i−1} + (1 − b) r_i with the averaged r_{i−1}.
     Agrees with train_RMM.py of WuDiHJQ/Reinforced-Model-Merging, commit 7b940fe, where
     1/fraction is an integer (the release tests the remainder of a float).
 
@@ -73,8 +73,8 @@ def ppo_returns(
     """
     if len(rewards) != len(terminal) or len(rewards) < 2:
         raise ValueError(
-            f"{len(rewards)} rewards and {len(terminal)} terminal flags: two or more of "
-            "the same number are needed"
+            f"{len(rewards)} rewards and {len(terminal)} terminal flags: two or more "
+            "of the same number are needed"
         )
     returns = np.zeros(len(rewards))
     later = 0.0

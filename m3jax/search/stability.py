@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,32 +46,31 @@ def response_stability(
     """
     if len(alphas) < 3:
         raise ValueError(f"{len(alphas)} alphas were given; 3 or more are needed")
-    if any(b <= a for a, b in zip(alphas[:-1], alphas[1:], strict=True)):
+    if any(b <= a for a, b in itertools.pairwise(alphas)):
         raise ValueError(f"alphas={list(alphas)} do not rise")
     if rule not in ("sum", "both", "previous"):
         raise ValueError(f"rule={rule!r} is none of 'sum', 'both' and 'previous'")
     if smooth < 0:
         raise ValueError(f"smooth={smooth} needs 0 or more")
-    rows = responses
     if isinstance(responses, Mapping):
         if set(responses) != set(alphas):
             raise ValueError("responses has other alphas than `alphas`")
-        rows = [responses[alpha] for alpha in alphas]
-    answers = [[str(answer).lower() for answer in row] for row in rows]
+        responses = [responses[alpha] for alpha in alphas]
+    answers = [[str(answer).lower() for answer in row] for row in responses]
     if len(answers) != len(alphas) or len({len(row) for row in answers}) != 1:
         raise ValueError(
-            f"responses has rows of {[len(row) for row in answers]} answers; one row of "
-            f"the same length for each of the {len(alphas)} alphas is needed"
+            f"responses has rows of {[len(row) for row in answers]} answers; one row "
+            f"of the same length for each of the {len(alphas)} alphas is needed"
         )
     changes = [
         [a != b for a, b in zip(low, high, strict=True)]
-        for low, high in zip(answers[:-1], answers[1:], strict=True)
+        for low, high in itertools.pairwise(answers)
     ]
     if rule == "previous":
         counts, tried = [float(sum(change)) for change in changes], alphas[1:]
     else:
         tried, counts = alphas[1:-1], []
-        for below, above in zip(changes[:-1], changes[1:], strict=True):
+        for below, above in itertools.pairwise(changes):
             pairs = zip(below, above, strict=True)
             counts.append(
                 float(sum(a + b if rule == "sum" else a or b for a, b in pairs))

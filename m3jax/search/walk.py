@@ -48,8 +48,8 @@ def rmm_start(
     limit = 100 * num_blocks if max_steps is None else max_steps
     if min(num_blocks, num_models, limit) < 1:
         raise ValueError(
-            f"num_blocks={num_blocks}, num_models={num_models}, max_steps={limit}: each "
-            "needs 1 or more"
+            f"num_blocks={num_blocks}, num_models={num_models}, max_steps={limit}: "
+            "each needs 1 or more"
         )
     counts = np.zeros((num_blocks, num_models), np.int64)
     return Walk(counts, 0, (), False, False, 0, limit)
