@@ -19,7 +19,7 @@ import numpy as np
 
 from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import shown
-from m3jax.search.pytrees import is_floating, wide
+from m3jax.search.pytrees import alike, is_floating
 
 Axes: TypeAlias = Mapping[str, Sequence[str | None]]
 Permutations: TypeAlias = Mapping[str, Any]
@@ -159,13 +159,14 @@ def inject(
             )
         if not is_floating(leaf):
             continue
-        mixed = (1 - gamma) * wide(leaf) + gamma * wide(others[name])
+        before, other = alike((leaf, others[name]))
+        mixed = (1 - gamma) * before + gamma * other
         if unmatched == "keep":
             for axis, name_of_axis in enumerate(groups):
                 if name_of_axis is not None:
                     partner = own[name_of_axis] != NO_PARTNER
                     there = _along(partner, axis, mixed.ndim)
-                    mixed = jnp.where(there, mixed, wide(leaf))
+                    mixed = jnp.where(there, mixed, before)
         leaves[name] = mixed.astype(jnp.result_type(leaf))
     return rebuild(leaves.values())
 

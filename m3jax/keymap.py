@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import shown
-from m3jax.search.pytrees import is_floating, weighted_sum
+from m3jax.search.pytrees import alike, is_floating, weighted_sum
 
 _NUMBER = "{i}"
 _FIELDS = {"sources", "axis", "slice", "transpose"}
@@ -141,10 +141,8 @@ def _check(
 
 
 def _assembled(rule: Mapping[str, Any], parts: Any) -> jax.Array:
-    whole = jnp.asarray(parts[0])
-    if len(parts) > 1:
-        dtype = jnp.result_type(whole)
-        whole = jnp.concatenate([jnp.asarray(p, dtype) for p in parts], rule["axis"])
+    arrays = alike(parts)
+    whole = jnp.concatenate(arrays, rule["axis"]) if len(arrays) > 1 else arrays[0]
     if rule["slice"] is not None:
         start, stop = rule["slice"]
         whole = jax.lax.slice_in_dim(whole, start, stop, axis=rule["axis"])

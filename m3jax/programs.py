@@ -53,7 +53,8 @@ def apply(base: Any, models: Sequence[Any], program: Sequence[Sequence[Any]]) ->
         `m3jax.search.dis_program` or of the blocks of `m3jax.search.rmm_step`.
 
     Raises:
-      ValueError: there is no such model, or it has no such block.
+      ValueError: there is no such model, it has no such block, or blocks of several
+        stacks, such as an encoder and a decoder.
       CheckpointError: the names of the child's tensors do not fit each other.
     """
     blocks = [Block(*entry) for entry in program]
@@ -63,6 +64,12 @@ def apply(base: Any, models: Sequence[Any], program: Sequence[Sequence[Any]]) ->
             raise ValueError(
                 f"program[{i}] names model {block.model}; there are {len(models)}, "
                 "from 0, and the base, -1"
+            )
+        stacks = {p.before for p in map(place_of, flat[block.model]) if p is not None}
+        if len(stacks) > 1:
+            raise ValueError(
+                f"model {block.model} has blocks in {sorted(stacks)}: give each stack, "
+                "such as an encoder, a program of its own"
             )
         count = num_layers(flat[block.model])
         if not 0 <= block.layer < count:

@@ -274,6 +274,11 @@ def test_programs_say_what_is_wrong():
         with pytest.raises(ValueError, match=message):
             m3jax.programs.apply(params, [params], program)
     assert m3jax.programs.apply(params, [params], []).params == {"embed": jnp.ones(1)}
+    two = {side: {"0": jnp.ones(1)} for side in ("encoder", "decoder")}
+    with pytest.raises(
+        ValueError, match=r"\['decoder.', 'encoder.'\]: give each stack"
+    ):
+        m3jax.programs.apply(two, [], [(-1, 0)])
     with pytest.raises(ValueError, match=r"order\[0\]=6 needs 0 to 5"):
         search.dis_program([[1, 0, 1]], [6], [1.0])
 
@@ -396,6 +401,14 @@ def test_keymap_says_what_is_wrong(rule: Any, message: str):
         m3jax.keymap.merge(
             {"a": jnp.ones((2, 3))}, {"b": jnp.ones((2, 3))}, {"a": rule}, 0.5
         )
+
+
+def test_keymap_of_narrow_dtypes():
+    target = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.zeros(1, jnp.int32)}
+    source = {"x": jnp.full((1, 3), 2.0), "y": jnp.full((1, 3), 4.0, jnp.float16)}
+    merged = m3jax.keymap.merge(target, source, {"a": ["x", "y"]}, 0.5)
+    assert merged["a"].dtype == jnp.bfloat16 and merged["b"] is target["b"]
+    assert merged["a"].tolist() == [[1.5] * 3, [2.5] * 3]
 
 
 def test_keymap_of_no_tensor():

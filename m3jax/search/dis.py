@@ -1,4 +1,4 @@
-"""DIS of "Fine, I'll Merge It Myself", arXiv 2502.04030: which blocks, in what order."""
+"""DIS of "Fine, I'll Merge It Myself", arXiv 2502.04030: which blocks in a row."""
 
 from __future__ import annotations
 

@@ -13,17 +13,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from m3jax.checkpoints.errors import shown
+from m3jax.search import lfs_methods
 from m3jax.search.pytrees import (
     align,
     is_embedding,
     is_floating,
     normalized,
     place_of,
-    weighted_sum,
-    wide,
 )
 
-_LINEAR_ABOVE = 0.9995  # |cos| of two tensors that slerp takes for parallel
 # Our and the published names of a method's numbers, and whether each model has its own.
 _NUMBERS = {
     "linear": ({"weights": "weights"}, True),
@@ -178,62 +176,18 @@ def _rule(
             )
             for part, numbers in sets.items()
         }
-        return {part: functools.partial(_linear, weights=rows[part]) for part in sets}
+        return {
+            part: functools.partial(lfs_methods.linear, weights=rows[part])
+            for part in sets
+        }
     if method == "slerp":
         if count < 2:
             raise ValueError(f"groups[{g}].method='slerp' needs two models or more")
         totals = [sum(sets[part]["t"][k] for part in parts) for k in range(count)]
         pair = sorted(range(count), key=lambda k: -totals[k])[:2]
         return {
-            part: functools.partial(_slerp, pair=pair, t=numbers["t"])
+            part: functools.partial(lfs_methods.slerp, pair=pair, t=numbers["t"])
             for part, numbers in sets.items()
         }
-    rule: Any = _ties if method == "ties" else _task_arithmetic
+    rule: Any = getattr(lfs_methods, method)
     return {part: functools.partial(rule, **sets[part]) for part in sets}
-
-
-def _linear(base: Any, models: Sequence[Any], *, weights: Sequence[float]) -> Any:
-    return weighted_sum(models, weights)
-
-
-def _task_arithmetic(base: Any, models: Sequence[Any], *, scaling: float) -> Any:
-    start = wide(base)
-    deltas = [wide(model) - start for model in models]
-    return start + scaling * weighted_sum(deltas, [1.0] * len(deltas))
-
-
-def _ties(base: Any, models: Sequence[Any], *, trim_rate: float, scaling: float) -> Any:
-    if not 0 <= trim_rate <= 1:
-        raise ValueError(f"trim_rate={trim_rate} needs a number from 0 to 1")
-    start = wide(base)
-    deltas = jnp.stack([wide(model) - start for model in models])
-    removed = int(start.size * trim_rate)
-    if removed:
-        sizes = jnp.abs(deltas).reshape(len(models), -1)
-        threshold = jnp.sort(sizes, axis=1)[:, removed - 1]
-        threshold = threshold.reshape(-1, *(1,) * start.ndim)
-        deltas = jnp.where(jnp.abs(deltas) >= threshold, deltas, 0)
-    sign = jnp.sign(jnp.sum(deltas, axis=0))
-    sign = jnp.where(sign == 0, jnp.sign(jnp.sum(sign)), sign)
-    # As in the reference, a majority of neither sign elects the negative one.
-    agrees = jnp.where((sign > 0)[None], deltas > 0, deltas < 0)
-    total = jnp.sum(jnp.where(agrees, deltas, 0), axis=0)
-    count = jnp.sum(agrees, axis=0, dtype=total.dtype)
-    return start + scaling * (total / jnp.maximum(count, 1))
-
-
-def _slerp(
-    base: Any, models: Sequence[Any], *, pair: Sequence[int], t: Sequence[float]
-) -> Any:
-    first, second = (wide(models[k]) for k in pair)
-    share = 1 / (1 + jnp.exp(jnp.asarray(t[pair[0]] - t[pair[1]], first.dtype)))
-    norms = jnp.linalg.norm(first.ravel()) * jnp.linalg.norm(second.ravel())
-    # Without a direction, as of a tensor of zeros, the way is a straight line.
-    cosine = jnp.where(
-        norms > 0, jnp.sum(first * second) / jnp.where(norms > 0, norms, 1), 1
-    )
-    parallel = jnp.abs(cosine) > _LINEAR_ABOVE
-    angle = jnp.arccos(jnp.where(parallel, 0, cosine))
-    a = jnp.where(parallel, 1 - share, jnp.sin((1 - share) * angle) / jnp.sin(angle))
-    b = jnp.where(parallel, share, jnp.sin(share * angle) / jnp.sin(angle))
-    return a * first + b * second

@@ -66,6 +66,13 @@ def wide(leaf: Any) -> Any:
     return jnp.asarray(leaf, dtype)
 
 
+def alike(arrays: Sequence[Any]) -> list[Any]:
+    """Arrays, all as the widest of them is computed with."""
+    own = [wide(array) for array in arrays]
+    dtype = max((array.dtype for array in own), key=lambda dtype: dtype.itemsize)
+    return [array.astype(dtype) for array in own]
+
+
 def widened(model: Any) -> Any:
     return jax.tree.map(lambda x: wide(x) if is_floating(x) else x, model)
 
@@ -79,12 +86,14 @@ def narrowed(model: Any, like: Any) -> Any:
 
 def weighted_sum(arrays: Sequence[Any], weights: Sequence[float]) -> Any:
     """Σ w_k x_k of arrays of one shape, `wide`; what weighs 0 is not looked at."""
-    total = None
-    for array, weight in zip(arrays, weights, strict=True):
+    own = alike(arrays)
+    total = jnp.zeros_like(own[0])
+    for i, (array, weight) in enumerate(zip(own, weights, strict=True)):
         if weight:
-            term = float(weight) * wide(array)
-            total = term if total is None else total + term
-    return jnp.zeros_like(wide(arrays[0])) if total is None else total
+            term = float(weight) * array
+            # The first alone, so that -0.0 keeps its sign.
+            total = total + term if any(weights[:i]) else term
+    return total
 
 
 def interpolate(a: Any, b: Any, c: float) -> Any:

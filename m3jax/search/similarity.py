@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.search.pytrees import align, is_floating, wide
+from m3jax.search.pytrees import align, alike, is_floating
 
 _LEAST_NORM = 1e-8
 
@@ -60,9 +60,10 @@ def similarity_matrix(
             continue
         if 0 in jnp.shape(leaves[0]):
             continue
-        stacked = jnp.stack([wide(leaf) for leaf in leaves[: len(models)]])
+        arrays = alike(leaves)
+        stacked = jnp.stack(arrays[: len(models)])
         if of == "delta":
-            stacked = stacked - wide(leaves[-1])[None]
+            stacked = stacked - arrays[-1][None]
         total += np.asarray(_cosines(stacked, per), np.float64)
         count += 1
     if not count:
