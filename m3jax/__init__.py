@@ -28,12 +28,12 @@ _HOMES = {
     "save": "m3jax.engine.save",
     "verify": "m3jax.engine.verify",
 }
-_MODULES = ("multitask",)
+_MODULES = ("learn", "multitask")
 __all__ = sorted((*_HOMES, *_MODULES))
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
-    from m3jax import multitask
+    from m3jax import learn, multitask
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.engine.in_memory import merge_params
     from m3jax.engine.load import load
