@@ -64,7 +64,7 @@ def by_call(*calls: str) -> list[Any]:
 
 
 def test_all_cases_are_here():
-    assert len(CASES) == 45
+    assert len(CASES) == 79  # with those of test_learn
     assert {case["options"].get("method") for case in CASES} - {None} == {
         *("tsv_m", "iso_c", "iso_cts", "consensus", "pcb", "wudi", "magmax"),
         *("fisher", "regmean", "df_merge"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import shown
-from m3jax.learn.pytrees import model_names, stack
+from m3jax.learn.pytrees import model_names, stack, wide
 
 TERMS = (
     "kl",
@@ -87,8 +87,9 @@ def dam_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """How far the merged model is from each expert on the expert's own inputs.
 
-    With z the merged model's logits, t expert k's (no gradient goes there), both 0 where
-    the mask is, N_k = Σ mask, q = softmax(z/T), p = softmax(t/T), summed over experts:
+    With z the merged model's logits, t expert k's (no gradient goes there), both 0
+    where the mask is 0, N_k = Σ mask, q = softmax(z/T), p = softmax(t/T); summed over
+    experts:
 
     - ``kl``: T²/N_k Σ p (log p − log q).
     - ``mse``: Σ_tokens mean_vocab (z − t)² / N_k.
@@ -161,7 +162,7 @@ def dam_loss(
 def _of_expert(
     z: jax.Array, t: jax.Array, inputs: Mapping[str, Any], temperature: float
 ) -> dict[str, jax.Array]:
-    mask = (inputs["mask"] != 0).astype(jnp.promote_types(z.dtype, jnp.float32))
+    mask = (inputs["mask"] != 0).astype(wide(z))
     tokens = jnp.maximum(jnp.sum(mask), 1)
     z = z.astype(mask.dtype) * mask[..., None]
     t = jax.lax.stop_gradient(t.astype(mask.dtype) * mask[..., None])

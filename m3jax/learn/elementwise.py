@@ -27,8 +27,8 @@ def np_merge(
     not move. For models of unlike units align B to A first; for several models merge
     successive pairs.
 
-    Ours, from the abstract of arXiv 2412.15467: there is no public code, and its initial
-    value, steps and rates are not known.
+    Ours, from the abstract of arXiv 2412.15467: there is no public code, and its
+    initial value, steps and rates are not known.
 
     Args:
       a, b: pytrees with the same leaves; the result has the dtypes of `a`.
@@ -51,7 +51,7 @@ def np_merge(
         merged = {}
         for name, (first, second) in arrays.items():
             share = jax.nn.sigmoid(named[name]).astype(first.dtype)
-            merged[name] = share * first + (1 - share) * second
+            merged[name] = second + share * (first - second)
         return own.params(merged)
 
     def loss(raw: Any, batch: Any, arrays: Any) -> jax.Array:

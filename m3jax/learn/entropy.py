@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints import tree
 from m3jax.learn.descent import Learned, descend
-from m3jax.learn.pytrees import model_names, stack, weighted_sum
+from m3jax.learn.pytrees import model_names, stack, weighted_sum, wide
 
 
 def adamerging(
@@ -94,10 +94,8 @@ def adamerging(
 
 
 def mean_entropy(logits: jax.Array, inputs: Any = None) -> jax.Array:
-    """The mean of −Σ p log p over what logits (..., V) predict, mask of inputs or all."""
-    logs = jax.nn.log_softmax(
-        logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    )
+    """The mean of −Σ p log p of logits (..., V), where the inputs' mask is, or all."""
+    logs = jax.nn.log_softmax(logits.astype(wide(logits)))
     entropies = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
     if not (isinstance(inputs, Mapping) and "mask" in inputs):
         return jnp.mean(entropies)
@@ -112,7 +110,7 @@ def _bounded(value: jax.Array, low: float, high: float) -> jax.Array:
 
 
 def _trimmed(taus: Mapping[str, jax.Array], density: float) -> dict[str, jax.Array]:
-    """Each τ_k with the largest int(n·density) + 1 entries that have the elected sign."""
+    """Each τ_k's largest int(n·density) + 1 entries, of them those of elected sign."""
     dtype = jnp.result_type(*taus.values())
     flat = [jnp.abs(t.astype(dtype)).reshape(len(t), -1) for t in taus.values()]
     every = jnp.concatenate(flat, axis=1)

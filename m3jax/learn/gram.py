@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m3jax.learn.pytrees import wide
+
 
 def grams(
     layer_inputs: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any]
@@ -49,7 +51,7 @@ def grams(
 
 
 def _zeros(x: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide(x)
     return jnp.zeros((x.shape[-1], x.shape[-1]), dtype)
 
 

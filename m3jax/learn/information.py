@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m3jax.learn.pytrees import wide
+
 KINDS = ("exact", "sampled", "empirical")
 
 
@@ -96,7 +98,7 @@ def fisher(
             return jax.lax.scan(of_class, total, classes(scores, label, i))
 
         zeros = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
+            lambda p: jnp.zeros(p.shape, wide(p)),
             params,
         )
         every = (examples, labels, jnp.arange(count))

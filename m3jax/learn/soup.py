@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints import tree
 from m3jax.learn.descent import Learned, descend
-from m3jax.learn.pytrees import model_names, stack, weighted_sum
+from m3jax.learn.pytrees import model_names, stack, weighted_sum, wide
 
 IGNORED = -100  # a label that is not one, PyTorch's
 
@@ -75,9 +75,7 @@ def learned_soup(
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean of −log softmax(logits)[label] where the label is not −100."""
-    logs = jax.nn.log_softmax(
-        logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    )
+    logs = jax.nn.log_softmax(logits.astype(wide(logits)))
     known = labels != IGNORED
     places = jnp.where(known, labels, jnp.zeros_like(labels))
     own = jnp.take_along_axis(logs, places[..., None], axis=-1)[..., 0]

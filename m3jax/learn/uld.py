@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from m3jax.learn.pytrees import wide
+
 IGNORED = -100
 
 
@@ -28,8 +30,8 @@ def uld_loss(
     As DistillationLoss of Nicolas-BZRD/llm-recipes, by the authors of ULD. With
     `standardize`, z ← (z − mean)/(std + 1e-6) over the vocabulary, and with `top_k` the
     K largest of these are kept, before the softmax: ours, after the abstract of
-    InfiFusion (arXiv 2501.02795), which names both but not their order; its authors used
-    K = 10.
+    InfiFusion (arXiv 2501.02795), which names both but not their order; its authors
+    used K = 10.
 
     Args:
       student_logits: (..., V).
@@ -69,7 +71,7 @@ def _sorted(
     logits: jax.Array, temperature: float, top_k: int | None, standardize: bool
 ) -> jax.Array:
     """Probabilities, falling."""
-    z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    z = logits.astype(wide(logits))
     if standardize:
         deviation = jnp.std(z, axis=-1, keepdims=True)
         z = (z - jnp.mean(z, axis=-1, keepdims=True)) / (deviation + 1e-6)
