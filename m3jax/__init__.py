@@ -28,12 +28,12 @@ _HOMES = {
     "save": "m3jax.engine.save",
     "verify": "m3jax.engine.verify",
 }
-_MODULES = ("align", "keymap", "multitask", "programs", "search")
+_MODULES = ("align", "keymap", "learn", "multitask", "programs", "search")
 __all__ = sorted((*_HOMES, *_MODULES))
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
-    from m3jax import align, keymap, multitask, programs, search
+    from m3jax import align, keymap, learn, multitask, programs, search
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.engine.in_memory import merge_params
     from m3jax.engine.load import load

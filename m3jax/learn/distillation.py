@@ -1,0 +1,230 @@
+"""DAM: column-wise coefficients that make one model speak like each expert."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m3jax.checkpoints import tree
+from m3jax.checkpoints.errors import shown
+from m3jax.learn.pytrees import model_names, stack, wide
+
+TERMS = (
+    "kl",
+    "mse",
+    "entropy",
+    "similarity",
+    "l1",
+    "l2",
+    "overlap",
+    "weighted_overlap",
+)
+DEFAULTS: Mapping[str, float] = {"kl": 1.0, "similarity": 0.01}
+NONLINEARITIES: Mapping[str | None, Callable[[jax.Array], jax.Array]] = {
+    None: lambda x: x,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "relu": jax.nn.relu,
+}
+
+
+def dam_merge(
+    coefficients: Any, models: Sequence[Any], *, nonlinearity: str | None = None
+) -> Any:
+    """Σ_k f(m_k) ⊙ θ_k, with coefficients m that broadcast against the stacked models.
+
+    As arcee-ai/DAM (arXiv 2410.08371): m of a Linear is (K, 1, in), of an embedding
+    (K, 1, dim), of a norm (K, dim), of a bias (K, 1). Start all at 1/K: the release
+    starts biases at 1, which sums them.
+
+    Args:
+      coefficients: a pytree like the models'.
+      models: K pytrees with the same leaves; the result has the dtypes of the first.
+      nonlinearity: f: None, ``tanh``, ``sigmoid`` or ``relu``.
+
+    Raises:
+      ValueError: another f, or coefficients that lack a leaf or do not fit it.
+      CheckpointError: the pytrees do not fit each other.
+    """
+    if nonlinearity not in NONLINEARITIES:
+        known = ", ".join(map(repr, NONLINEARITIES))
+        raise ValueError(f"nonlinearity={nonlinearity!r} needs one of {known}")
+    own = stack(models, model_names(models))
+    named = tree.flatten(coefficients)[0]
+    merged = {}
+    for name, arrays in own.arrays.items():
+        m = named.get(name)
+        fits = m is not None and m.ndim == arrays.ndim
+        if not fits or any(
+            a not in (1, b) for a, b in zip(m.shape, arrays.shape, strict=True)
+        ):
+            found = "missing" if m is None else m.shape
+            raise ValueError(
+                f"coefficients of {shown(name)} are {found}; they need a shape that "
+                f"broadcasts against {arrays.shape}, {len(models)} models first"
+            )
+        factor = NONLINEARITIES[nonlinearity](m).astype(arrays.dtype)
+        merged[name] = jnp.sum(factor * arrays, axis=0)
+    return own.params(merged)
+
+
+def dam_loss(
+    coefficients: Any,
+    models: Sequence[Any],
+    apply_fn: Callable[[Any, Any], jax.Array],
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    base: Any = None,
+    temperature: float = 2.0,
+    terms: Mapping[str, float] = DEFAULTS,
+    nonlinearity: str | None = None,
+    regularized: Sequence[str] | None = None,
+    normalize: str = "tokens",
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """How far the merged model is from each expert on the expert's own inputs.
+
+    With z the merged model's logits, t expert k's (no gradient goes there), both 0
+    where the mask is 0, N_k = Σ mask, q = softmax(z/T), p = softmax(t/T); summed over
+    experts:
+
+    - ``kl``: T²/N_k Σ p (log p − log q).
+    - ``mse``: Σ_tokens mean_vocab (z − t)² / N_k.
+    - ``entropy``: T² Σ −q log(q + 1e-9) mask / N_k.
+
+    Of the raw m, summed over the leaves of `regularized`; pairs i < j:
+
+    - ``similarity``: mean over pairs of cos(m_i, m_j), which pushes coefficients apart.
+    - ``l1``, ``l2``: Σ_k ‖m_k‖_1, Σ_k ‖m_k‖_2; given together as ``l1_l2``.
+    - ``overlap``: mean over pairs of Σ min(|m_i|, |m_j|).
+    - ``weighted_overlap``: the same times sin²(2θ), θ the angle between the columns of
+      τ_i and τ_j, over all linear weights: matrices with coefficients (K, 1, in) whose
+      name does not say "embed" or "wte".
+
+    As DAMTrainer.compute_loss of arcee-ai/DAM with ``normalize="reference"``, which
+    divides ``kl`` by the batch size once more.
+
+    Args:
+      coefficients, models, nonlinearity: as for `dam_merge`.
+      apply_fn: (params, inputs) -> logits (B, T, V).
+      inputs: one dict per expert: what `apply_fn` reads, and ``"mask"`` (B, T).
+      base: θ0, for ``weighted_overlap``.
+      temperature: T.
+      terms: the weight of each term that is wanted; the default is the release's.
+      regularized: names of leaves; by default all but biases (the release: those that
+        are trained, never biases).
+      normalize: ``tokens`` or ``reference``.
+
+    Returns:
+      The loss and its parts, weighted, by name, with their sum as ``total``.
+
+    Raises:
+      ValueError: an unknown term or rule, or one that lacks its base.
+    """
+    if unknown := set(terms) - set(TERMS):
+        raise ValueError(f"terms {sorted(unknown)} need to be of {', '.join(TERMS)}")
+    if normalize not in ("tokens", "reference"):
+        raise ValueError(f"normalize={normalize!r} needs 'tokens' or 'reference'")
+    if base is None and "weighted_overlap" in terms:
+        raise ValueError("the term weighted_overlap needs the base")
+    if len(inputs) != len(models):
+        raise ValueError(f"{len(inputs)} inputs need to be one for each {len(models)}")
+    merged = dam_merge(coefficients, models, nonlinearity=nonlinearity)
+    parts: dict[str, jax.Array] = {}
+
+    def add(name: str, value: jax.Array) -> None:
+        parts[name] = parts[name] + value if name in parts else value
+
+    for model, own in zip(models, inputs, strict=True):
+        found = _of_expert(
+            apply_fn(merged, own), apply_fn(model, own), own, temperature
+        )
+        if normalize == "reference":
+            found["kl"] = found["kl"] / own["mask"].shape[0]
+        for name, value in found.items():
+            if name in terms:
+                add(name, terms[name] * value)
+    named = tree.flatten(coefficients)[0]
+    for name in _not_biases(named) if regularized is None else regularized:
+        for term, value in _of_coefficients(named[name]).items():
+            if term in terms:
+                add("l1_l2" if term in ("l1", "l2") else term, terms[term] * value)
+    if "weighted_overlap" in terms:
+        weighted = _weighted_overlap(named, base, models)
+        add("weighted_overlap", terms["weighted_overlap"] * weighted)
+    total = sum(parts.values(), jnp.zeros((), jnp.float32))
+    return total, {"total": total, **parts}
+
+
+def _of_expert(
+    z: jax.Array, t: jax.Array, inputs: Mapping[str, Any], temperature: float
+) -> dict[str, jax.Array]:
+    mask = (inputs["mask"] != 0).astype(wide(z))
+    tokens = jnp.maximum(jnp.sum(mask), 1)
+    z = z.astype(mask.dtype) * mask[..., None]
+    t = jax.lax.stop_gradient(t.astype(mask.dtype) * mask[..., None])
+    own = jax.nn.log_softmax(z / temperature)
+    others = jax.nn.log_softmax(t / temperature)
+    probabilities = jnp.exp(own)
+    entropies = -jnp.sum(probabilities * jnp.log(probabilities + 1e-9), axis=-1)
+    return {
+        "kl": temperature**2 * jnp.sum(jnp.exp(others) * (others - own)) / tokens,
+        "mse": jnp.sum(jnp.mean(jnp.square(z - t), axis=-1)) / tokens,
+        "entropy": temperature**2 * jnp.sum(entropies * mask) / tokens,
+    }
+
+
+def _of_coefficients(m: jax.Array) -> dict[str, jax.Array]:
+    rows = list(m.reshape(len(m), -1))
+    norms = [jnp.sqrt(jnp.sum(row * row)) for row in rows]
+    pairs = list(itertools.combinations(range(len(rows)), 2))
+    found = {
+        "l1": sum(jnp.sum(jnp.abs(row)) for row in rows),
+        "l2": sum(norms),
+        "similarity": _mean(
+            jnp.sum(rows[i] * rows[j]) / jnp.maximum(norms[i] * norms[j], 1e-8)
+            for i, j in pairs
+        ),
+        "overlap": _mean(_overlap(rows[i], rows[j]) for i, j in pairs),
+    }
+    return found
+
+
+def _weighted_overlap(
+    named: Mapping[str, jax.Array], base: Any, models: Sequence[Any]
+) -> jax.Array:
+    own = stack([base, *models], ["base", *model_names(models)])
+    total = jnp.zeros((), jnp.float32)
+    for name, arrays in own.arrays.items():
+        m = named[name]
+        if arrays.ndim != 3 or m.shape[1] != 1 or "embed" in name or "wte" in name:
+            continue
+        tau = arrays[1:] - arrays[:1]
+        norms = jnp.sqrt(jnp.sum(tau * tau, axis=1)) + 1e-8
+
+        def of_pair(i: int, j: int, m: Any = m, tau: Any = tau, n: Any = norms) -> Any:
+            cosine = jnp.sum(tau[i] * tau[j], axis=0) / (n[i] * n[j])
+            # sin(2θ) = 2 sin θ cos θ, without the angle, whose slope is infinite at 0.
+            weights = 4 * cosine**2 * jnp.maximum(1 - cosine**2, 0)
+            return _overlap(m[i, 0], m[j, 0], weights.astype(m.dtype))
+
+        pairs = itertools.combinations(range(len(models)), 2)
+        total = total + _mean(of_pair(i, j) for i, j in pairs)
+    return total
+
+
+def _overlap(a: jax.Array, b: jax.Array, weights: Any = 1.0) -> jax.Array:
+    return jnp.sum(weights * jnp.minimum(jnp.abs(a), jnp.abs(b)))
+
+
+def _mean(values: Any) -> jax.Array:
+    """Of a pair's values; 0 where one model has no pair."""
+    found = list(values)
+    return sum(found, jnp.zeros((), jnp.float32)) / max(len(found), 1)
+
+
+def _not_biases(named: Mapping[str, Any]) -> list[str]:
+    return [name for name in named if name.rpartition(".")[2] != "bias"]
