@@ -18,6 +18,8 @@ _PACKAGE = Path(__file__).parent.parent / "m3jax"
 _WHAT = {
     "commands": "flags in, lines out",
     "exploration": "many draws, the best one",
+    "learn": "coefficients by gradient",
+    "search": "other systems' searches",
     "evaluation": "tasks and scores",
     "models": "forward passes",
     "engine": "plan, measure, kernel, write",
