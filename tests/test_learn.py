@@ -304,10 +304,18 @@ def test_adamerging_descends_the_entropy_within_the_bounds():
     assert found.losses[-1] < found.losses[0]
     assert found.params["n"] == 5
     assert found.history["a"]["w"].shape == (31, 2)
+
+    def slope(init: float) -> np.ndarray:
+        path = run([batch], init=init, tx=optax.sgd(1.0)).history
+        return np.asarray(path[0] - path[1])
+
     # At a bound the gradient is the inner one, outside it is 0.
-    for init, still in ((1.0, False), (1.001, True), (0.0, False), (-0.001, True)):
-        (step,) = np.diff(run([batch], init=init, tx=optax.sgd(1.0)).history, axis=0)
-        assert (np.abs(step) < 1e-9).all() == still
+    for init, inner in ((1.0, 0.9999), (1.001, None), (0.0, 1e-4), (-0.001, None)):
+        step = slope(init)
+        if inner is None:
+            assert not np.any(step)
+        else:
+            np.testing.assert_allclose(step, slope(inner), rtol=0.01)
     near(run([], init=2.0).params["a"]["w"], sum_of(base, models), 1e-6)
     # ++ with all entries: those of the other sign are left out, nothing is averaged.
     taus = np.stack([m["a"]["w"] - base["a"]["w"] for m in models])

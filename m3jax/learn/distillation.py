@@ -58,10 +58,7 @@ def dam_merge(
     merged = {}
     for name, arrays in own.arrays.items():
         m = named.get(name)
-        fits = m is not None and m.ndim == arrays.ndim
-        if not fits or any(
-            a not in (1, b) for a, b in zip(m.shape, arrays.shape, strict=True)
-        ):
+        if m is None or not _broadcasts(m.shape, arrays.shape):
             found = "missing" if m is None else m.shape
             raise ValueError(
                 f"coefficients of {shown(name)} are {found}; they need a shape that "
@@ -139,6 +136,7 @@ def dam_loss(
         parts[name] = parts[name] + value if name in parts else value
 
     for model, own in zip(models, inputs, strict=True):
+        model = jax.tree.map(jnp.asarray, model)  # `ids` do not index NumPy under jit
         found = _of_expert(
             apply_fn(merged, own), apply_fn(model, own), own, temperature
         )
@@ -148,7 +146,10 @@ def dam_loss(
             if name in terms:
                 add(name, terms[name] * value)
     named = tree.flatten(coefficients)[0]
-    for name in _not_biases(named) if regularized is None else regularized:
+    chosen = _not_biases(named) if regularized is None else regularized
+    if lacking := set(chosen) - set(named):
+        raise ValueError(f"regularized {sorted(lacking)} are no leaves of coefficients")
+    for name in chosen:
         for term, value in _of_coefficients(named[name]).items():
             if term in terms:
                 add("l1_l2" if term in ("l1", "l2") else term, terms[term] * value)
@@ -157,6 +158,13 @@ def dam_loss(
         add("weighted_overlap", terms["weighted_overlap"] * weighted)
     total = sum(parts.values(), jnp.zeros((), jnp.float32))
     return total, {"total": total, **parts}
+
+
+def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
+    """Whether it has as many axes, each 1 or as long, the first as long."""
+    pairs = zip(shape[1:], against[1:], strict=False)
+    same = len(shape) == len(against) and shape[0] == against[0]
+    return same and all(own in (1, other) for own, other in pairs)
 
 
 def _of_expert(
@@ -179,18 +187,17 @@ def _of_expert(
 
 def _of_coefficients(m: jax.Array) -> dict[str, jax.Array]:
     rows = list(m.reshape(len(m), -1))
-    norms = [jnp.sqrt(jnp.sum(row * row)) for row in rows]
+    norms = [_norm(row) for row in rows]
     pairs = list(itertools.combinations(range(len(rows)), 2))
-    found = {
-        "l1": sum(jnp.sum(jnp.abs(row)) for row in rows),
-        "l2": sum(norms),
+    return {
+        "l1": jnp.sum(jnp.abs(m)),
+        "l2": jnp.sum(jnp.stack(norms)),
         "similarity": _mean(
             jnp.sum(rows[i] * rows[j]) / jnp.maximum(norms[i] * norms[j], 1e-8)
             for i, j in pairs
         ),
         "overlap": _mean(_overlap(rows[i], rows[j]) for i, j in pairs),
     }
-    return found
 
 
 def _weighted_overlap(
@@ -214,6 +221,14 @@ def _weighted_overlap(
         pairs = itertools.combinations(range(len(models)), 2)
         total = total + _mean(of_pair(i, j) for i, j in pairs)
     return total
+
+
+def _norm(row: jax.Array) -> jax.Array:
+    """‖row‖_2, with a gradient of 0 where the row is 0."""
+    square = jnp.sum(row * row)
+    some = square > 0
+    root = jnp.sqrt(jnp.where(some, square, jnp.ones_like(square)))
+    return jnp.where(some, root, jnp.zeros_like(root))
 
 
 def _overlap(a: jax.Array, b: jax.Array, weights: Any = 1.0) -> jax.Array:

@@ -73,6 +73,7 @@ def fisher(
         every = jnp.arange(len(scores))
         if kind == "exact":
             return every, jax.nn.softmax(scores)
+        assert key is not None  # checked above
         own = jax.random.fold_in(key, i)
         drawn = jax.random.categorical(own, scores, shape=(samples,))
         if samples < len(scores):

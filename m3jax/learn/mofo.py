@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class MofoState(NamedTuple):
     """The number of steps, and both moments of each parameter."""
 
-    count: jax.Array
+    steps: jax.Array
     mu: Any
     nu: Any
 
@@ -59,12 +59,12 @@ def mofo_adamw(
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, MofoState]:
         if params is None:
             raise ValueError("mofo_adamw needs the params: tx.update(g, state, params)")
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        count = state.count + 1
+        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+        count = state.steps + 1
         mu = _moved(state.mu, gradients, b1)
         nu = _moved(state.nu, jax.tree.map(jnp.square, gradients), b2)
-        steps = count.astype(jnp.float32)
-        first, second = 1 - b1**steps, 1 - b2**steps
+        power = count.astype(jnp.float32)
+        first, second = 1 - b1**power, 1 - b2**power
 
         def step(m: jax.Array, v: jax.Array, p: jax.Array) -> jax.Array:
             root = jnp.sqrt(v / second.astype(v.dtype))
