@@ -16,7 +16,11 @@ def is_traced(value: Any) -> bool:
 
 
 def at_once() -> Any:
-    """A context in which concrete values are computed now, also inside `jax.jit`."""
+    """A context in which concrete values are computed now, also inside `jax.jit`.
+
+    Python looks at what arrays that are no arguments hold, and a ratio must not be
+    drawn by another program.
+    """
     import jax
 
     inside = is_traced(jax.numpy.zeros(()))  # a constant is staged there, too

@@ -94,7 +94,7 @@ def merge_params(
     recipe.check(num_models=len(models), has_base=base is not None)
     recipe.check_statistics(len(statistics), len(models))
     prng.root_key(key)  # raises SeedError before anything is done
-    with _now():
+    with at_once():
         leaves, structure = align_trees(base, models, recipe, statistics)
         if donate:
             _check_distinct(leaves)
@@ -106,16 +106,6 @@ def merge_params(
     if not allow_nonfinite:
         _check_overflow(leaves, merged)
     return unflatten(structure, merged)
-
-
-def _now() -> contextlib.AbstractContextManager[Any]:
-    """Under a `jax.jit` around the merge, computes now what its arguments do not touch.
-
-    Python looks at what arrays that are no arguments hold, and a drawn ratio must not
-    be drawn by another program.
-    """
-    under_jit = is_traced(jnp.zeros(()))
-    return jax.ensure_compile_time_eval() if under_jit else contextlib.nullcontext()
 
 
 class Leaves:

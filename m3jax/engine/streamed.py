@@ -90,6 +90,7 @@ class Stream:
         self._advance = advance
         self._stage = stage
         self._passes = 0
+        self._measured: tuple[Program, int] | None = None
         self._devices = devices
         self._mesh = Mesh(np.array(devices), (on_tiles.AXIS,))
         # One CPU device shares the host's memory: NumPy takes over what it does better.
@@ -99,7 +100,7 @@ class Stream:
         self._buffers = [Buffers(*sizes) for _ in range(count)]
 
     def own(self, places: Sequence[int]) -> list[int]:
-        items = set(self._share.items)
+        items = self._share.items  # a range: looking into it takes no time
         return [i for i in places if i in items and self.sizes[i]]
 
     def reduce(
@@ -122,9 +123,14 @@ class Stream:
         chunks = self._chunks(program, depth, groups, order, sampled=first.sample)
         if chunks is None:
             return [None] * len(groups)
-        if not first.sample:
+        if everywhere and not first.sample:
             self._passes += 1
             self._stage(f"measuring, pass {self._passes}", order)
+        elif not everywhere and (program, depth) != self._measured:
+            # One line for the passes over all tensors: they may be thousands.
+            self._measured = program, depth
+            own = [i for i in self._share.items if self._items[i].merged]
+            self._stage(f"measuring {program.steps[depth].name} by tensor", 2 * own)
         tables = numbers.first(depth)
         arguments = stacked(reductions)
         found: list[list[Any]] = [[None] * len(first.combine) for _ in groups]
