@@ -195,7 +195,8 @@ class Recipe:
         needed = num_models if self.method.beside else 0
         if count != needed:
             allowed = (
-                f"one per model, {needed} here: method {self.method.name} reads them"
+                f"one per model, {needed} here, as in --statistics=A,B: method "
+                f"{self.method.name} reads them"
                 if needed
                 else f"none: method {self.method.name} reads none"
             )
