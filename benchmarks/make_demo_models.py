@@ -35,7 +35,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 import m3jax
-from m3jax.checkpoints import tree
+from m3jax.checkpoints.formats import tree
 from m3jax.models.config import Config
 from m3jax.models.decoder import forward, parameter_shapes, read_config
 from m3jax.models.layers import Parameters

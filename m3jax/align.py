@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import shown
+from m3jax.checkpoints.formats import tree
 from m3jax.search.pytrees import alike, is_floating
 
 Axes: TypeAlias = Mapping[str, Sequence[str | None]]

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import shown
+from m3jax.checkpoints.formats import tree
 from m3jax.search.pytrees import alike, is_floating, weighted_sum
 
 _NUMBER = "{i}"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.checkpoints import tree
+from m3jax.checkpoints.formats import tree
 from m3jax.engine.in_memory import Leaves, measured
 from m3jax.engine.trees import align_trees
 from m3jax.methods.consensus import masks

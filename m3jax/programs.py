@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import shown
+from m3jax.checkpoints.formats import tree
 from m3jax.search.pytrees import is_embedding, num_layers, place_of
 
 BASE = -1  # the model of a block that is the base's

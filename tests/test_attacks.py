@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import m3jax
 from m3jax.checkpoints import side_files
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.files import InputFile, open_regular
 from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.checkpoints.places.files import InputFile, open_regular
 
 SECONDS = 30  # a FIFO blocks for ever; everything here takes a fraction of a second
 

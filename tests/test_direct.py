@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from interruptions import RECIPES, Observer, partial_of, write_models
 
 import m3jax
-from m3jax.checkpoints import direct
-from m3jax.checkpoints.dtypes import of_numpy
-from m3jax.checkpoints.shards import Shard, ShardWriter
+from m3jax.checkpoints.formats.dtypes import of_numpy
+from m3jax.checkpoints.output.shards import Shard, ShardWriter
+from m3jax.checkpoints.places import direct
 
 BLOCK = direct.BLOCK
 UINT8 = of_numpy(np.dtype(np.uint8))
@@ -358,7 +358,7 @@ class TestMerges:
             sys.path.insert(0, sys.argv[1])
             from pathlib import Path
             from interruptions import RECIPES, Merge
-            from m3jax.checkpoints import direct, durable
+            from m3jax.checkpoints.places import direct, durable
             direct.LEAST, direct.LEAST_FILE = direct.BLOCK, 0
             output, base, *models = map(Path, sys.argv[3:])
             append, left = durable.append_lines, [int(sys.argv[2])]

@@ -44,7 +44,7 @@ import jax
 index, port, folder = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 import m3jax
-from m3jax.checkpoints.sources import FileTensor
+from m3jax.checkpoints.source import FileTensor
 from test_distributed import RECIPES
 assert (jax.device_count(), jax.local_device_count()) == (8, 4)
 read, read_into = [0], FileTensor.read_into
@@ -75,7 +75,7 @@ import jax
 index, port, folder = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 import m3jax
-from m3jax.checkpoints import part
+from m3jax.checkpoints.output import part
 from m3jax.engine import processes
 processes.BEAT, part._SECONDS = 0.3, 0.5
 def merge(models=("a", "b"), output="out", seed=0, **fields):

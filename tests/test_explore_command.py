@@ -18,7 +18,7 @@ import tiny_models
 import tiny_tokenizer
 
 import m3jax
-from m3jax.checkpoints import tree
+from m3jax.checkpoints.formats import tree
 from m3jax.exploration.merger import Merger
 from m3jax.models.parameters import load_model
 

@@ -24,8 +24,8 @@ from command_line import Ran, Run
 from interruptions import RECIPES, Merge, Observer, held, partial_of, write_models
 
 import m3jax
-from m3jax.checkpoints.output import SpaceError
-from m3jax.checkpoints.shards import ShardWriter
+from m3jax.checkpoints.output.folder import SpaceError
+from m3jax.checkpoints.output.shards import ShardWriter
 from m3jax.engine import buffers
 
 TIES = RECIPES["ties"]

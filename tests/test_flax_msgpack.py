@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import m3jax
-from m3jax.checkpoints.dtypes import DTYPES
-from m3jax.checkpoints.flax_msgpack import read_tensors
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.sources import read_whole
-from m3jax.checkpoints.tree import flatten, nest
+from m3jax.checkpoints.formats.dtypes import DTYPES
+from m3jax.checkpoints.formats.flax_msgpack import read_tensors
+from m3jax.checkpoints.formats.tree import flatten, nest
+from m3jax.checkpoints.source import read_whole
 
 TREE = {
     "params": {
@@ -287,7 +287,7 @@ def test_two_files_are_not_one(tmp_path: Path, run: Run):
 
 
 def test_read_tensors_leaves_the_file_open(tmp_path: Path):
-    from m3jax.checkpoints.files import InputFile
+    from m3jax.checkpoints.places.files import InputFile
 
     with InputFile(write(tmp_path / "x.msgpack", {"a": np.arange(3)})) as file:
         assert read_whole(read_tensors(file)["a"]).tolist() == [0, 1, 2]

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from test_sources import InMemory, check_run
 
 import m3jax
-from m3jax.checkpoints import float8
-from m3jax.checkpoints.dtypes import of_numpy
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.float8 import Dequantised, dequantise
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.safetensors import layout
-from m3jax.checkpoints.sources import read_whole
+from m3jax.checkpoints.formats.dtypes import of_numpy
+from m3jax.checkpoints.formats.safetensors import layout
+from m3jax.checkpoints.source import read_whole
+from m3jax.checkpoints.sources import float8
+from m3jax.checkpoints.sources.float8 import Dequantised, dequantise
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)

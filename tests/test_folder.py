@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from checkpoints import BFLOAT16, encode, random_model, write
 
-from m3jax.checkpoints.dtypes import DTYPES, of_numpy
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.sources import read_whole
+from m3jax.checkpoints.formats.dtypes import DTYPES, of_numpy
+from m3jax.checkpoints.source import read_whole
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

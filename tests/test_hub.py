@@ -14,10 +14,10 @@ import pytest
 from checkpoints import encode
 from huggingface_hub import constants
 
-from m3jax.checkpoints import hub
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.sources import read_whole
+from m3jax.checkpoints.places import hub
+from m3jax.checkpoints.source import read_whole
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -203,7 +203,7 @@ def test_each_refusal_of_the_hub_has_a_way_out(home, kind, hint, monkeypatch):
 
 SCRIPT = """
 import sys
-from m3jax.checkpoints import hub
+from m3jax.checkpoints.places import hub
 hub._TIMEOUT = 0.5
 try:
     print(*hub.locate(sys.argv[1]))

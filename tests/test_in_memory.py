@@ -18,7 +18,7 @@ import pytest
 
 import m3jax
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.tree import flatten, nest
+from m3jax.checkpoints.formats.tree import flatten, nest
 from m3jax.engine import in_memory, load, save, sharding_rules
 from m3jax.engine.trees import align_trees
 from m3jax.prng import SeedError

@@ -28,7 +28,7 @@ import pytest
 from interruptions import Merge, journal_of, partial_of, write_models
 
 import m3jax
-from m3jax.checkpoints import durable
+from m3jax.checkpoints.places import durable
 
 SHAPES = {
     **{f"model.layers.{i}.up_proj.weight": (331, 487) for i in range(16)},

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from m3jax.checkpoints import safetensors
-from m3jax.checkpoints.dtypes import BFLOAT16
+from m3jax.checkpoints.formats import safetensors
+from m3jax.checkpoints.formats.dtypes import BFLOAT16
 
 RECIPES = {
     "average": [],

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.formats import tree
 from m3jax.models import layers
 from m3jax.models.decoder import forward, parameter_shapes, read_config
 from m3jax.models.likelihood import token_scores

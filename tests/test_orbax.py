@@ -21,11 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import m3jax
-from m3jax.checkpoints import boxes
-from m3jax.checkpoints.dtypes import DTYPES
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.orbax_output import Chunks
-from m3jax.checkpoints.tree import flatten
+from m3jax.checkpoints.formats import boxes
+from m3jax.checkpoints.formats.dtypes import DTYPES
+from m3jax.checkpoints.formats.tree import flatten
+from m3jax.checkpoints.output.orbax_output import Chunks
 
 GRID = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
 SEED = 11
@@ -111,7 +111,7 @@ class TestRead:
     @pytest.mark.parametrize("spec", [P("x", "y"), P("y"), P(None, ("y", "x")), P()])
     def test_shards_are_read_by_themselves(self, spec: P, tmp_path: Path, monkeypatch):
         """Not whole, where a process has but a part."""
-        from m3jax.checkpoints.orbax import OrbaxTensor
+        from m3jax.checkpoints.formats.orbax import OrbaxTensor
         from m3jax.engine import load
 
         save(tmp_path / "c", state())

@@ -15,9 +15,9 @@ import checkpoints
 import pytest
 from interruptions import RECIPES, Merge, Observer, partial_of, write_models
 
-from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.output import OutputError, OutputFolder
+from m3jax.checkpoints.output.folder import OutputError, OutputFolder
+from m3jax.checkpoints.places import durable
 
 AVERAGE = RECIPES["average"]
 
@@ -208,7 +208,7 @@ class TestLock:
     def test_in_another_process(self, output):
         script = f"""
             import pathlib, sys
-            from m3jax.checkpoints.output import OutputFolder
+            from m3jax.checkpoints.output.folder import OutputFolder
             output = pathlib.Path({str(output)!r})
             with OutputFolder(output, overwrite=True, resume=False) as folder:
                 folder.write("m3jax.json", b"first")
@@ -317,8 +317,8 @@ class TestSync:
 # by Python's audit hook; those that it does not see are wrapped.
 DIE = """
 import os, pathlib, shutil, signal, sys
-from m3jax.checkpoints import durable
-from m3jax.checkpoints.output import OutputFolder
+from m3jax.checkpoints.places import durable
+from m3jax.checkpoints.output.folder import OutputFolder
 
 output, exchange, first = pathlib.Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3]
 seen = limit = 0

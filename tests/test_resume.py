@@ -22,8 +22,8 @@ from interruptions import (
 )
 
 import m3jax
-from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.places import durable
 from m3jax.recipe import Recipe
 
 TIES = RECIPES["ties"]

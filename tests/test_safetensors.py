@@ -16,9 +16,14 @@ from fuzz.targets import check_header, check_safetensors, framed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from m3jax.checkpoints.dtypes import DTYPES, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.safetensors import MAX_HEADER, layout, parse_header, read_header
+from m3jax.checkpoints.formats.dtypes import DTYPES, of_numpy
+from m3jax.checkpoints.formats.safetensors import (
+    MAX_HEADER,
+    layout,
+    parse_header,
+    read_header,
+)
 
 names = st.text(max_size=40).filter(
     lambda name: name.isprintable() and name != "__metadata__"
@@ -102,7 +107,7 @@ def test_writes_no_name_twice():
 
 
 def test_writes_no_header_that_it_does_not_read(monkeypatch):
-    monkeypatch.setattr("m3jax.checkpoints.safetensors.MAX_HEADER", 64)
+    monkeypatch.setattr("m3jax.checkpoints.formats.safetensors.MAX_HEADER", 64)
     with pytest.raises(CheckpointError, match="limit is 64; write several files"):
         layout([("n" * 64, DTYPES["F32"], (1,))])
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import m3jax
 from m3jax import search
-from m3jax.checkpoints import tree
+from m3jax.checkpoints.formats import tree
 
 GOLDEN = Path(__file__).parent / "golden_systems"
 CASES = json.loads((GOLDEN / "cases.json").read_text())

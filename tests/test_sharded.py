@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 
 import m3jax
 from m3jax import prng
-from m3jax.checkpoints import boxes, files
-from m3jax.checkpoints.boxes import Box
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.tree import flatten, nest
+from m3jax.checkpoints.formats import boxes
+from m3jax.checkpoints.formats.boxes import Box
+from m3jax.checkpoints.formats.tree import flatten, nest
+from m3jax.checkpoints.places import files
 from m3jax.engine import in_memory, leaves, load, save
 from m3jax.engine.kernel import Program, take
 from m3jax.engine.placement import Placement, run_starts

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import m3jax
-from m3jax.checkpoints import sources
-from m3jax.checkpoints.dtypes import DTYPES, FLOAT32, of_numpy
+from m3jax.checkpoints import source as sources
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.files import InputFile
-from m3jax.checkpoints.safetensors import header_of, layout
-from m3jax.checkpoints.sources import (
+from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, of_numpy
+from m3jax.checkpoints.formats.safetensors import header_of, layout
+from m3jax.checkpoints.places.files import InputFile
+from m3jax.checkpoints.source import (
     Converted,
     FileTensor,
     FirstRows,

@@ -19,13 +19,13 @@ from fsspec.registry import known_implementations
 from interruptions import RECIPES, Merge, write_models
 
 import m3jax
-from m3jax.checkpoints import files as checkpoint_files
-from m3jax.checkpoints import store
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.output import OutputError, SpaceError
-from m3jax.checkpoints.store import PARTIAL, StoreError, StorePath
-from m3jax.checkpoints.store_output import StoreOutput
+from m3jax.checkpoints.output.folder import OutputError, SpaceError
+from m3jax.checkpoints.output.store_output import StoreOutput
+from m3jax.checkpoints.places import files as checkpoint_files
+from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places.store import PARTIAL, StoreError, StorePath
 
 URL = "memory://bucket/merged"
 AVERAGE = RECIPES["average"]

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import m3jax
-from m3jax.checkpoints.tree import flatten
+from m3jax.checkpoints.formats.tree import flatten
 from m3jax.engine.trees import align_trees
 
 SEED = 7

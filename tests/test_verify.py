@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import m3jax
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.record import parse_record
+from m3jax.checkpoints.record.record import parse_record
 
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -61,7 +61,7 @@ def test_a_merge_verifies(merged, run: Run):
 
 
 def test_tensors_larger_than_a_block(merged, monkeypatch):
-    monkeypatch.setattr("m3jax.checkpoints.sources._HASHED", 1001)
+    monkeypatch.setattr("m3jax.checkpoints.source._HASHED", 1001)
     assert m3jax.verify(merged) == []
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.checkpoints import tree
+from m3jax.checkpoints.formats import tree
 from m3jax.models.config import Config
 from m3jax.models.decoder import parameter_shapes, read_config
 

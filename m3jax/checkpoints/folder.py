@@ -10,20 +10,22 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from m3jax.checkpoints import flax_msgpack, hub, orbax, side_files
+from m3jax.checkpoints import side_files
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import (
+from m3jax.checkpoints.formats import flax_msgpack, orbax
+from m3jax.checkpoints.formats.index import check_index, read_index
+from m3jax.checkpoints.formats.safetensors import header_of
+from m3jax.checkpoints.formats.tree import KeyPath
+from m3jax.checkpoints.places import hub
+from m3jax.checkpoints.places.files import (
     InputFile,
     Location,
     exists,
     inside,
     open_file,
 )
-from m3jax.checkpoints.float8 import dequantise
-from m3jax.checkpoints.index import check_index, read_index
-from m3jax.checkpoints.safetensors import header_of
-from m3jax.checkpoints.sources import FileTensor, Source, Stored
-from m3jax.checkpoints.tree import KeyPath
+from m3jax.checkpoints.source import FileTensor, Source, Stored
+from m3jax.checkpoints.sources.float8 import dequantise
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

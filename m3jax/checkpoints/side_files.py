@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.files import (
+from m3jax.checkpoints.formats.json_text import load_json
+from m3jax.checkpoints.places.files import (
     Location,
     exists,
     inside,
     open_small,
     read_small,
 )
-from m3jax.checkpoints.json_text import load_json
 
 CONFIG = "config.json"
 VOCABULARY_FILES = (  # a tokenizer has at least one of them

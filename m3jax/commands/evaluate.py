@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from m3jax.checkpoints import durable
+from m3jax.checkpoints.places import durable
 from m3jax.commands import scoring
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, table

@@ -125,7 +125,7 @@ def main(positional: list[str]) -> int:
     weights = _weights(_WEIGHTS.value or [])
 
     # Only now JAX, which takes a second to import.
-    from m3jax.checkpoints.output import check_free
+    from m3jax.checkpoints.output.folder import check_free
     from m3jax.engine.merge import merge
     from m3jax.engine.prepare import Execution
     from m3jax.exploration.explore import explore

@@ -14,7 +14,7 @@ from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
-from m3jax.checkpoints.record import Record, read_record
+from m3jax.checkpoints.record.record import Record, read_record
 from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, fact, shape, table

@@ -76,9 +76,10 @@ def _dtype(prepared: Prepared) -> str:
 
 def _place(prepared: Prepared, output: str | None) -> str:
     """The output's name, and whether it may be taken."""
-    from m3jax.checkpoints import destination, store
     from m3jax.checkpoints.errors import CheckpointError
-    from m3jax.checkpoints.files import exists
+    from m3jax.checkpoints.output import destination
+    from m3jax.checkpoints.places import store
+    from m3jax.checkpoints.places.files import exists
     from m3jax.engine.prepare import check_apart
 
     if output is None:

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.float8 import Dequantised, dequantise
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.sources import Source
+from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.sources.float8 import Dequantised, dequantise
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 

@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from m3jax.checkpoints.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.sources import Converted, FirstRows, Source, WithMeanRows
+from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
+from m3jax.checkpoints.source import Converted, FirstRows, Source, WithMeanRows
 from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
 

@@ -11,8 +11,8 @@ import jaxlib
 import numpy as np
 
 import m3jax
-from m3jax.checkpoints.output import OutputFolder
-from m3jax.checkpoints.part import OutputPart
+from m3jax.checkpoints.output.folder import OutputFolder
+from m3jax.checkpoints.output.part import OutputPart
 from m3jax.engine.prepare import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.methods.step import Info

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from m3jax.checkpoints import boxes, tree
-from m3jax.checkpoints.boxes import Box
-from m3jax.checkpoints.dtypes import FLOAT32, FLOAT64
 from m3jax.checkpoints.errors import shown
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.sources import Converted, Source, read_whole
+from m3jax.checkpoints.formats import boxes, tree
+from m3jax.checkpoints.formats.boxes import Box
+from m3jax.checkpoints.formats.dtypes import FLOAT32, FLOAT64
+from m3jax.checkpoints.source import Converted, Source, read_whole
 from m3jax.engine.pipeline import available_cores
 from m3jax.engine.sharding_rules import by_rules
 

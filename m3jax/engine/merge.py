@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints import provenance, store
-from m3jax.checkpoints.destination import check_free, local, open_output, open_writer
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.files import Location
-from m3jax.checkpoints.output import OutputError, OutputFolder
-from m3jax.checkpoints.part import OutputPart, described
-from m3jax.checkpoints.shards import ShardWriter, write_index
+from m3jax.checkpoints.output.destination import (
+    check_free,
+    local,
+    open_output,
+    open_writer,
+)
+from m3jax.checkpoints.output.folder import OutputError, OutputFolder
+from m3jax.checkpoints.output.part import OutputPart, described
+from m3jax.checkpoints.output.shards import ShardWriter, write_index
+from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
 from m3jax.engine.draws import early
 from m3jax.engine.journal import Journal

@@ -13,10 +13,10 @@ import jax
 
 from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
-from m3jax.checkpoints.orbax_output import OrbaxShard
-from m3jax.checkpoints.shards import Shard, make_shards
+from m3jax.checkpoints.output.orbax_output import OrbaxShard
+from m3jax.checkpoints.output.shards import Shard, make_shards
+from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import draws, plan
 from m3jax.engine.buffers import buffer_bytes

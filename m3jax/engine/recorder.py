@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints.shards import ShardWriter
+from m3jax.checkpoints.output.shards import ShardWriter
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Prepared, written_name
 from m3jax.engine.progress import Progress

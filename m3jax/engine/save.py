@@ -13,15 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from m3jax.checkpoints import boxes, hub, side_files, store, tree
-from m3jax.checkpoints.boxes import Box
-from m3jax.checkpoints.destination import open_output, open_writer
-from m3jax.checkpoints.dtypes import Dtype, of_numpy
+from m3jax.checkpoints import side_files
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location
-from m3jax.checkpoints.json_text import load_json
-from m3jax.checkpoints.orbax_output import OrbaxShard
-from m3jax.checkpoints.shards import Shard, make_shards, write_index
+from m3jax.checkpoints.formats import boxes, tree
+from m3jax.checkpoints.formats.boxes import Box
+from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
+from m3jax.checkpoints.formats.json_text import load_json
+from m3jax.checkpoints.output.destination import open_output, open_writer
+from m3jax.checkpoints.output.orbax_output import OrbaxShard
+from m3jax.checkpoints.output.shards import Shard, make_shards, write_index
+from m3jax.checkpoints.places import hub, store
+from m3jax.checkpoints.places.files import Location
 from m3jax.engine.load import PIECE, num_threads
 from m3jax.engine.plan import natural_order, split_shards
 from m3jax.engine.prepare import FORMATS

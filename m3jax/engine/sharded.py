@@ -18,11 +18,12 @@ import jax
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints import boxes, sources
-from m3jax.checkpoints.boxes import Box
-from m3jax.checkpoints.dtypes import Dtype, of_numpy
-from m3jax.checkpoints.shards import ShardWriter
-from m3jax.checkpoints.sources import Source
+from m3jax.checkpoints import source as sources
+from m3jax.checkpoints.formats import boxes
+from m3jax.checkpoints.formats.boxes import Box
+from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
+from m3jax.checkpoints.output.shards import ShardWriter
+from m3jax.checkpoints.source import Source
 from m3jax.engine import checks, in_memory
 from m3jax.engine.in_memory import multihost
 from m3jax.engine.inputs import Part, TensorInputs

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from m3jax.checkpoints import tree
-from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.sources import Converted, FirstRows, Source, WithMeanRows
+from m3jax.checkpoints.formats import tree
+from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
+from m3jax.checkpoints.source import Converted, FirstRows, Source, WithMeanRows
 from m3jax.engine.inputs import Part, TensorInputs, align
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.traced import is_traced

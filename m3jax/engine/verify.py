@@ -14,16 +14,19 @@ from typing import Any
 
 import xxhash
 
-from m3jax.checkpoints import hub, orbax, side_files, sources
+from m3jax.checkpoints import side_files
+from m3jax.checkpoints import source as sources
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location, exists, inside, open_file
 from m3jax.checkpoints.folder import INDEX
-from m3jax.checkpoints.index import read_index
-from m3jax.checkpoints.output import MANIFEST
-from m3jax.checkpoints.record import Record, read_record
-from m3jax.checkpoints.safetensors import header_of
-from m3jax.checkpoints.shards import of_model
-from m3jax.checkpoints.sources import FileTensor, Source
+from m3jax.checkpoints.formats import orbax
+from m3jax.checkpoints.formats.index import read_index
+from m3jax.checkpoints.formats.safetensors import header_of
+from m3jax.checkpoints.output.folder import MANIFEST
+from m3jax.checkpoints.output.shards import of_model
+from m3jax.checkpoints.places import hub
+from m3jax.checkpoints.places.files import Location, exists, inside, open_file
+from m3jax.checkpoints.record.record import Record, read_record
+from m3jax.checkpoints.source import FileTensor, Source
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 

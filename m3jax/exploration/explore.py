@@ -13,9 +13,9 @@ import jax
 
 import m3jax
 from m3jax import prng
-from m3jax.checkpoints import store
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.checkpoints.places import store
 from m3jax.engine.load import load
 from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.places import durable
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.merger import Merger
 from m3jax.exploration.report.log import Log

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.checkpoints import tree
+from m3jax.checkpoints.formats import tree
 from m3jax.learn.descent import Learned, descend
 from m3jax.learn.pytrees import model_names, stack, weighted_sum, wide
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.formats import tree
 
 
 class Stack(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.formats import tree
 from m3jax.models.config import Config
 from m3jax.models.decoder import ARCHITECTURES, parameter_shapes, read_config
 

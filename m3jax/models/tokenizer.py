@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.side_files import (
     VOCABULARY_FILES,
     check_side_files,

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.checkpoints import tree
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.formats import tree
 from m3jax.recipe.values import LAYER
 
 _FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)

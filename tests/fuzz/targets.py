@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import safetensors
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.files import InputFile
-from m3jax.checkpoints.flax_msgpack import read_tensors
-from m3jax.checkpoints.index import parse_index
-from m3jax.checkpoints.json_text import load_json
-from m3jax.checkpoints.safetensors import Header, read_header
-from m3jax.checkpoints.sources import read_whole
+from m3jax.checkpoints.formats.flax_msgpack import read_tensors
+from m3jax.checkpoints.formats.index import parse_index
+from m3jax.checkpoints.formats.json_text import load_json
+from m3jax.checkpoints.formats.safetensors import Header, read_header
+from m3jax.checkpoints.places.files import InputFile
+from m3jax.checkpoints.source import read_whole
 
 LONGEST_MESSAGE = 1000  # characters; a screenful
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile
+from m3jax.checkpoints.places.files import InputFile
 from m3jax.evaluation.tasks.task import Task, TaskError
 
 _PLACE = re.compile(r"\{(\w+)\}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import read_small
+from m3jax.checkpoints.places.files import read_small
 
 _MAX_SPEC = 16_000_000  # bytes; a prompt of many examples takes a thousandth of it
 

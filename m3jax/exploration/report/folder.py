@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.places import durable
 from m3jax.exploration.report import summary
 from m3jax.exploration.search.result import Exploration
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.places import durable
 
 Line = dict[str, Any]
 

@@ -7,9 +7,9 @@ import os
 import stat
 from pathlib import Path
 
-from m3jax.checkpoints.durable import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.store import Location, StorePath, asked
+from m3jax.checkpoints.places.durable import naming
+from m3jax.checkpoints.places.store import Location, StorePath, asked
 
 # The most precise facts about an object come first; the first that is known decides.
 _VERSIONS = (

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.dtypes import DTYPES, Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile
-from m3jax.checkpoints.sources import Array
-from m3jax.checkpoints.tree import KeyPath, name_of
+from m3jax.checkpoints.formats.dtypes import DTYPES, Dtype
+from m3jax.checkpoints.formats.tree import KeyPath, name_of
+from m3jax.checkpoints.places.files import InputFile
+from m3jax.checkpoints.source import Array
 
 _ARRAYS = (1, 3)  # types of Flax's extensions: array, scalar; 2 is a complex number
 _CHUNKED = "__msgpack_chunked_array__"

@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.output import OutputFolder
+from m3jax.checkpoints.output.folder import OutputFolder
+from m3jax.checkpoints.places import durable
 
 _SECONDS = 10  # in which a file of another machine has to be seen
 

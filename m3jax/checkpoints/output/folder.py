@@ -27,11 +27,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from m3jax.checkpoints import durable
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
-from m3jax.checkpoints.orbax import ITEM
+from m3jax.checkpoints.formats.orbax import ITEM
+from m3jax.checkpoints.places import durable
+from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import SIDE_FILES
 
 MANIFEST = "m3jax.json"

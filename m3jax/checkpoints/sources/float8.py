@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.dtypes import BFLOAT16, FLOAT32, Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.sources import Source
+from m3jax.checkpoints.formats.dtypes import BFLOAT16, FLOAT32, Dtype
+from m3jax.checkpoints.source import Source
 
 _PART = 1 << 18  # elements dequantised at a time
 _MAX_EDGE = 1 << 16  # of a block; in use are 32 to 512

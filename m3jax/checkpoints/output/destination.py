@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3jax.checkpoints import output, store_output
-from m3jax.checkpoints.files import Location
-from m3jax.checkpoints.orbax_output import OrbaxShard
-from m3jax.checkpoints.output import OutputError, OutputFolder
-from m3jax.checkpoints.shards import Shard, ShardWriter
-from m3jax.checkpoints.store_output import StoreOutput
+from m3jax.checkpoints.output import folder as output
+from m3jax.checkpoints.output import store_output
+from m3jax.checkpoints.output.folder import OutputError, OutputFolder
+from m3jax.checkpoints.output.orbax_output import OrbaxShard
+from m3jax.checkpoints.output.shards import Shard, ShardWriter
+from m3jax.checkpoints.output.store_output import StoreOutput
+from m3jax.checkpoints.places.files import Location
 
 if TYPE_CHECKING:
-    from m3jax.checkpoints.part import OutputPart
+    from m3jax.checkpoints.output.part import OutputPart
 
 
 def check_free(final: Location, *, overwrite: bool, resume: bool) -> None:

@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints.dtypes import Dtype, of_numpy
-from m3jax.checkpoints.files import InputFile
-from m3jax.checkpoints.safetensors import TensorEntry
+from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
+from m3jax.checkpoints.formats.safetensors import TensorEntry
+from m3jax.checkpoints.places.files import InputFile
 
 _BLOCK = 1 << 18  # elements that a derived source holds at a time
 _HASHED = 1 << 20  # elements that are read at a time for a checksum

@@ -30,9 +30,8 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from m3jax.checkpoints.files import InputFile, StoreFile
 from m3jax.checkpoints.folder import INDEX, WEIGHTS
-from m3jax.checkpoints.output import (
+from m3jax.checkpoints.output.folder import (
     MANIFEST,
     OutputError,
     OutputFolder,
@@ -40,7 +39,8 @@ from m3jax.checkpoints.output import (
     check_name,
     check_names,
 )
-from m3jax.checkpoints.store import (
+from m3jax.checkpoints.places.files import InputFile, StoreFile
+from m3jax.checkpoints.places.store import (
     PARTIAL,
     StoreError,
     StorePath,

@@ -26,13 +26,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from m3jax.checkpoints import orbax
-from m3jax.checkpoints.dtypes import Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.formats import orbax
+from m3jax.checkpoints.formats.dtypes import Dtype
+from m3jax.checkpoints.formats.safetensors import TensorEntry
+from m3jax.checkpoints.formats.tree import KeyPath, path_of
 from m3jax.checkpoints.names import is_plain_name
-from m3jax.checkpoints.safetensors import TensorEntry
-from m3jax.checkpoints.shards import Shard
-from m3jax.checkpoints.tree import KeyPath, path_of
+from m3jax.checkpoints.output.shards import Shard
 
 # Bytes, at most, unless one element has more. Whoever restores a part of a tensor
 # reads whole chunks; a model of 140 GB has some 4400 files.

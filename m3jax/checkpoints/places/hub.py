@@ -7,9 +7,9 @@ import os
 import re
 from pathlib import Path
 
-from m3jax.checkpoints import store
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location
+from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import SIDE_FILES
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

@@ -27,11 +27,13 @@ from urllib.parse import quote
 
 import numpy as np
 
-from m3jax.checkpoints import boxes
-from m3jax.checkpoints.boxes import Box
-from m3jax.checkpoints.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import (
+from m3jax.checkpoints.formats import boxes
+from m3jax.checkpoints.formats.boxes import Box
+from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
+from m3jax.checkpoints.formats.json_text import load_json
+from m3jax.checkpoints.formats.tree import KeyPath, name_of
+from m3jax.checkpoints.places.files import (
     InputFile,
     Location,
     exists,
@@ -39,8 +41,6 @@ from m3jax.checkpoints.files import (
     open_file,
     read_small,
 )
-from m3jax.checkpoints.json_text import load_json
-from m3jax.checkpoints.tree import KeyPath, name_of
 
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"

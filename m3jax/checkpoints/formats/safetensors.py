@@ -32,10 +32,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from m3jax.checkpoints.dtypes import DTYPES, Dtype
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import InputFile, Location, open_file
-from m3jax.checkpoints.json_text import JsonCursor
+from m3jax.checkpoints.formats.dtypes import DTYPES, Dtype
+from m3jax.checkpoints.formats.json_text import JsonCursor
+from m3jax.checkpoints.places.files import InputFile, Location, open_file
 
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library

@@ -12,10 +12,11 @@ from typing import Any
 import xxhash
 
 import m3jax
-from m3jax.checkpoints import model_card, side_files
+from m3jax.checkpoints import side_files
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.output import MANIFEST, MODEL_CARD, OutputFolder
-from m3jax.checkpoints.shards import Shard
+from m3jax.checkpoints.output.folder import MANIFEST, MODEL_CARD, OutputFolder
+from m3jax.checkpoints.output.shards import Shard
+from m3jax.checkpoints.record import model_card
 
 FORMAT = 1  # of m3jax.json; `record` reads it
 CHECKSUM = "xxh3_128"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3jax.checkpoints import durable
+from m3jax.checkpoints.places import durable
 
 # Bytes. No page of the cache is larger, and no disk's block.
 BLOCK = max(4096, mmap.PAGESIZE)

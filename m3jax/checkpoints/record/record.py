@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location, exists, read_small
-from m3jax.checkpoints.json_text import load_json
+from m3jax.checkpoints.formats.json_text import load_json
+from m3jax.checkpoints.formats.orbax import ITEM
 from m3jax.checkpoints.names import is_plain_name
-from m3jax.checkpoints.orbax import ITEM
-from m3jax.checkpoints.output import MANIFEST
-from m3jax.checkpoints.provenance import CHECKSUM, FORMAT
+from m3jax.checkpoints.output.folder import MANIFEST
+from m3jax.checkpoints.places.files import Location, exists, read_small
+from m3jax.checkpoints.record.provenance import CHECKSUM, FORMAT
 
 _MAX_RECORD = 100_000_000  # bytes; the record of 100 000 tensors has 25 MB
 _DIGEST = re.compile(r"[0-9a-f]{32}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.files import Location, read_small
-from m3jax.checkpoints.json_text import JsonCursor
+from m3jax.checkpoints.formats.json_text import JsonCursor
 from m3jax.checkpoints.names import is_plain_name
+from m3jax.checkpoints.places.files import Location, read_small
 
 _MAX_INDEX = 100_000_000  # bytes; the index of a model of 600 B parameters has 9 MB
 _MAX_OTHER = 65536  # characters of what stands beside the weight map

@@ -1,0 +1,1 @@
+"""Layouts of checkpoint files: what bytes mean."""

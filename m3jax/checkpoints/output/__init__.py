@@ -1,0 +1,1 @@
+"""What a merge writes: a folder that appears when it is complete."""

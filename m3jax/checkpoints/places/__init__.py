@@ -1,0 +1,1 @@
+"""Files and where they are: disks, object stores, the hub."""
