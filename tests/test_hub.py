@@ -288,7 +288,7 @@ def test_a_network_that_does_not_answer(server, tmp_path, request):
 def test_a_local_path_needs_no_hub(tmp_path):
     """huggingface_hub takes a third of a second to import."""
     script = (
-        "import sys; from m3jax.checkpoints import hub; "
+        "import sys; from m3jax.checkpoints.places import hub; "
         "hub.locate(sys.argv[1]); assert 'huggingface_hub' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=60)
