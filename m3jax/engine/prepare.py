@@ -20,8 +20,9 @@ from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import draws, plan
 from m3jax.engine.buffers import buffer_bytes
-from m3jax.engine.inputs import MergeInputs, TensorInputs, align
+from m3jax.engine.inputs import MergeInputs, TensorInputs
 from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.lineup import align
 from m3jax.engine.pipeline import available_cores
 from m3jax.recipe import Recipe, RecipeError, parse_size
 

@@ -18,7 +18,8 @@ from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats import tree
 from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.source import Converted, FirstRows, Source, WithMeanRows
-from m3jax.engine.inputs import Part, TensorInputs, align
+from m3jax.engine.inputs import Part, TensorInputs
+from m3jax.engine.lineup import align
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.traced import is_traced
 
