@@ -257,7 +257,7 @@ def test_nothing_is_gathered(name: str):
     program = Program.of(own)
     aligned, _ = align_trees(trees[0], trees[1:], own)
     bench = in_memory.Leaves(aligned, 2)
-    numbers = in_memory.measured(bench, own, SEED)
+    ((_, numbers),) = in_memory.measured(bench, own, SEED)
     window = {name: np.zeros((2, 1), np.int32) for name in ("low", "shift")}
     for i, leaf in enumerate(aligned):
         placement = Placement.of(leaf.base)
