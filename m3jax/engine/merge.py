@@ -29,7 +29,7 @@ from m3jax.engine import agreement
 from m3jax.engine.draws import early
 from m3jax.engine.journal import Journal
 from m3jax.engine.kernel import Numbers
-from m3jax.engine.measure import completed, measure
+from m3jax.engine.measure import completed, measure, resolved
 from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
 from m3jax.engine.processes import ProcessError, Processes, joined
 from m3jax.engine.progress import Progress
@@ -235,7 +235,14 @@ def _measured(
 ) -> Numbers:
     """The numbers of the merge, with what its steps have to know of the models."""
 
+    whole = set(stream.whole(prepared.program))
+    places = [i for i in prepared.merged if prepared.items[i].size and i not in whole]
+
     def kept(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        # Which tensors fit the buffers depends on how the merge is run.
+        if not places:
+            return find()
+        name += f" of {len(places)} tensors" * bool(whole)
         saved = journal.statistics(name)
         return journal.keep_statistics(name, find()) if saved is None else saved
 
@@ -248,7 +255,6 @@ def _measured(
         total = share.processes.sum(own)
         return dict(zip(names[0], total or (), strict=True))
 
-    places = [i for i in prepared.merged if prepared.items[i].size]
     numbers = prepared.numbers()
     return measure(stream, prepared.program, numbers, places, kept, gathered)
 
@@ -278,6 +284,7 @@ def _merge_share(
         prepared.program,
         left,
         numbers,
+        lambda: measured._replace(p=resolved(measured.p)),
         recorder,
         check_finite=not prepared.execution.allow_nonfinite,
     )

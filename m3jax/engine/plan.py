@@ -119,6 +119,31 @@ def cut(items: Sequence[Item], order: Sequence[int], tiles: int) -> list[Chunk]:
     return chunks
 
 
+def whole(items: Sequence[Item], order: Sequence[int], tiles: int) -> list[list[Chunk]]:
+    """Cuts tensors into groups of chunks, each of which holds whole tensors.
+
+    Small ones fill a chunk together; larger ones share a few, of which only the last is
+    not full, where there is enough for all threads to do.
+
+    Args:
+      items, order, tiles: as for `cut`.
+    """
+    total = sum(-(-items[index].size // TILE) for index in order)
+    limit = tiles * max(1, min(4, total // (16 * tiles)))
+    groups: list[list[int]] = []
+    rows = 0
+    for index in order:
+        item, own = items[index], -(-items[index].size // TILE)
+        alike = groups and items[groups[-1][-1]].signature == item.signature
+        if alike and rows + own <= limit:
+            groups[-1].append(index)
+            rows += own
+        else:
+            groups.append([index])
+            rows = own
+    return [cut(items, group, tiles) for group in groups]
+
+
 def blocks(
     items: Sequence[Item], order: Sequence[int], elements: int, unit: str
 ) -> list[Chunk]:
