@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers, Program
-from m3jax.engine.measure import Groups, completed, measure
+from m3jax.engine.measure import Groups, completed, measured_by
 from m3jax.engine.passes import Pass
 from m3jax.engine.plan import TILE, Chunk, Item
 from m3jax.methods.selection import FEW
@@ -34,24 +35,23 @@ def buffer_count(bytes_each: int, threads: int) -> int:
     return max(threads, _MOST // max(bytes_each, 1))
 
 
-def places(
-    program: Program, items: Sequence[Item], tiles: int, buffers: int
-) -> list[int]:
+def places(job: Job, items: Sequence[Item], tiles: int, buffers: int) -> list[int]:
     """The tensors that are read once, measured and merged.
 
     Args:
-      program: what is done to them.
+      job: what is done to which tensors.
       items: all tensors.
       tiles: of a buffer.
       buffers: that there are; a tensor may take half of them, so that another one can
         be read meanwhile.
     """
+    program = job.program
     scopes = {step.scope for step in program.steps}
     by_element = program.unit(len(program.steps)) == "element"
     if not by_element or "tensor" not in scopes or scopes - {"", "tensor"}:
         return []
     most = max(1, buffers // 2) * tiles * TILE
-    return [i for i, item in enumerate(items) if item.merged and 0 < item.size <= most]
+    return [i for i in job.places if 0 < items[i].size <= most]
 
 
 class Resident:
@@ -91,20 +91,20 @@ class Resident:
     def own(self, places: Sequence[int]) -> list[int]:
         return list(places)
 
-    def numbers(self, program: Program, tables: Numbers) -> Numbers:
+    def numbers(self, job: Job, tables: Numbers) -> Numbers:
         """The numbers of these tensors, with what the steps measure of them.
 
         Args:
-          program: what is done to them.
+          job: what is done to them.
           tables: the parameters and keys of all tensors; no functions among them.
         """
         own: Any = np.array(self._places)
         p = jax.tree.map(lambda table: table[..., own], tables.p)
         keys = None if tables.keys is None else tables.keys[:, own]
+        mine = dataclasses.replace(job, places=tuple(range(len(own))))
         local = Numbers(p, (), keys)
-        every = range(len(self.names))
-        found = measure(self, program, local, every, lambda name, find: find())
-        return completed(program, found)
+        found = measured_by(self, mine, local, lambda name, find: find())
+        return completed(job.program, found)
 
     def reduce(
         self,

@@ -20,8 +20,9 @@ from m3jax.engine import checks, leaves, resident
 from m3jax.engine import tiles as on_tiles
 from m3jax.engine.buffers import Buffers, Pool, buffer_bytes, view
 from m3jax.engine.inputs import TensorInputs
+from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers, Program, take
-from m3jax.engine.measure import Groups
+from m3jax.engine.measure import Groups, resolved
 from m3jax.engine.passes import Pass, by_group
 from m3jax.engine.pipeline import Clock, for_each
 from m3jax.engine.placement import Placement
@@ -119,11 +120,11 @@ class Stream:
         items = self._share.items  # a range: looking into it takes no time
         return [i for i in places if i in items and self.sizes[i]]
 
-    def whole(self, program: Program) -> list[int]:
-        """The tensors that `merge` measures itself, if they have not been."""
+    def whole(self, job: Job) -> list[int]:
+        """The job's tensors that `merge` measures itself."""
         if not self._on_host:
             return []
-        return resident.places(program, self._items, self._tiles, self._most)
+        return resident.places(job, self._items, self._tiles, self._most)
 
     def reduce(
         self,
@@ -267,10 +268,10 @@ class Stream:
 
     def merge(
         self,
-        program: Program,
+        job: Job,
         order: Sequence[int],
         numbers: Callable[[bool], Numbers],
-        parameters: Callable[[], Numbers],
+        given: Numbers,
         emit: Emit,
         *,
         check_finite: bool,
@@ -278,11 +279,11 @@ class Stream:
         """Merges (or copies) tensors and hands the results to `emit`.
 
         Args:
-          program: what is done to those that are merged.
+          job: what is done to those that are merged.
           order: the tensors' places.
           numbers: gives the program's tables; with False, as they are before the
             ratios are drawn. Compiling goes on meanwhile.
-          parameters: gives them without what is measured, for the tensors of `whole`.
+          given: the same without what `merge` measures itself.
           emit: receives the results.
           check_finite: refuse values that are not finite.
 
@@ -290,8 +291,9 @@ class Stream:
           CheckpointError: naming the tensor and the model that hold a non-finite
             value (`check_finite`), or differ in a tensor that is copied.
         """
+        program = job.program
         unit = program.unit(len(program.steps))
-        alone = set(self.whole(program))
+        alone = set(self.whole(job))
         groups = whole(self._items, [i for i in order if i in alone], self._tiles)
         order = [i for i in order if i not in alone]
         merged = [i for i in order if self._items[i].merged]
@@ -311,7 +313,8 @@ class Stream:
                         views = self._views(chunk, self._buffers[0])
                         self._compute(program, chunk, views, early)
             tables = numbers(True) if first else Numbers((), ())
-            given = parameters() if groups else Numbers((), ())
+            if groups:
+                given = given._replace(p=resolved(given.p))
         result_shows = program.method.shows_nonfinite and not program.transforms
         check_inputs = check_finite and not result_shows
 
@@ -369,7 +372,7 @@ class Stream:
                 filled = [read(*one) for one in zip(group, buffers, strict=True)]
                 own = resident.Resident(self, group, filled)
                 with self.clock.stage("computing"):
-                    tables = own.numbers(program, given)
+                    tables = own.numbers(job, given)
                 for i, (chunk, x) in enumerate(zip(group, filled, strict=True)):
                     with self.clock.stage("computing"):
                         draw = own.draw(program, None, tables, i)
