@@ -71,12 +71,17 @@ def buffer_bytes(
       units: that are worked on; rows and matrices may need more than a chunk.
     """
     base = stack = beside = 1
+    seen = set()
     for tensor, item in zip(tensors, items, strict=True):
         elements = tiles * TILE
         if "matrix" in units and item.merged:
             elements = max(elements, item.size)
         elif "row" in units and item.merged and item.shape:
             elements = max(elements, 8 * item.shape[-1])
+        kind = item.signature, tensor.base is None, elements
+        if kind in seen:  # of thousands of tensors most are alike
+            continue
+        seen.add(kind)
         first = tensor.sources[0].dtype.itemsize
         own = first if not tensor.merged or tensor.base is not None else 0
         models = sum(m.source.dtype.itemsize for m in tensor.models)

@@ -22,7 +22,7 @@ from m3jax.checkpoints.output.destination import (
 from m3jax.checkpoints.output.folder import OutputError, OutputFolder
 from m3jax.checkpoints.output.part import OutputPart, described
 from m3jax.checkpoints.output.shards import ShardWriter, write_index
-from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
@@ -122,6 +122,8 @@ def merge(
             check_apart(final, prepared.checkpoints)
             for note in prepared.inputs.notes:
                 progress.note(note)
+            if (reading := caching.choose(prepared.files)) is not None:
+                progress.note(reading)
             with _output(final, execution, processes, progress) as folder:
                 try:
                     result = _execute(prepared, processes, folder, progress, started)

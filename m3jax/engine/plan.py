@@ -152,19 +152,20 @@ def blocks(
     Args:
       items, order: as for `cut`.
       elements: of a block of rows, if a row has no more.
-      unit: ``row``: blocks of a tensor are (rows, columns) of one shape, the last one
-        not full; ``matrix``: the tensor, in its own shape.
+      unit: ``row``: blocks of a tensor are (rows, columns) of one shape but the last,
+        which may have fewer rows; ``matrix``: the tensor, in its own shape.
     """
     chunks = []
     for index in order:
         item = items[index]
         shape, size = item.shape, item.size
+        columns = item.shape[-1] if item.shape else 1
         if unit == "row" and size:
-            columns = item.shape[-1] if item.shape else 1
-            rows = max(1, min(elements // columns, item.size // columns))
-            shape, size = (rows, columns), rows * columns
+            size = columns * max(1, min(elements // columns, size // columns))
         for start in range(0, item.size, max(size, 1)):
             run = Run(index, start, min(size, item.size - start), 0)
+            if unit == "row":
+                shape = (run.count // columns, columns)
             chunks.append(Chunk(item.signature, item.merged, (run,), shape))
     return chunks
 

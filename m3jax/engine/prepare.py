@@ -17,7 +17,7 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards
-from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.places.files import InputFile, Location
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import draws, plan
 from m3jax.engine.buffers import buffer_bytes
@@ -128,6 +128,13 @@ class Prepared:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         base = () if self.base is None else (self.base,)
         return (*base, *self.models, *self.statistics)
+
+    @property
+    def files(self) -> list[InputFile]:
+        """Those that the passes read."""
+        origins = (o for tensor in self.inputs.tensors for o in tensor.origins)
+        owners = {id(origin.owner): origin.owner for origin in origins}
+        return [file for owner in owners.values() for file in owner.files]
 
     @property
     def ratios(self) -> dict[str, tuple[float, ...]] | None:

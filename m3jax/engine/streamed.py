@@ -546,6 +546,9 @@ class Stream:
         return own.astype(spec.dtype.numpy, copy=False)
 
     def _check_inputs(self, chunk: Chunk, x: Operands) -> None:
+        used = _used(chunk)
+        if not any(checks.has_nonfinite(own[used]) for own in _flat(x)):
+            return
         for run in chunk.runs:
             tensor = self._tensors[run.item]
             for origin, own in zip(tensor.origins, _flat(x), strict=True):
@@ -553,10 +556,12 @@ class Stream:
                 checks.check_finite(values, run.start, tensor, origin.owner.name)
 
     def _check_result(self, chunk: Chunk, x: Operands, parts: Parts) -> None:
+        numbers = [own for own in parts.values() if own.dtype != np.bool_]
+        used = _used(chunk)
+        if not any(checks.has_nonfinite(merged[used]) for merged in numbers):
+            return
         for run in chunk.runs:
-            for merged in parts.values():
-                if merged.dtype == np.bool_:
-                    continue
+            for merged in numbers:
                 values = merged[run.elements]
                 if checks.has_nonfinite(values):
                     self._check_inputs(chunk, x)  # which may be the reason
@@ -577,6 +582,13 @@ def _flat(x: Operands) -> list[np.ndarray]:
 def _of(run: Any, chunk: Chunk) -> slice:
     """A run's elements in each flat operand; a block is all of it."""
     return run.elements if chunk.block is None else slice(None)
+
+
+def _used(chunk: Chunk) -> slice:
+    """The elements of flat operands up to the last real one."""
+    return (
+        slice(None) if chunk.block is not None else slice(chunk.runs[-1].elements.stop)
+    )
 
 
 def _compute(chunk: Chunk) -> Any:
