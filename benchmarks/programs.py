@@ -49,18 +49,25 @@ class Programs:
         return sum(path.stat().st_size for path in files)
 
     def m3jax(self, recipe: recipes.BenchmarkRecipe) -> bench.Run:
+        with self.m3jax_command(recipe, bench.BENCHMARKS / "observed_merge.py") as own:
+            return self._run(own, recipe)
+
+    @contextlib.contextmanager
+    def m3jax_command(
+        self, recipe: recipes.BenchmarkRecipe, *program: str | Path
+    ) -> Iterator[list[str | Path]]:
+        """The command of a merge by a program that takes `m3jax merge`'s flags."""
         models = ",".join(str(self.data / model) for model in recipes.MODELS[1:])
         inputs = [f"--base={self.data / 'base'}", f"--models={models}"]
         with self._yaml(recipe) as config:
-            command: list[str | Path] = [
+            yield [
                 sys.executable,
-                bench.BENCHMARKS / "observed_merge.py",
+                *program,
                 *([f"--config={config}"] if recipe.same_yaml else inputs),
                 f"--output={self.output}",
                 "--fsync" if self.fsync else "--nofsync",
                 *recipe.flags,
             ]
-            return self._run(command, recipe)
 
     def floor(
         self, recipe: recipes.BenchmarkRecipe, merged: dict[str, Any]

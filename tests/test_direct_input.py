@@ -50,7 +50,7 @@ def test_the_same_bytes(first: int, last: int, blocks: int):
     """Any part of a file, with buffers of any number of blocks."""
     first, last = sorted((first, last))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct, "_BUFFER", blocks * BLOCK)
+        patch.setattr(direct, "BUFFER", blocks * BLOCK)
         with opened(Path(folder)) as file:
             assert read(file, first, last - first) == CONTENT[first:last]
 

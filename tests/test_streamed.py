@@ -218,7 +218,7 @@ def test_compilations_do_not_grow_with_the_model(method: str, devices: int, outp
 
 
 def test_rows_that_do_not_fill_the_last_block(outputs):
-    """The last rows of a tensor, also at the file's end, and where one chunk holds all."""
+    """The last rows of a tensor, the last ones of the file, and all in one chunk."""
     folder = next(outputs)
     shapes = {"layers.0.weight": (33, 100), "layers.1.weight": (3, 100)}
     base = checkpoints.random_model(0, shapes)

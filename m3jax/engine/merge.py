@@ -254,21 +254,11 @@ def _measured(
         return dict(zip(names[0], total or (), strict=True))
 
     def measured(job: Job) -> Numbers:
-        own = measured_before(stream, job)
-        keep = kept if own.places else lambda name, find: find()
-        return measured_by(stream, own, prepared.numbers(job), keep, gathered)
+        keep = kept if job.places else lambda name, find: find()
+        return measured_by(stream, job, prepared.numbers(job), keep, gathered)
 
-    return tuple((job, measured(job)) for job in prepared.jobs)
-
-
-def measured_before(stream: Stream, job: Job) -> Job:
-    """The job for those of its tensors that are not measured while they are merged."""
-    whole = set(stream.whole(job))
-    if not whole:
-        return job
-    left = tuple(i for i in job.places if i not in whole)
-    # Which they are depends on how the merge is run: it may be resumed otherwise.
-    return dataclasses.replace(job, places=left, label=f"{job.label}{len(left)} left: ")
+    pairs = zip(prepared.jobs, prepared.measured, strict=True)
+    return tuple((job, measured(own)) for job, own in pairs)
 
 
 def _merge_share(
@@ -292,7 +282,8 @@ def _merge_share(
             return completed(job.program, own if drawn else early(own, *counts))
 
         finite = not prepared.execution.allow_nonfinite
-        stream.merge(job, order, numbers, own, recorder, check_finite=finite)
+        whole = prepared.whole(job)
+        stream.merge(job, order, whole, numbers, own, recorder, check_finite=finite)
 
     jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
     others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))

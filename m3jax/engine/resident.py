@@ -18,7 +18,7 @@ from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.engine.measure import Groups, completed, measured_by
 from m3jax.engine.passes import Pass
-from m3jax.engine.plan import TILE, Chunk, Item
+from m3jax.engine.plan import TILE, Chunk, Item, whole
 from m3jax.methods.selection import FEW
 from m3jax.methods.step import Operands, Reduction
 
@@ -28,6 +28,28 @@ if TYPE_CHECKING:
 # Bytes of all buffers where tensors are measured and merged at one reading. Two of the
 # largest matrices of a model of 1 G parameters fit.
 _MOST = 160 << 20
+
+
+def possible(devices: Sequence[jax.Device]) -> bool:
+    """Whether there is one device, which computes in the host's memory."""
+    return len(devices) == 1 and devices[0].platform == "cpu"
+
+
+def held(
+    jobs: Sequence[Job],
+    items: Sequence[Item],
+    tiles: int,
+    bytes_each: int,
+    threads: int,
+) -> int:
+    """How many buffers a merge takes at most."""
+    count = buffer_count(bytes_each, threads)
+    largest = 1
+    for job in jobs:
+        own = places(job, items, tiles, count)
+        groups = whole(items, own, tiles)
+        largest = max([largest, *map(len, groups)])
+    return max(threads, min(count, threads * largest))
 
 
 def buffer_count(bytes_each: int, threads: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,13 +103,13 @@ class Stream:
         self._threads = threads
         self._mesh = Mesh(np.array(devices), (on_tiles.AXIS,))
         # One CPU device shares the host's memory: NumPy takes over what it does better.
-        self._on_host = len(devices) == 1 and devices[0].platform == "cpu"
+        self._on_host = resident.possible(devices)
         sizes = buffer_bytes(tensors, items, tiles, units)
         count = 1 if "matrix" in units else threads
         self._buffers = [Buffers(*sizes) for _ in range(count)]
         # For tensors that are measured and merged at one reading.
-        self._most = resident.buffer_count(sum(sizes), threads)
-        self._pool = Pool(lambda: Buffers(*sizes), self._most)
+        most = resident.buffer_count(sum(sizes), threads)
+        self._pool = Pool(lambda: Buffers(*sizes), most)
 
     @property
     def few(self) -> int:
@@ -119,12 +119,6 @@ class Stream:
     def own(self, places: Sequence[int]) -> list[int]:
         items = self._share.items  # a range: looking into it takes no time
         return [i for i in places if i in items and self.sizes[i]]
-
-    def whole(self, job: Job) -> list[int]:
-        """The job's tensors that `merge` measures itself."""
-        if not self._on_host:
-            return []
-        return resident.places(job, self._items, self._tiles, self._most)
 
     def reduce(
         self,
@@ -270,6 +264,7 @@ class Stream:
         self,
         job: Job,
         order: Sequence[int],
+        alone: Collection[int],
         numbers: Callable[[bool], Numbers],
         given: Numbers,
         emit: Emit,
@@ -281,9 +276,10 @@ class Stream:
         Args:
           job: what is done to those that are merged.
           order: the tensors' places.
+          alone: those that are measured here, each at one reading.
           numbers: gives the program's tables; with False, as they are before the
             ratios are drawn. Compiling goes on meanwhile.
-          given: the same without what `merge` measures itself.
+          given: the same without what is measured here.
           emit: receives the results.
           check_finite: refuse values that are not finite.
 
@@ -293,7 +289,7 @@ class Stream:
         """
         program = job.program
         unit = program.unit(len(program.steps))
-        alone = set(self.whole(job))
+        alone = set(alone)
         groups = whole(self._items, [i for i in order if i in alone], self._tiles)
         order = [i for i in order if i not in alone]
         merged = [i for i in order if self._items[i].merged]

@@ -29,7 +29,7 @@ def choose(files: Iterable[InputFile]) -> str | None:
     """
     local = [file for file in files if isinstance(file.path, Path)]
     size, room = sum(file.size for file in local), available_memory()
-    if room is None or size <= _ROOM * room:
+    if room is None or fit(local):
         return None
     sizes = f"{size / 1e9:.1f} GB of inputs, {room / 1e9:.1f} GB of memory"
     held = cached_share(local)
@@ -41,6 +41,12 @@ def choose(files: Iterable[InputFile]) -> str | None:
     if len(refused) < len(local):
         return f"reading past the page cache: {sizes}"
     return f"reading through the page cache, there is no way past it here: {sizes}"
+
+
+def fit(files: Iterable[InputFile]) -> bool:
+    """Whether the page cache has room for files, as far as the system says."""
+    room = available_memory()
+    return room is None or sum(file.size for file in files) <= _ROOM * room
 
 
 def available_memory() -> int | None:

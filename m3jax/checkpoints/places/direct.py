@@ -28,7 +28,7 @@ from m3jax.checkpoints.places import durable
 # Bytes. No page of the cache is larger, and no disk's block.
 BLOCK = max(4096, mmap.PAGESIZE)
 # Of a direct write at most: disks are fastest with megabytes at a time.
-_BUFFER = 4 << 20
+BUFFER = 4 << 20
 # Of one at least: its wait for the disk costs what copying so much does.
 LEAST = 64 << 10
 # Of a file that is worth it.
@@ -44,11 +44,11 @@ class Buffers(threading.local):
         self._whole: np.ndarray | None = None
 
     def get(self) -> np.ndarray:
-        """Of `_BUFFER` bytes, at the start of a page."""
+        """Of `BUFFER` bytes, at the start of a page."""
         if self._whole is None:
-            memory = np.empty(_BUFFER + BLOCK, np.uint8)
+            memory = np.empty(BUFFER + BLOCK, np.uint8)
             start = -memory.ctypes.data % BLOCK
-            self._whole = memory[start : start + _BUFFER]
+            self._whole = memory[start : start + BUFFER]
         return self._whole
 
 
