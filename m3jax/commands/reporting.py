@@ -34,14 +34,16 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     merged = prepared.merged
     elements = sum(item.size for item in prepared.items)
     read = size(prepared.read_bytes(range(len(prepared.items))))
-    before = size(prepared.read_bytes(merged))
+    before = [i for job in prepared.measured for i in job.places]
     files = len(prepared.shards)
     facts = {
         "method": "; ".join(_method(job) for job in prepared.jobs),
         "tensors": f"{len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
         "passes": f"{len(prepared.passes)}: {'; '.join(prepared.passes)}",
-        "read": f"{read} in the last pass, {before} in each pass before"
+        "read": f"{read} in the last pass"
+        + f", {size(prepared.read_bytes(before))} in each pass before"
+        * (len(prepared.passes) > 1)
         if streamed
         else f"{read} once; all passes are over device memory",
         "written": f"{size(prepared.written_bytes)} in {files} file"

@@ -119,6 +119,7 @@ class Leaves:
         self.sizes = [leaf.size for leaf in leaves]
         arrays = [a for leaf in leaves if leaf.merged for a in leaf.arrays]
         self.traced = any(map(is_traced, arrays))
+        self.few = 0
 
     @property
     def merged(self) -> list[int]:

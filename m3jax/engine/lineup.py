@@ -99,6 +99,7 @@ def align(
         raise MismatchError(problems)
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
+    used = {recipe.variant_of(tensor.name) for tensor in tensors if tensor.merged}
     for pattern in recipe.exclude:
         if not any(re.match(pattern, name) for name in tables[0]):
             notes.append(f"exclude: {pattern!r} matches no tensor")
@@ -109,7 +110,7 @@ def align(
     notes += [
         f"rules: {pattern!r} matches no tensor that is merged, or others come first"
         for place, (pattern, _) in enumerate(recipe.rules, start=1)
-        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+        if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))

@@ -22,7 +22,7 @@ from m3jax.checkpoints.output.destination import (
 from m3jax.checkpoints.output.folder import OutputError, OutputFolder
 from m3jax.checkpoints.output.part import OutputPart, described
 from m3jax.checkpoints.output.shards import ShardWriter, write_index
-from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
@@ -122,6 +122,8 @@ def merge(
             check_apart(final, prepared.checkpoints)
             for note in prepared.inputs.notes:
                 progress.note(note)
+            if (reading := caching.choose(prepared.files)) is not None:
+                progress.note(reading)
             with _output(final, execution, processes, progress) as folder:
                 try:
                     result = _execute(prepared, processes, folder, progress, started)
@@ -251,10 +253,12 @@ def _measured(
         total = share.processes.sum(own)
         return dict(zip(names[0], total or (), strict=True))
 
-    return tuple(
-        (job, measured_by(stream, job, prepared.numbers(job), kept, gathered))
-        for job in prepared.jobs
-    )
+    def measured(job: Job) -> Numbers:
+        keep = kept if job.places else lambda name, find: find()
+        return measured_by(stream, job, prepared.numbers(job), keep, gathered)
+
+    pairs = zip(prepared.jobs, prepared.measured, strict=True)
+    return tuple((job, measured(own)) for job, own in pairs)
 
 
 def _merge_share(
@@ -278,7 +282,8 @@ def _merge_share(
             return completed(job.program, own if drawn else early(own, *counts))
 
         finite = not prepared.execution.allow_nonfinite
-        stream.merge(job.program, order, numbers, recorder, check_finite=finite)
+        whole = prepared.whole(job)
+        stream.merge(job, order, whole, numbers, own, recorder, check_finite=finite)
 
     jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
     others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))

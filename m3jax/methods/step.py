@@ -58,8 +58,10 @@ class Reduction:
       arguments: arrays () or (J,) by name; `function` gets them ready to broadcast.
       combine: for each array of the tuple, what the engine makes of it over a group.
         ``sum``: of integers of at most 2**20, exact, as int64. ``max``. ``histogram``:
-        of uint16 codes, counted up to `selection.BINS`. ``float``: a plain float32 sum,
-        under a transformation of the caller's alone, where int64 may be missing.
+        of uint16 codes, counted up to `selection.BINS`. ``values``: the numbers
+        themselves, (J, n) in any order, if the problem has `few`. ``float``: a plain
+        float32 sum, under a transformation of the caller's alone, where int64 may be
+        missing.
       sample: a pass over a fixed sample of the elements is enough. The engine
         answers None where reading everything costs as little.
     """
@@ -81,12 +83,14 @@ class Problem:
         between the tensors of the group is an error.
       traced: the arrays are those of a `jax.jit`, `grad` or `vmap` around the merge:
         Python cannot look at what a pass finds.
+      few: the elements are so few that a pass may ask for ``values``.
     """
 
     num_models: int
     size: int
     numbers: Numbers
     traced: bool = False
+    few: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from m3jax.lazy import jax, jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.selection import delta_codes, kth_smallest_and, magnitudes
+from m3jax.methods.selection import Codes, kth_smallest_and, magnitudes
 from m3jax.methods.step import (
     Method,
     Numbers,
@@ -19,6 +19,7 @@ from m3jax.methods.step import (
     register,
     sum_over_models,
 )
+from m3jax.methods.sums import deltas
 
 # Stands for a coefficient of 0: too small to weigh against any other, and large
 # enough that what survives alone keeps its whole value.
@@ -73,7 +74,7 @@ class Ties(Method):
         count = problem.num_models
         votes = _codes_and_signs if count > 1 else None
         thresholds, beside = yield from kth_smallest_and(
-            delta_codes, votes, problem.numbers["trim_rate"], problem
+            deltas, votes, problem.numbers["trim_rate"], problem
         )
         majority: Any = 0.0
         if count > 1:  # one model: a sum of 0 has no survivors
@@ -88,7 +89,7 @@ class Ties(Method):
 
 
 def _codes_and_signs(x: Operands, arguments: Numbers) -> tuple[jax.Array, jax.Array]:
-    return *delta_codes(x, arguments), *_signs(x, {"thresholds": arguments["guess"]})
+    return *Codes(deltas)(x, arguments), *_signs(x, {"thresholds": arguments["guess"]})
 
 
 def _signs(x: Operands, arguments: Numbers) -> tuple[jax.Array]:
