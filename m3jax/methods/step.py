@@ -163,14 +163,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform(Step):
-    """Changes the models before the method sees them.
+    """Changes the models before the method sees them, or afterwards what it has made.
 
     Attributes:
+      after: it is for what the method has made: `finish` in place of `apply`, and
+        nothing is measured.
       draws: the random numbers it takes: "", ``mask`` (True where the 16-bit lane of
         an element is below `derive`'s ``threshold``, uint32 per model) or ``lanes``
         (the lanes themselves, uint16).
     """
 
+    after: ClassVar[bool] = False
     draws: ClassVar[Any] = ""
 
     @property
@@ -180,6 +183,10 @@ class Transform(Step):
 
     def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
         """The operands with other models; `draw` is (K, ...), or None."""
+        raise NotImplementedError
+
+    def finish(self, x: Operands, merged: Any, p: Numbers, info: Numbers) -> Any:
+        """The merged part, changed; `x` is what the method has seen."""
         raise NotImplementedError
 
 

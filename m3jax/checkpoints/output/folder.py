@@ -37,7 +37,7 @@ from m3jax.checkpoints.side_files import SIDE_FILES
 MANIFEST = "m3jax.json"
 MODEL_CARD = "README.md"
 _JOURNAL, _LOCK, _CHECKPOINT, _OLD = "journal.jsonl", "lock", "checkpoint", "old"
-_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_SHARD = re.compile(r"(model-\d{5,}-of-\d{5,}|mask-\d+)\.safetensors")
 # What flock says where the file system has no locks, as Lustre mounted without them.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
