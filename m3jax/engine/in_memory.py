@@ -160,7 +160,7 @@ class Leaves:
                 leaf.base,
                 leaf.beside,
                 take(numbers.first(depth), i, axes, leaf.compute_dtype),
-                self._draw(program, depth, numbers, i, placement),
+                self.draw(program, depth, numbers, i, placement),
                 take(arguments, g, axes),
                 program=program,
                 depth=depth,
@@ -206,7 +206,7 @@ class Leaves:
             )
         return [None if own is None else tuple(own) for own in found]
 
-    def _draw(
+    def draw(
         self,
         program: Program,
         depth: int | None,
@@ -238,7 +238,7 @@ class Leaves:
             leaf.base,
             leaf.beside,
             take(own, i, len(placement.shape), leaf.compute_dtype),
-            self._draw(program, None, numbers, i, placement),
+            self.draw(program, None, numbers, i, placement),
             program=program,
             dtypes=leaf.kernel_dtypes,
             placement=placement,

@@ -8,7 +8,7 @@ from typing import Any
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
-from m3jax.checkpoints.source import Converted, Source
+from m3jax.checkpoints.source import Converted, Repeated, Source
 from m3jax.engine import vocabulary
 from m3jax.engine.inputs import (
     MergeInputs,
@@ -137,17 +137,30 @@ def _beside(
     whole = recipe.method.unit == "matrix"
     for own in statistics:
         found = own.tensors[name]
-        if not whole and found.shape != source.shape:
+        repeats = recipe.method.beside_repeats and repeatable(found.shape, source.shape)
+        if not whole and found.shape != source.shape and not repeats:
             problems.append(
                 f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
                 f"where {recipe.method.name} needs {list(source.shape)}"
             )
             return {}
     (key,) = recipe.method.beside
-    made = [
-        Origin(own, name, _converted(own.tensors[name], FLOAT32)) for own in statistics
-    ]
+
+    def fitted(found: Source) -> Source:
+        found = _converted(found, FLOAT32)
+        if whole or found.shape == source.shape:
+            return found
+        return Repeated(found, source.shape)
+
+    made = [Origin(own, name, fitted(own.tensors[name])) for own in statistics]
     return {key: tuple(made)}
+
+
+def repeatable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has as many axes, each as long or of one element."""
+    return len(shape) == len(wanted) and all(
+        own in (1, other) for own, other in zip(shape, wanted, strict=True)
+    )
 
 
 def _parts(

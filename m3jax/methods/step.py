@@ -200,12 +200,17 @@ class Method(Step):
       num_models: how many models it merges; None: any number.
       records: what of `info` goes to m3jax.json, found for the whole model.
       weighs_statistics: what `measure` finds depends on the weights or the scaling.
+      differentiable: in the weights, with what `measure` finds held fixed, and by
+        element, so that `m3jax learn` can learn them.
+      beside_repeats: what comes beside the models may have 1 element along an axis.
     """
 
     shows_nonfinite: ClassVar[bool] = False
     num_models: ClassVar[int | None] = None
     records: ClassVar[tuple[str, ...]] = ()
     weighs_statistics: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+    beside_repeats: ClassVar[bool] = False
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         """The merged part, float32; a dict of them if `outputs` names several.
