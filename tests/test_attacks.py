@@ -84,7 +84,7 @@ def test_damaged_shards_are_named(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["FIFO as weights", "index leads up", "pickles", "config is deep"]
+    "case", ["FIFO as weights", "index leads up", "pickle typed", "config is deep"]
 )
 def test_commands_end_with_one_line(case, tmp_path, run: Run):
     build, expected = ATTACKS[case]

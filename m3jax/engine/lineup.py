@@ -42,7 +42,7 @@ def align(
     """
     checkpoints = models if base is None else [base, *models]
     changes: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
     tables = _untie(checkpoints, changes, notes)
     reads_base = base is not None and recipe.needs_base
     _check_related(checkpoints)

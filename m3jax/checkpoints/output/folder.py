@@ -28,11 +28,11 @@ from types import TracebackType
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.formats.orbax import ITEM
 from m3jax.checkpoints.places import durable
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import SIDE_FILES
+from m3jax.checkpoints.weights import INDEX, WEIGHTS
 
 MANIFEST = "m3jax.json"
 MODEL_CARD = "README.md"

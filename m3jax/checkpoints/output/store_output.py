@@ -30,7 +30,6 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.output.folder import (
     MANIFEST,
     OutputError,
@@ -47,6 +46,7 @@ from m3jax.checkpoints.places.store import (
     asked,
     is_unfinished,
 )
+from m3jax.checkpoints.weights import INDEX, WEIGHTS
 
 _UPLOADS = 2  # at the same time; libraries split a file into parts of their own
 _BLOCK = 64 << 20  # bytes that are compared at a time
