@@ -202,7 +202,7 @@ def test_an_interrupt_closes_everything(tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("m3jax.checkpoints.folder.dequantise", interrupted)
+    monkeypatch.setattr("m3jax.checkpoints.sources.quantised.weights_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_checkpoint(str(tmp_path))
     monkeypatch.setattr(os, "fstat", interrupted)

@@ -19,7 +19,7 @@ from m3jax.checkpoints.formats.tree import SEPARATOR, KeyPath
 from m3jax.checkpoints.places import hub
 from m3jax.checkpoints.places.files import InputFile, Location, open_file
 from m3jax.checkpoints.source import FileTensor, Source, Stored
-from m3jax.checkpoints.sources.float8 import dequantise
+from m3jax.checkpoints.sources import quantised
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Checkpoint:
       location: where it lies, on this machine or in a store.
       revision: the commit of a Hugging Face repository.
       stored: tensors as the files hold them, in order of their names.
-      tensors: the tensors to merge: float8 dequantised.
+      tensors: the tensors to merge, dequantised.
       files: the files that hold the tensors.
       config: config.json, if there is one.
       format: ``safetensors``, ``torch``, ``msgpack``, ``gguf`` or ``orbax``.
@@ -41,6 +41,7 @@ class Checkpoint:
       cache_bytes: that opening it and reading hold beside the caller's buffers, at
         most.
       notes: what was done to open it that a user may not expect, one line each.
+      dequantised: the kinds of codes whose weights stand in `tensors`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Checkpoint:
     paths: Mapping[str, KeyPath] | None = None
     cache_bytes: int = 0
     notes: tuple[str, ...] = ()
+    dequantised: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Location:
@@ -77,7 +79,8 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
       name: a folder with ``model.safetensors`` or an index and its shards, with an
         Orbax pytree or a ``.msgpack`` file of Flax, a single file, the URL of one of
         these in an object store, or a Hugging Face id ``org/name[@revision]``.
-      mergeable: dequantise float8; False leaves `tensors` as they are stored.
+      mergeable: dequantise, and refuse what cannot be; False leaves `tensors` as
+        they are stored.
 
     Raises:
       CheckpointError: one line that names the file, the tensor and the flaw.
@@ -96,20 +99,26 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
             form = weights.format_of(location)
             opened = _open_files(weights.Weights(form, (location,)), stack)
         stored = dict(sorted(opened.stored.items()))
-        tensors = _mergeable(name, stored, config) if mergeable else dict(stored)
+        weighed = quantised.Weights(dict(stored), (), 0)
+        if mergeable:
+            try:
+                weighed = quantised.weights_of(stored, config)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from None
         stack.pop_all()
     return Checkpoint(
         name,
         location,
         revision,
         stored,
-        tensors,
+        weighed.tensors,
         opened.files,
         config,
         opened.format,
         opened.paths,
-        opened.cache_bytes,
+        opened.cache_bytes + weighed.memory,
         opened.notes,
+        weighed.kinds,
     )
 
 
@@ -184,13 +193,3 @@ def _read(form: str, file: InputFile) -> tuple[Mapping[str, Stored], list[str], 
         return gguf.read_tensors(file)
     entries = header_of(file).tensors
     return {name: FileTensor(file, entry) for name, entry in entries.items()}, [], 0
-
-
-def _mergeable(
-    name: str, stored: Mapping[str, Stored], config: dict[str, Any] | None
-) -> dict[str, Source]:
-    try:
-        tensors = dequantise(stored, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-    return tensors

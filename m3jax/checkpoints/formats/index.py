@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.formats.json_text import JsonCursor
+from m3jax.checkpoints.formats.json_text import BOM, JsonCursor
 from m3jax.checkpoints.names import is_plain_name
 from m3jax.checkpoints.places.files import Location, read_small
 
@@ -32,7 +32,7 @@ def parse_index(text: bytes, what: str) -> dict[str, str]:
       text: the JSON.
       what: its name in errors.
     """
-    cursor = JsonCursor(text, what)
+    cursor = JsonCursor(text.removeprefix(BOM), what)
     weight_map: dict[str, str] = {}
     files: dict[str, str] = {}  # one string for each file, however many tensors
     seen = set()
