@@ -336,6 +336,7 @@ def _complete(
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            side_files=prepared.side_files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

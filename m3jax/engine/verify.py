@@ -140,7 +140,8 @@ def _other_files(folder: Location, record: Record) -> Iterator[str]:
 def _side_files(folder: Location, record: Record) -> Iterator[str]:
     for name, recorded in record.files.items():
         try:
-            content = side_files.read_side_file(inside(folder, name).parent, name)
+            inside(folder, name)  # or it is missing
+            content = side_files.read_side_file(folder, name)
         except CheckpointError as error:
             yield str(error)
             continue
