@@ -20,10 +20,10 @@ import numpy as np
 from absl import app, flags
 from llamas import SIZES, config, shapes
 
-from m3jax.checkpoints.folder import INDEX
 from m3jax.checkpoints.formats import safetensors
 from m3jax.checkpoints.formats.dtypes import BFLOAT16
 from m3jax.checkpoints.output.shards import index_json, make_shards
+from m3jax.checkpoints.weights import INDEX
 from m3jax.engine.plan import natural_order, split_shards
 
 MODELS = ("base", "maths", "code")

@@ -42,7 +42,7 @@ def align(
     """
     checkpoints = models if base is None else [base, *models]
     changes: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
     tables = _untie(checkpoints, changes, notes)
     _check_related(checkpoints)
     problems: list[str] = []
@@ -284,11 +284,14 @@ def _note_changes(
     notes: list[str],
 ) -> None:
     config = first.config or {}
-    if "quantization_config" in config and any(
-        entry.dtype.kind == "float8" for entry in first.stored.values()
-    ):
-        changes["quantization_config"] = None
-        notes.append("float8 weights are dequantised; the output is bfloat16")
+    for own in {"quantization_config", "compression_config"} & config.keys():
+        changes[own] = None
+        notes.append(
+            f"{' and '.join(first.dequantised)} weights are dequantised; the output is "
+            "bfloat16"
+            if first.dequantised
+            else f"config.json's {own} is left out: no tensor is quantised"
+        )
     floats = {t.dtype for t in tensors if t.dtype.kind == "float"}
     if recipe.dtype != "input" and len(floats) == 1:
         for field in ("dtype", "torch_dtype"):

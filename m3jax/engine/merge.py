@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
+from m3jax.engine.arguments import paths, recipe_of
 from m3jax.engine.draws import early
 from m3jax.engine.jobs import Job
 from m3jax.engine.journal import Journal
@@ -67,9 +68,9 @@ class MergeResult:
 
 def merge(
     base: str | PathLike[str] | None,
-    models: Sequence[str | PathLike[str]],
+    models: Sequence[str | PathLike[str]] | str | PathLike[str],
     output: str | PathLike[str],
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
     execution: Execution | None = None,
@@ -87,7 +88,7 @@ def merge(
       base: the base model, a path or Hugging Face id; None if the recipe needs none.
       models: the fine-tuned models; their order is that of the ratios.
       output: the folder to make, or its URL; `store_output` says what differs there.
-      recipe: what to do; the default is M3's average.
+      recipe: what to do, or its fields as a dict; the default is M3's average.
       seed: of ratios and masks, 0 <= seed < 2**32.
       execution: how to run it.
       progress: is told what happens.
@@ -102,10 +103,10 @@ def merge(
       ProcessError: another process failed or died; it is an OSError.
       UnequalProcessesError: the processes were given different merges.
     """
-    recipe, execution = recipe or Recipe(), execution or Execution()
+    recipe, execution = recipe_of(recipe), execution or Execution()
     progress = progress or Progress()
     final = store.parse(fspath(output))
-    names = [fspath(model) for model in models]
+    names = paths(models, "models")
     started = time.perf_counter()
     with joined() as processes:
         check_free(final, overwrite=execution.overwrite, resume=execution.resume)
@@ -115,7 +116,7 @@ def merge(
             recipe,
             seed,
             execution,
-            [fspath(own) for own in statistics],
+            paths(statistics, "statistics"),
         ) as prepared:
             if processes.count > 1:
                 processes.same(agreement.facts(prepared))
@@ -340,6 +341,7 @@ def _complete(
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            side_files=prepared.side_files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

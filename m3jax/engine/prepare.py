@@ -19,6 +19,7 @@ from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards
 from m3jax.checkpoints.places import caching, direct
 from m3jax.checkpoints.places.files import InputFile, Location
+from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
@@ -109,6 +110,7 @@ class Prepared:
       places: the shard of each part of each tensor.
       tiles: of a chunk.
       devices, execution: how it is run.
+      side_files: the folder that each of them comes from, by name.
     """
 
     base: Checkpoint | None
@@ -124,6 +126,7 @@ class Prepared:
     tiles: int
     devices: tuple[jax.Device, ...]
     execution: Execution
+    side_files: Mapping[str, Location] = dataclasses.field(default_factory=dict)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -275,10 +278,16 @@ def prepare(
             )
         first = opened_base or opened[0]
         of_name = dict(zip(names, opened, strict=True))
-        for owner in (first, of_name.get(execution.tokenizer_from or "", first)):
-            check_side_files(owner.folder)
+        tokenizer = of_name.get(execution.tokenizer_from or "", first)
         beside = [stack.enter_context(open_checkpoint(own)) for own in statistics]
-        yield _plan(opened_base, opened, beside, recipe, seed, execution)
+        planned = _plan(opened_base, opened, beside, recipe, seed, execution)
+        # Now, before a long merge begins: some may be no files that can be read.
+        chosen = companions.choose(first, tokenizer, opened)
+        check_side_files(chosen.owners)
+        inputs = dataclasses.replace(
+            planned.inputs, notes=(*planned.inputs.notes, *chosen.notes)
+        )
+        yield dataclasses.replace(planned, inputs=inputs, side_files=chosen.owners)
 
 
 def _plan(

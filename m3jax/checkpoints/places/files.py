@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
+import operator
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -17,6 +20,7 @@ _VERSIONS = (
     *("generation", "etag", "ETag", "content_md5", "blob_id"),
     *("mtime", "LastModified", "last_modified", "updated", "modified", "created"),
 )
+_CACHED = re.compile(r"models--[\w.-]+")  # a model's folder in the hub's cache
 # Bytes of one request to a store. Requests of a read run at the same time where the
 # store's library can do that; smaller ones would wait for their answers more than they
 # read.
@@ -92,7 +96,7 @@ def inside(folder: Location, name: str) -> Location:
     Raises:
       CheckpointError: the file is missing, or a link that leads elsewhere.
     """
-    path = folder / name
+    path = functools.reduce(operator.truediv, name.split("/"), folder)
     if not (isinstance(folder, Path) and isinstance(path, Path)):
         if not exists(path):
             raise CheckpointError(f"{folder}: file {shown(name)} is missing")
@@ -104,14 +108,27 @@ def inside(folder: Location, name: str) -> Location:
             f"{folder}: file {shown(name)} is {what}; copy or download it again"
         )
     home, target = folder.resolve(), path.resolve()
-    # The hub's cache holds snapshots/COMMIT/NAME -> ../../blobs/CHECKSUM.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+    if not (target.is_relative_to(home) or _is_blob(target, home)):
         raise CheckpointError(
             f"{path}: a link that leads out of the folder, to {shown(str(target))}; "
             "copy the file into the folder"
         )
     return path
+
+
+def _is_blob(target: Path, home: Path) -> bool:
+    """Whether a link's target is a file of the hub's cache that the folder may have.
+
+    The cache holds snapshots/COMMIT/NAME -> ../../blobs/CHECKSUM, and NAME may be in a
+    folder of its own. Older versions of the hub's library made folders elsewhere whose
+    files are links to .../models--ORG--NAME/blobs/CHECKSUM.
+    """
+    if _CACHED.fullmatch(target.parent.parent.name) and target.parent.name == "blobs":
+        return True
+    for folder in (home, *home.parents[:2]):
+        if folder.parent.name == "snapshots":
+            return target.parent == folder.parent.parent / "blobs"
+    return False
 
 
 class InputFile:

@@ -15,7 +15,7 @@ from typing import Any
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.formats.orbax import ITEM
-from m3jax.checkpoints.names import is_plain_name
+from m3jax.checkpoints.names import is_inner_name, is_plain_name
 from m3jax.checkpoints.output.folder import MANIFEST
 from m3jax.checkpoints.places.files import Location, exists, read_small
 from m3jax.checkpoints.record.provenance import CHECKSUM, FORMAT
@@ -106,7 +106,7 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
             f"{field}: {shown(name, 60)} has {shown(entry, 90)}; needs {allowed}"
             for name, entry in entries.items()
             if not _fits(entry, wanted)
-            or (field == "files" and not is_plain_name(name))
+            or (field == "files" and not is_inner_name(name))
         ]
     measured = content.get("measured", {})  # absent from records of version 0.1
     if not _fits(measured, {"*": [_is_number]}):
