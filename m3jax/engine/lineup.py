@@ -41,8 +41,8 @@ def align(
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    changes: dict[str, Any] = {}
-    notes: list[str] = []
+    changes: dict[str, Any] = dict(checkpoints[0].changes)
+    notes = [note for checkpoint in checkpoints for note in checkpoint.notes]
     tables = _untie(checkpoints, changes, notes)
     reads_base = base is not None and recipe.needs_base
     _check_related(checkpoints)

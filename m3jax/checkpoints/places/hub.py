@@ -15,6 +15,7 @@ from m3jax.checkpoints.side_files import SIDE_FILES
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 # What a merge writes beside those: its record and its model card, for `verify`.
 RECORD_FILES = ("m3jax.json", "README.md")
+ADAPTER_FILES = ("adapter_config.json",)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = 10.0  # seconds; a server that does not answer would keep us for ever
 # What `huggingface_hub`'s errors, or their base classes, mean for the user.
@@ -28,6 +29,11 @@ _HINTS = {
     "name, or run `hf auth login`",
     "HFValidationError": "it is no name of a model",
 }
+
+
+def is_here(path: str) -> bool:
+    """Whether a file or folder of this machine has exactly this name."""
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111
 
 
 def locate(path: str) -> tuple[Location, str | None]:
@@ -82,6 +88,7 @@ def _snapshot(repo: str, revision: str | None) -> Path:
             allow_patterns=[
                 "*.safetensors",
                 "*.safetensors.index.json",
+                *ADAPTER_FILES,
                 *SIDE_FILES,
                 *RECORD_FILES,
             ],
