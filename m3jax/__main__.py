@@ -13,6 +13,7 @@ COMMANDS = {
     "verify": "check a merged checkpoint against its record, m3jax.json",
     "evaluate": "score a checkpoint at tasks",
     "methods": "list the merging methods and their parameters",
+    "lora": "extract a LoRA adapter from a model, or merge adapters",
     "explore": "merge many draws in memory, evaluate each, find the best",
     "demo": "merge small built-in models, to see how it works",
 }

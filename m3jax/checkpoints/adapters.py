@@ -40,8 +40,8 @@ from m3jax.checkpoints.sources.lora import (
 if TYPE_CHECKING:
     from m3jax.checkpoints.folder import Checkpoint
 
-_HEAD = "lm_head"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+HEAD = "lm_head"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # What a folder of a model holds, beside which an adapter is a leftover.
 _MODELS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -227,7 +227,7 @@ class _Changes:
 
     def _required(self, name: str) -> tuple[str, Source]:
         own, source = self._source(name)
-        if source is None and name == f"{_HEAD}.weight":
+        if source is None and name == f"{HEAD}.weight":
             source = self._untied()
         if source is None:
             raise self._adapter.flaw(
@@ -239,7 +239,7 @@ class _Changes:
         """The embedding of a tied base, whose head then becomes its own."""
         base = self._base
         tied = (base.config or {}).get("tie_word_embeddings") is True
-        embeddings = [name for name in base.tensors if name.endswith(_EMBEDDINGS)]
+        embeddings = [name for name in base.tensors if name.endswith(EMBEDDINGS)]
         if not tied or len(embeddings) != 1:
             return None
         self.config["tie_word_embeddings"] = False
@@ -378,7 +378,7 @@ def _renaming(
             f"{adapter.file.path}: holds no tensor that {peft.CONFIG} targets"
         )
     # The head is outside of what such a prefix stands for, and may be tied.
-    inner = [name for name in names if not name.startswith(f"{_HEAD}.")]
+    inner = [name for name in names if not name.startswith(f"{HEAD}.")]
     missing = [name for name in inner if name not in base.tensors]
     if not missing:
         return lambda name: name
@@ -401,7 +401,7 @@ def _renaming(
     def renamed(name: str) -> str:
         return name if name in base.tensors else put + name.removeprefix(cut)
 
-    return lambda name: name if name.startswith(f"{_HEAD}.") else renamed(name)
+    return lambda name: name if name.startswith(f"{HEAD}.") else renamed(name)
 
 
 def _last(name: str) -> str:

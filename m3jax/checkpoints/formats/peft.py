@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
@@ -128,6 +128,11 @@ class AdapterConfig:
     @property
     def modules_to_save(self) -> tuple[str, ...]:
         return tuple(_words(self._fields.get("modules_to_save")))
+
+    @property
+    def task(self) -> str | None:
+        task = self._fields.get("task_type")
+        return task if isinstance(task, str) else None
 
     def rank(self, module: str) -> int:
         return _matching(self._ranks, module, self._rank)
@@ -292,3 +297,19 @@ def _matching(values: Mapping[str, Any], module: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def shortest(chosen: Collection[str], modules: Collection[str]) -> list[str]:
+    """Names that select these modules alone: the last parts of names where they do.
+
+    Args:
+      chosen: modules.
+      modules: all that there are; what a last part would select beside stands in them.
+    """
+    names: dict[str, None] = {}
+    for name in chosen:
+        end = name.rpartition(".")[2]
+        # PEFT looks for modules_to_save at the end of a name, be it within a word.
+        alike = [own for own in modules if own.endswith(end)]
+        names[end if alike and set(alike) <= set(chosen) else name] = None
+    return sorted(names)
