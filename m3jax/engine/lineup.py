@@ -44,7 +44,6 @@ def align(
     changes: dict[str, Any] = dict(checkpoints[0].changes)
     notes = [note for checkpoint in checkpoints for note in checkpoint.notes]
     tables = _untie(checkpoints, changes, notes)
-    reads_base = base is not None and recipe.needs_base
     _check_related(checkpoints)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
@@ -75,6 +74,7 @@ def align(
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
             sources = fitted
+        own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
             Origin(owner, name, source)
@@ -84,13 +84,13 @@ def align(
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(recipe, sources[0].shape, dtype, len(models))
+            parts = _parts(own_recipe, sources[0].shape, dtype, len(models))
         own = origins.pop(0) if base is not None else None
-        kept = own if reads_base or exact else None
+        kept = own if own_recipe.needs_base or exact else None
         beside = (
             {}
             if exact
-            else _beside(name, sources[0], statistics or [], recipe, problems)
+            else _beside(name, sources[0], statistics or [], own_recipe, problems)
         )
         tensors.append(
             TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
@@ -106,6 +106,11 @@ def align(
         f"{field} has no effect: method {recipe.method.name} has none"
         for field in recipe.without_effect
     ]
+    notes += [
+        f"rules: {pattern!r} matches no tensor that is merged, or others come first"
+        for place, (pattern, _) in enumerate(recipe.rules, start=1)
+        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+    ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
 
@@ -119,7 +124,7 @@ def _beside(
 ) -> dict[str, tuple[Origin, ...]]:
     """What the statistics' checkpoints hold for a tensor: all of them, or none."""
     holders = [own for own in statistics if name in own.tensors]
-    if not holders:
+    if not holders or not recipe.method.beside:
         return {}
     without = [own.name for own in statistics if name not in own.tensors]
     if without:
