@@ -23,7 +23,11 @@ import m3jax
 from m3jax.recipe import mergekit
 
 GOLDEN = Path(__file__).parent / "golden_mergekit"
-CASES = json.loads((GOLDEN / "cases.json").read_text())
+CASES = [
+    case
+    for path in sorted(GOLDEN.glob("cases*.json"))
+    for case in json.loads(path.read_text())
+]
 
 
 def _cases(kind: str) -> list[Any]:
@@ -221,7 +225,10 @@ DOCUMENT = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\
         (DOCUMENT + "slices: []", "slices is not supported"),
         (DOCUMENT + "m3jax: {sede: 1}", "unknown key m3jax.sede; did you mean 'seed'"),
         (DOCUMENT + "---\n" + DOCUMENT, "2 documents"),
-        (DOCUMENT.replace("model: a", "model: a+b"), "adapters"),
+        (
+            DOCUMENT.replace("model: a", "model: {model: a, lroa: b}"),
+            "did you mean 'lora'",
+        ),
         (DOCUMENT.replace("1}", "[0, x]}"), "weight='x' needs a number"),
         (DOCUMENT.replace("1}", "[{filter: mlp}]}"), "a filter has no value"),
         (DOCUMENT.replace("1}", "[{fliter: mlp}]}"), "did you mean 'filter'"),

@@ -41,7 +41,7 @@ def align(
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = dict(checkpoints[0].changes)
     notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
     tables = _untie(checkpoints, changes, notes)
     _check_related(checkpoints)

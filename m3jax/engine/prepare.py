@@ -269,7 +269,9 @@ def prepare(
         opened_base = (
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
-        opened = [stack.enter_context(open_checkpoint(model)) for model in models]
+        opened = [
+            stack.enter_context(open_checkpoint(model, base=base)) for model in models
+        ]
         names = [model.name for model in opened]
         if execution.tokenizer_from not in (None, "base", *names):
             raise CheckpointError(
