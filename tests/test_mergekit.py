@@ -83,7 +83,11 @@ def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("case", _cases("tensors"))
 def test_agrees_with_mergekit(case: dict[str, Any], tmp_path: Path, run: Run) -> None:
-    _check(case, _merged(run, GOLDEN / case["yaml"], tmp_path / "out"))
+    output = tmp_path / "out"
+    _check(case, _merged(run, GOLDEN / case["yaml"], output))
+    if "config" in case:
+        config = json.loads((output / "config.json").read_text())
+        assert {key: config[key] for key in case["config"]} == case["config"]
 
 
 SOME = (

@@ -271,7 +271,7 @@ def _merge_share(
     def numbers(drawn: bool) -> Numbers:
         own = measured
         if not drawn:
-            own = early(own, len(prepared.models), len(prepared.items))
+            own = early(own, prepared.num_models, len(prepared.items))
         return completed(prepared.program, own)
 
     stream.merge(

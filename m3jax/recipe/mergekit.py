@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3jax.recipe.mergekit_methods import METHODS, Parameter
+from m3jax.recipe.mergekit_layout import Part, laid_out, parts_of
+from m3jax.recipe.mergekit_methods import METHODS
+from m3jax.recipe.mergekit_values import check_keys, mapping, nearest
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe
-from m3jax.recipe.values import LAYER, Gradient, Rules, as_json
+from m3jax.recipe.values import as_json
 
 _KEYS = (
     "base_model",
@@ -37,19 +38,18 @@ _KEYS = (
     "m3jax",
     "merge_method",
     "models",
+    "modules",
     "out_dtype",
     "parameters",
+    "slices",
 )
 _LATER = (
     "chat_template",
-    "modules",
     "name",
-    "slices",
     "tokenizer",
     "tokenizer_source",
 )
 _OURS = ("exclude", "max_shard_size", "mixup", "seed", "transforms", "vocabulary")
-_WORDS = {"true": True, "false": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,48 +78,32 @@ def parse(text: str) -> Document:
         or out of range; one line that names the key.
     """
     document = _loaded(text)
-    _check_keys("", document, _KEYS, _LATER)
+    check_keys("", document, _KEYS, _LATER)
     name = document.get("merge_method")
     if name not in METHODS:
-        raise RecipeError(f"merge_method={name!r}{_nearest(name, METHODS)}")
-    ours = _mapping(document.get("m3jax"), "m3jax")
-    _check_keys("m3jax.", ours, _OURS)
+        raise RecipeError(f"merge_method={name!r}{nearest(name, METHODS)}")
+    ours = mapping(document.get("m3jax"), "m3jax")
+    check_keys("m3jax.", ours, _OURS)
     base = _model_name(document.get("base_model"), "base_model")
-    entries = _entries(document.get("models"))
-    shared = _mapping(document.get("parameters"), "parameters")
-    method = METHODS[name]
-    base, entries = method.arranged(name, base, entries)
-    mixup = _mapping(ours.get("mixup"), "m3jax.mixup")
+    parts = parts_of(document, _model_name)
+    mixup = mapping(ours.get("mixup"), "m3jax.mixup")
     drawn = bool(mixup) and (mixup.get("alpha", 0.5), mixup.get("ratios")) != (
         None,
         None,
     )
-    fields: dict[str, Any] = {}
-    for parameter in method.parameters:
-        if parameter.weight and drawn:
-            continue  # M3 draws them
-        given = [[own, shared] for own in entries.values()]
-        levels = given if parameter.per_model else [[shared]]
-        resolved = [_resolved(parameter, own) for own in levels]
-        for own, model in zip(resolved, entries, strict=False):
-            if own is None and parameter.required:
-                whose = f"{model}: " if parameter.per_model else ""
-                where = "models[].parameters or " * parameter.per_model + "parameters"
-                raise RecipeError(
-                    f"{whose}{name} needs the parameter {parameter.name!r}, in {where}"
-                )
-        fields[parameter.name] = tuple(resolved) if parameter.per_model else resolved[0]
-    steps = method.steps(fields, base is not None)
+    method = METHODS[name]
+    layout = laid_out(name, method, base, parts, drawn)
     plain = ("exclude", "vocabulary", "max_shard_size")
     recipe: dict[str, Any] = {key: ours[key] for key in plain if key in ours}
     recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
-    recipe |= {"dtype": _dtype(document), **_transforms(ours, steps)}
+    recipe |= {"slices": layout.slices, **_dtypes(document)}
+    recipe |= _transforms(ours, layout.steps)
     return Document(
-        base,
-        tuple(entries),
+        layout.base,
+        layout.models,
         Recipe.from_dict(recipe),
         ours.get("seed"),
-        _ignored(method.parameters, entries, shared),
+        _ignored(name, parts),
     )
 
 
@@ -142,35 +126,6 @@ def _loaded(text: str) -> dict[str, Any]:
     return documents[0]
 
 
-def _check_keys(
-    prefix: str,
-    mapping: Mapping[Any, Any],
-    known: Sequence[str],
-    later: Sequence[str] = (),
-) -> None:
-    """Raises RecipeError for a key that is unknown or not supported."""
-    for key in mapping:
-        if key in later:
-            raise RecipeError(f"{prefix}{key} is not supported")
-        if key not in known:
-            raise RecipeError(f"unknown key {prefix}{key}{_nearest(key, known)}")
-
-
-def _nearest(word: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), known, 1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(sorted(known))}"
-
-
-def _mapping(value: Any, key: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise RecipeError(f"{key}={value!r} needs keys and values")
-    return value
-
-
 def _model_name(model: Any, key: str) -> str | None:
     if isinstance(model, dict):
         path = model.get("model", model)
@@ -184,92 +139,26 @@ def _model_name(model: Any, key: str) -> str | None:
     return model
 
 
-def _entries(models: Any) -> dict[str, dict[str, Any]]:
-    """The parameters of each model."""
-    if not isinstance(models, list) or not models:
-        raise RecipeError("models is missing: a list of `model: NAME`")
-    entries: dict[str, dict[str, Any]] = {}
-    for i, entry in enumerate(models):
-        key = f"models[{i}]"
-        entry = _mapping(entry, key)
-        _check_keys(f"{key}.", entry, ("model", "parameters"))
-        name = _model_name(entry.get("model"), f"{key}.model")
-        if name is None:
-            raise RecipeError(f"{key}.model is missing")
-        if name in entries:
-            raise RecipeError(f"{key}.model={name!r} is there twice")
-        entries[name] = _mapping(entry.get("parameters"), f"{key}.parameters")
-    return entries
-
-
-def _resolved(parameter: Parameter, levels: Sequence[Mapping[str, Any]]) -> Any:
-    """The value of a parameter: the first level that has one counts."""
-    rules: list[tuple[str, Any]] = []
-    for level in levels:
-        for pattern, value in _conditions(parameter, level.get(parameter.name)):
-            if pattern in (None, "*"):
-                return Rules(tuple(rules), value) if rules else value
-            rules.append((re.escape(pattern), value))
-    return Rules(tuple(rules), parameter.default) if rules else parameter.default
-
-
-def _conditions(parameter: Parameter, given: Any) -> list[tuple[str | None, Any]]:
-    """Filters and their values; None without a filter."""
-    name = parameter.name
-    if given is None:
-        return []
-    if isinstance(given, dict):
-        given = [given]
-    if not isinstance(given, list) or not any(isinstance(own, dict) for own in given):
-        return [(None, _value(parameter, given))]
-    found = []
-    for own in given:
-        own = _mapping(own, name)
-        _check_keys(f"{name}.", own, ("filter", "value"))
-        if "value" not in own:
-            raise RecipeError(f"{name}: a filter has no value: {own!r}")
-        pattern = own.get("filter")
-        found.append(
-            (
-                pattern if pattern is None else str(pattern),
-                _value(parameter, own["value"]),
-            )
-        )
-    return found
-
-
-def _value(parameter: Parameter, value: Any) -> Any:
-    if isinstance(value, list) and value and not parameter.word:
-        points = tuple(float(_value(parameter, point)) for point in value)
-        # mergekit: what lies outside the layers is at their beginning.
-        return Rules(((LAYER.pattern, Gradient(points)),), points[0])
-    if isinstance(value, str):
-        value = _WORDS.get(value.lower(), value)
-    if isinstance(value, bool) or parameter.word:
-        if value in (True, False) and isinstance(value, (bool, int, float)):
-            return bool(value)
-        raise RecipeError(f"{parameter.name}={value!r} needs true or false")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise RecipeError(f"{parameter.name}={value!r} needs a number") from None
-
-
-def _dtype(document: Mapping[str, Any]) -> str:
-    dtype = document.get("out_dtype") or document.get("dtype")
-    return str(dtype).removeprefix("torch.") if dtype else "promote"
+def _dtypes(document: Mapping[str, Any]) -> dict[str, str]:
+    """What the models are merged in, and what is written."""
+    words = [
+        str(document[key]).removeprefix("torch.") if document.get(key) else ""
+        for key in ("dtype", "out_dtype")
+    ]
+    compute = {"compute": "float64"} if words[0] == "float64" else {}
+    return {"dtype": words[1] or words[0] or "promote", **compute}
 
 
 def _transforms(ours: Mapping[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
     """The groups of all steps: those of `m3jax.transforms` come first."""
-    own = _mapping(ours.get("transforms"), "m3jax.transforms")
+    own = mapping(ours.get("transforms"), "m3jax.transforms")
     twice = set(own) & set(steps)
     if twice:
         raise RecipeError(
             f"m3jax.transforms.{min(twice)}: the merge_method has it already"
         )
     order = [*own, *(name for name in steps if name in ("sparsify", "rescale"))]
-    groups = {name: _mapping(fields, name) for name, fields in own.items()}
+    groups = {name: mapping(fields, name) for name, fields in own.items()}
     plain = {
         name: {field: as_json(value) for field, value in fields.items()}
         for name, fields in steps.items()
@@ -277,24 +166,33 @@ def _transforms(ours: Mapping[str, Any], steps: dict[str, Any]) -> dict[str, Any
     return {"transforms": order, **groups, **plain}
 
 
-def _ignored(
-    parameters: Iterable[Parameter],
-    entries: Mapping[str, Mapping[str, Any]],
-    shared: Mapping[str, Any],
-) -> tuple[str, ...]:
-    """What stands in the document without an effect, as in mergekit."""
+def _ignored(name: str, parts: Sequence[Part]) -> tuple[str, ...]:
+    """What stands in the document without an effect, as in mergekit.
+
+    Raises:
+      RecipeError: it looks like a parameter of the method, misspelt.
+    """
+    parameters = METHODS[name].parameters
     by_model = {p.name for p in parameters if p.per_model} | {"int8_mask"}
     everywhere = {p.name for p in parameters} | {"int8_mask"}
+    of_others = {p.name for method in METHODS.values() for p in method.parameters}
     notes = []
-    for model, own in entries.items():
-        notes += [
-            f"models: {model}: the parameter {name!r} has no effect there"
-            for name in own
-            if name not in by_model
-        ]
-    for name in shared:
-        if name not in everywhere:
-            hint = difflib.get_close_matches(str(name), sorted(everywhere), 1)
-            near = f"; did you mean {hint[0]!r}?" if hint else ""
-            notes.append(f"the parameter {name!r} has no effect{near}")
-    return tuple(notes)
+
+    def note(given: Any, known: set[str], where: str) -> None:
+        if given in known:
+            return
+        near = difflib.get_close_matches(str(given), sorted(everywhere), 1, 0.75)
+        if near and given not in of_others:
+            raise RecipeError(
+                f"{where}: unknown parameter {given!r}; did you mean {near[0]!r}?"
+            )
+        notes.append(f"{where}: {name} has no parameter {given!r} there: no effect")
+
+    for part in parts:
+        for model, own in part.entries.items():
+            for given in own:
+                note(given, by_model, f"parameters of {model}")
+        for level in part.levels:
+            for given in level:
+                note(given, everywhere, "parameters")
+    return tuple(dict.fromkeys(notes))

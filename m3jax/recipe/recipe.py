@@ -16,12 +16,14 @@ import numpy as np
 
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
+from m3jax.recipe import slices as layers
 from m3jax.recipe import values
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.traced import is_traced
 
 VOCABULARIES = ("error", "mean", "truncate")
+COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
@@ -43,6 +45,8 @@ class Recipe:
         ``mean`` (append mean rows) or ``truncate``.
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
+      compute: dtype of the arithmetic; it is float64 too where an input is.
+      slices: which layers of which models make the output's; none: layer by layer.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.
@@ -58,6 +62,8 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
     dtype: str = "input"
+    compute: str = "float32"
+    slices: tuple[layers.Slice, ...] = ()
     max_shard_size: int | str = "5GB"
     scaling: InitVar[Any] = None
     trim_rate: InitVar[Any] = None
@@ -80,6 +86,7 @@ class Recipe:
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
+        self._set("slices", layers.parse(self.slices))
         self._check_fields(problems, (*steps, self.method), flat)
         problems.raise_if_any()
 
@@ -114,6 +121,7 @@ class Recipe:
             problems.add("mixup", self.mixup, "an m3jax.Mixup")
         problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
         problems.choice("dtype", self.dtype, DTYPES)
+        problems.choice("compute", self.compute, COMPUTE)
         for step in steps:
             if not isinstance(step, Step):
                 continue  # noted by `_method`, and nothing is known of its fields
@@ -168,6 +176,13 @@ class Recipe:
         problems = Problems()
         if num_models < 1:
             problems.add("models", num_models, "at least one model")
+        if self.slices:
+            layers.check(self.slices, num_models, has_base)
+            has_base = all(own.base is not None for own in self.slices)
+            num_models = self.num_inputs(num_models)
+            if self.method.beside:
+                allowed = f"none: method {self.method.name} reads statistics"
+                problems.add("slices", "…", allowed)
         wanted = self.method.num_models
         if wanted not in (None, num_models):
             allowed = f"{wanted} models for method {self.method.name}"
@@ -189,6 +204,10 @@ class Recipe:
             if self.exclude:
                 problems.add("exclude", self.exclude, "a base: give --base")
         problems.raise_if_any()
+
+    def num_inputs(self, num_models: int) -> int:
+        """How many models the steps see, of that many checkpoints."""
+        return len(self.slices[0].models) if self.slices else num_models
 
     def check_statistics(self, count: int, num_models: int) -> None:
         """Raises RecipeError unless there are as many as the method reads."""
@@ -243,6 +262,8 @@ class Recipe:
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
             "dtype": self.dtype,
+            "compute": self.compute,
+            "slices": tuple(map(dataclasses.asdict, self.slices)),
             "max_shard_size": self.max_shard_size,
         }
 
@@ -274,11 +295,11 @@ class Recipe:
         }
         _check_known("transforms: ", order, [*TRANSFORMS])
         order = [*order, *(name for name in TRANSFORMS if name not in order)]
-        known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
+        known = {*own, *FLAT} - {"method", "transforms"}
         mixup = fields.get("mixup", {})
         _check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
         return cls(
-            **{name: plain(own) for name, own in fields.items() if name in known}
+            **{name: plain(given) for name, given in fields.items() if name in known}
             | {
                 "method": steps.get(method, method),
                 "transforms": tuple(steps[name] for name in order if name in steps),
