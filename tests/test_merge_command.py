@@ -128,6 +128,7 @@ class TestRecipes:
             },
             "exclude": ["model.norm", "lm_head"],
             "vocabulary": "truncate",
+            "rules": [],
             "dtype": "float32",
             "max_shard_size": "500B",
         }

@@ -62,7 +62,6 @@ def align(
             {name: Origin(owner, name, table[name]) for name in names if name in table}
             for owner, table in zip(checkpoints, tables, strict=True)
         ]
-    reads_base = has_base and recipe.needs_base
     for name in names:
         if recipe.excludes(name):
             origin = slots[0][name]
@@ -90,6 +89,7 @@ def align(
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
             sources = fitted
+        own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
             dataclasses.replace(origin, source=source)
@@ -99,13 +99,14 @@ def align(
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(recipe, sources[0].shape, dtype, len(slots) - has_base)
+            count = len(slots) - has_base
+            parts = _parts(own_recipe, sources[0].shape, dtype, count)
         own = origins.pop(0) if has_base else None
-        kept = own if reads_base or exact else None
+        kept = own if own_recipe.needs_base or exact else None
         beside = (
             {}
             if exact
-            else _beside(name, sources[0], statistics or [], recipe, problems)
+            else _beside(name, sources[0], statistics or [], own_recipe, problems)
         )
         tensors.append(
             TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
@@ -121,6 +122,11 @@ def align(
         f"{field} has no effect: method {recipe.method.name} has none"
         for field in recipe.without_effect
     ]
+    notes += [
+        f"rules: {pattern!r} matches no tensor that is merged, or others come first"
+        for place, (pattern, _) in enumerate(recipe.rules, start=1)
+        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+    ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
 
@@ -134,7 +140,7 @@ def _beside(
 ) -> dict[str, tuple[Origin, ...]]:
     """What the statistics' checkpoints hold for a tensor: all of them, or none."""
     holders = [own for own in statistics if name in own.tensors]
-    if not holders:
+    if not holders or not recipe.method.beside:
         return {}
     without = [own.name for own in statistics if name not in own.tensors]
     if without:

@@ -25,8 +25,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3jax.recipe.mergekit_layout import Part, laid_out, parts_of
+from m3jax.recipe.mergekit_layout import laid_out
 from m3jax.recipe.mergekit_methods import METHODS
+from m3jax.recipe.mergekit_parts import Part, parts_of
 from m3jax.recipe.mergekit_values import check_keys, mapping, nearest
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe
@@ -98,6 +99,10 @@ def parse(text: str) -> Document:
     recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
     recipe |= {"slices": layout.slices, **_dtypes(document)}
     recipe |= _transforms(ours, layout.steps)
+    recipe["rules"] = [
+        {"tensors": names, "method": method.native, **_transforms(ours, steps)}
+        for names, steps in layout.rules
+    ]
     return Document(
         layout.base,
         layout.models,

@@ -1,171 +1,19 @@
-"""The layers of a mergekit document: models, slices, modules; and what each is given.
-
-A `Part` is a slice of a module; a document that has `models` alone is one part of all
-layers. What a method's parameters are in each part becomes one value for the recipe.
-"""
+"""What a mergekit document's parts come to: slices, and one value of each parameter."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.methods.fields import Choice
 from m3jax.recipe.mergekit_methods import Entries, MergekitMethod, Steps
-from m3jax.recipe.mergekit_values import check_keys, mapping, resolved
+from m3jax.recipe.mergekit_parts import Layers, Part
+from m3jax.recipe.mergekit_values import resolved
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.slices import Piece, Slice
 from m3jax.recipe.values import BEFORE, Gradient, Rules, Runs
-
-Layers = tuple[int, int]
-# Parts of a model by the names that mergekit has for them; another name is that of
-# one of the words between the dots of its tensors' names.
-_MODULES = {
-    "default": "",
-    "text_decoder": "language_model|text_model",
-    "vision_tower": "vision_tower|vision_model|visual",
-    "vision_encoder": "vision_tower|vision_model|visual",
-    "audio_tower": "audio_tower|audio_model",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A slice of a document, or all of a module, or of all.
-
-    Attributes:
-      base: of the slice; None without one.
-      entries: the parameters of each of its models.
-      levels: those of the slice, its module and the document, the nearest first.
-      layers: of each model; None: all.
-      module: the pattern of its tensors' names; "": what no other module has.
-    """
-
-    base: str | None
-    entries: Entries
-    levels: tuple[Mapping[str, Any], ...]
-    layers: Mapping[str, Layers] | None = None
-    module: str = ""
-
-
-def parts_of(
-    document: Mapping[str, Any], model_name: Callable[[Any, str], str | None]
-) -> list[Part]:
-    """The parts of a document.
-
-    Args:
-      document: of the YAML.
-      model_name: (reference, key) -> the name of a model.
-
-    Raises:
-      RecipeError: it has none of models, slices and modules, or several; a key or a
-        value is wrong.
-    """
-    there = [key for key in ("models", "slices", "modules") if document.get(key)]
-    if len(there) != 1:
-        found = " and ".join(there) or "none of them"
-        raise RecipeError(
-            f"models, slices or modules: one of the three is needed, not {found}; "
-            "models is a list of `model: NAME`"
-        )
-    read = _Reader(model_name)
-    shared = mapping(document.get("parameters"), "parameters")
-    base = model_name(document.get("base_model"), "base_model")
-    if there != ["modules"]:
-        return read.parts("", document, base, (shared,), "")
-    parts = []
-    for name, own in mapping(document["modules"], "modules").items():
-        key = f"modules.{name}"
-        own = mapping(own, key)
-        check_keys(f"{key}.", own, ("base_model", "models", "parameters", "slices"))
-        if bool(own.get("models")) == bool(own.get("slices")):
-            raise RecipeError(f"{key} needs models or slices, one of the two")
-        word = _MODULES.get(str(name), re.escape(str(name)))
-        levels = (mapping(own.get("parameters"), f"{key}.parameters"), shared)
-        pattern = rf"(?:^|\.)(?:{word})\." if word else ""
-        parts += read.parts(f"{key}.", own, base, levels, pattern)
-    return parts
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Reads models and slices; `name` makes a model's name of a reference."""
-
-    name: Callable[[Any, str], str | None]
-
-    def parts(
-        self,
-        prefix: str,
-        own: Mapping[str, Any],
-        base: str | None,
-        levels: tuple[Mapping[str, Any], ...],
-        module: str,
-    ) -> list[Part]:
-        base = self.name(own.get("base_model"), f"{prefix}base_model") or base
-        if own.get("models"):
-            entries, _ = self._entries(own["models"], f"{prefix}models", False)
-            return [Part(base, entries, levels, None, module)]
-        slices = own.get("slices")
-        if not isinstance(slices, list):
-            raise RecipeError(f"{prefix}slices={slices!r} needs a list of slices")
-        return [
-            self._slice(entry, f"{prefix}slices[{i}]", base, levels, module)
-            for i, entry in enumerate(slices)
-        ]
-
-    def _slice(
-        self,
-        own: Any,
-        key: str,
-        base: str | None,
-        levels: tuple[Mapping[str, Any], ...],
-        module: str,
-    ) -> Part:
-        own = mapping(own, key)
-        check_keys(f"{key}.", own, ("base_model", "parameters", "sources"))
-        base = self.name(own.get("base_model"), f"{key}.base_model") or base
-        entries, layers = self._entries(own.get("sources"), f"{key}.sources", True)
-        lengths = {stop - first for first, stop in layers.values()}
-        if len(lengths) > 1:
-            each = ", ".join(f"{list(own)} of {model}" for model, own in layers.items())
-            raise RecipeError(f"{key}: as many layers of each model are needed: {each}")
-        nearest = mapping(own.get("parameters"), f"{key}.parameters")
-        return Part(base, entries, (nearest, *levels), layers, module)
-
-    def _entries(
-        self, models: Any, key: str, sliced: bool
-    ) -> tuple[Entries, dict[str, Layers]]:
-        """The parameters of each model, and its layers."""
-        if not isinstance(models, list) or not models:
-            raise RecipeError(f"{key} is missing: a list of `model: NAME`")
-        entries: Entries = {}
-        layers: dict[str, Layers] = {}
-        for i, entry in enumerate(models):
-            own = f"{key}[{i}]"
-            entry = mapping(entry, own)
-            known = ("model", "parameters", *["layer_range"] * sliced)
-            check_keys(f"{own}.", entry, known)
-            name = self.name(entry.get("model"), f"{own}.model")
-            if name is None:
-                raise RecipeError(f"{own}.model is missing")
-            if name in entries:
-                raise RecipeError(f"{own}.model={name!r} is there twice")
-            entries[name] = mapping(entry.get("parameters"), f"{own}.parameters")
-            if sliced:
-                layers[name] = _range(entry.get("layer_range"), f"{own}.layer_range")
-        return entries, layers
-
-
-def _range(given: Any, key: str) -> Layers:
-    numbers = isinstance(given, list) and [type(own) for own in given] == [int, int]
-    if not numbers or not 0 <= given[0] < given[1]:
-        raise RecipeError(
-            f"{key}={given!r} needs [first, stop]: the first layer from 0, and the one "
-            "behind the last"
-        )
-    return given[0], given[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +79,15 @@ class Layout:
       base, models: the checkpoints.
       slices: of the recipe; none where all layers are merged one by one.
       steps: fields of the recipe's steps.
+      rules: (pattern of names, fields), where the steps of other slices differ by more
+        than numbers.
     """
 
     base: str | None
     models: tuple[str, ...]
     slices: tuple[Slice, ...]
     steps: Steps
+    rules: tuple[tuple[str, Steps], ...]
 
 
 def laid_out(
@@ -255,7 +106,7 @@ def laid_out(
       drawn: whether M3 draws what takes the place of weights.
 
     Raises:
-      RecipeError: a parameter is missing, or what cannot differ between slices does.
+      RecipeError: a parameter is missing, or the slices do not go together.
     """
     arranged: list[_Arranged] = []
     for part in parts:
@@ -269,10 +120,16 @@ def laid_out(
         method.steps(_fields(name, method, own, drawn, count), own.base is not None)
         for own in arranged
     ]
-    joined = _joined(arranged, steps)
+    words = [_words(own) for own in steps]
+
+    def joined(i: int) -> Steps:
+        """The steps of part i, as the parts whose words are the same have them."""
+        same = zip(steps, words, strict=True)
+        return _joined(arranged, [o if w == words[i] else steps[i] for o, w in same])
+
     first = arranged[0]
     if len(parts) == 1 and parts[0].layers is None and not parts[0].module:
-        return Layout(first.base, tuple(first.entries), (), joined)
+        return Layout(first.base, tuple(first.entries), (), joined(0), ())
     bases = [own.base for own in arranged if own.base is not None]
     every = [model for own in arranged for model in own.entries]
     models = [m for m in dict.fromkeys([*every, *bases]) if m != base]
@@ -281,7 +138,11 @@ def laid_out(
     else:
         own_base = base
     slices = tuple(own.slice(own_base, models, count) for own in arranged)
-    return Layout(own_base, tuple(models), slices, joined)
+    rules: list[tuple[str, Steps]] = []
+    if any(own != words[0] for own in words):
+        order = sorted(range(len(parts)), key=lambda i: not parts[i].module)  # stable
+        rules = [(_pattern(arranged, i), joined(i)) for i in order]
+    return Layout(own_base, tuple(models), slices, joined(0), tuple(rules))
 
 
 def _fields(
@@ -321,25 +182,48 @@ def _fields(
     return fields
 
 
+def _words(steps: Steps) -> dict[str, dict[str, Any]]:
+    """What of the steps a kernel is compiled for."""
+    kinds = {**TRANSFORMS, **METHODS}
+    return {
+        step: {
+            name: value
+            for name, value in own.items()
+            if isinstance(kinds[step].fields()[name], Choice)
+        }
+        for step, own in steps.items()
+    }
+
+
 def _joined(parts: Sequence[_Arranged], steps: Sequence[Steps]) -> Steps:
-    """The fields of the steps over all parts."""
+    """The fields of the steps over all parts, whose words are the same."""
     joined: Steps = {}
     for step, first in steps[0].items():
         joined[step] = {}
         for field in first:
             values = [own[step][field] for own in steps]
-            same = all(own == values[0] for own in values)
-            described = (TRANSFORMS | METHODS)[step].fields()[field]
-            if not same and isinstance(described, Choice):
-                both = " and ".join(map(str, dict.fromkeys(values)))
-                raise RecipeError(
-                    f"{step}.{field} is {both} "
-                    "in different slices, where it has to be the same"
-                )
-            if not same or _has_gradient(values[0]):
+            if _has_gradient(values[0]) or any(own != values[0] for own in values):
                 values = [_over_layers(parts, values)]
             joined[step][field] = values[0]
     return joined
+
+
+def _pattern(parts: Sequence[_Arranged], place: int) -> str:
+    """A regular expression for the names of the tensors of a part."""
+    own = parts[place]
+    alike = [other for other in parts if other.part.module == own.part.module]
+    outside = r"^(?!(?:.*\.)?\d+(?:\.|$))"
+    before = rf"(?=.*(?i:{BEFORE.pattern}))"
+    inside = r"^"
+    if own.stop is not None:
+        numbers = "|".join(map(str, range(own.at, own.stop)))
+        inside = rf"^(?:(?!\d+(?:\.|$))[^.]*\.)*(?:{numbers})(?:\.|$)"
+    ways = [inside]
+    if own.stop is not None:
+        ways += [outside + before] * (own is alike[0])
+        ways += [outside + before.replace("(?=", "(?!", 1)] * (own is alike[-1])
+    module = rf"(?=.*?{own.part.module})" if own.part.module else ""
+    return "|".join(way.replace("^", "^" + module, 1) for way in ways)
 
 
 def _over_layers(parts: Sequence[_Arranged], values: Sequence[Any]) -> Any:
