@@ -25,6 +25,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3jax.recipe.documents import Document, in_order
 from m3jax.recipe.mergekit_layout import laid_out
 from m3jax.recipe.mergekit_methods import METHODS
 from m3jax.recipe.mergekit_parts import Part, parts_of
@@ -40,13 +41,13 @@ _KEYS = (
     "merge_method",
     "models",
     "modules",
+    "name",
     "out_dtype",
     "parameters",
     "slices",
 )
 _LATER = (
     "chat_template",
-    "name",
     "tokenizer",
     "tokenizer_source",
 )
@@ -54,31 +55,51 @@ _OURS = ("exclude", "max_shard_size", "mixup", "seed", "transforms", "vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-    """What a YAML document asks for.
+class Configuration:
+    """What a YAML file asks for.
 
     Attributes:
-      base, models: paths or Hugging Face ids.
-      recipe: what to do with them.
-      seed: of the document; None where it has none.
+      result: the document without a name.
+      named: those that it needs, in order.
       notes: what is ignored, one line each.
     """
 
-    base: str | None
-    models: tuple[str, ...]
-    recipe: Recipe
-    seed: int | None
+    result: Document
+    named: tuple[Document, ...]
     notes: tuple[str, ...]
 
 
-def parse(text: str) -> Document:
-    """The document of a YAML file.
+def parse(text: str) -> Configuration:
+    """The documents of a YAML file.
 
     Raises:
       RecipeError: it is no YAML, a key is unknown or not supported, a value is missing
-        or out of range; one line that names the key.
+        or out of range, or the documents do not go together; one line that names the
+        key.
     """
-    document = _loaded(text)
+    loaded = _loaded(text)
+    if len(loaded) == 1:
+        loaded[0].pop("name", None)  # nobody calls it
+    documents, notes = [], []
+    for own in loaded:
+        name = own.get("name")
+        try:
+            document, ignored = _document(own)
+        except RecipeError as error:
+            raise RecipeError(f"{name}: {error}" if name else str(error)) from None
+        documents.append(document)
+        notes += [f"{name}: {note}" if name else note for note in ignored]
+    ordered = in_order(documents)
+    notes += [
+        f"{own.name}: no document needs it, and it is not merged"
+        for own in documents
+        if own not in ordered
+    ]
+    return Configuration(ordered[-1], ordered[:-1], tuple(notes))
+
+
+def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
+    """A document, and what of it is ignored."""
     check_keys("", document, _KEYS, _LATER)
     name = document.get("merge_method")
     if name not in METHODS:
@@ -103,32 +124,25 @@ def parse(text: str) -> Document:
         {"tensors": names, "method": method.native, **_transforms(ours, steps)}
         for names, steps in layout.rules
     ]
-    return Document(
-        layout.base,
-        layout.models,
-        Recipe.from_dict(recipe),
-        ours.get("seed"),
-        _ignored(name, parts),
-    )
+    made = Recipe.from_dict(recipe)
+    whose = document.get("name")
+    found = Document(layout.base, layout.models, made, ours.get("seed"), whose)
+    return found, _ignored(name, parts)
 
 
-def _loaded(text: str) -> dict[str, Any]:
+def _loaded(text: str) -> list[dict[str, Any]]:
     import yaml
 
     try:
         documents = list(yaml.safe_load_all(text))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"not valid YAML ({' '.join(str(error).split())})") from None
-    if len(documents) != 1:
-        raise RecipeError(
-            f"{len(documents)} documents where one is allowed: several YAML documents "
-            "in a file are not supported"
-        )
-    if not isinstance(documents[0], dict):
+    documents = [own for own in documents if own is not None]
+    if not documents or not all(isinstance(own, dict) for own in documents):
         raise RecipeError(
             "not a mergekit configuration: it needs merge_method and models"
         )
-    return documents[0]
+    return documents
 
 
 def _model_name(model: Any, key: str) -> str | None:
