@@ -81,8 +81,6 @@ class Recorder(Emit):
         with self._lock:
             named = [(tensors[i].name, own, digests) for i, own, digests in done]
             self._journal.keep_tensors(named)
-                [(tensors[i].name, c, own) for i, c, own in done]
-            )
             for item, checksums, inputs in done:
                 self._finish(item, checksums, inputs)
 
