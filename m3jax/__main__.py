@@ -15,6 +15,7 @@ COMMANDS = {
     "measure": "measure models: Fisher information, Gram matrices, similarity",
     "modulate": "make a task's model of what EMR-Merging wrote",
     "methods": "list the merging methods and their parameters",
+    "lora": "extract a LoRA adapter from a model, or merge adapters",
     "explore": "merge many draws in memory, evaluate each, find the best",
     "demo": "merge small built-in models, to see how it works",
 }

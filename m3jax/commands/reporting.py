@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from m3jax.engine.progress import Progress
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from m3jax.engine.jobs import Job
     from m3jax.engine.merge import MergeResult
     from m3jax.engine.prepare import Prepared
+    from m3jax.recipe.documents import Document
 
 _SECONDS_BETWEEN_LINES = 10.0
 _FEW_GROUPS = 8
@@ -34,14 +35,16 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     merged = prepared.merged
     elements = sum(item.size for item in prepared.items)
     read = size(prepared.read_bytes(range(len(prepared.items))))
-    before = size(prepared.read_bytes(merged))
+    before = [i for job in prepared.measured for i in job.places]
     files = len(prepared.shards)
     facts = {
         "method": "; ".join(_method(job) for job in prepared.jobs),
         "tensors": f"{len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
         "passes": f"{len(prepared.passes)}: {'; '.join(prepared.passes)}",
-        "read": f"{read} in the last pass, {before} in each pass before"
+        "read": f"{read} in the last pass"
+        + f", {size(prepared.read_bytes(before))} in each pass before"
+        * (len(prepared.passes) > 1)
         if streamed
         else f"{read} once; all passes are over device memory",
         "written": f"{size(prepared.written_bytes)} in {files} file"
@@ -53,6 +56,15 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     }
     notes = [("note", note) for note in prepared.inputs.notes]
     return "\n".join(f"{name:11}{fact}" for name, fact in [*facts.items(), *notes])
+
+
+def documents(named: Sequence[Document]) -> str:
+    """What --dry_run prints of several documents: their order."""
+    lines = [
+        f"{own.name}: {own.recipe.method.name} of {', '.join(own.inputs)}"
+        for own in named
+    ]
+    return "\n".join(["in this order, and then the output:", *lines])
 
 
 def _method(job: Job) -> str:

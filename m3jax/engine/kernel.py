@@ -155,7 +155,7 @@ def reduce(
 
     Returns:
       For each array of the function: sums and maxima of each row, (R, ...); a
-      histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH).
+      histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH); values likewise.
     """
     x = _transformed(_wide(x), numbers, draw, program, depth)
     shape = x.models.shape[1:]
@@ -170,6 +170,8 @@ def reduce(
 
     def combined(part: jax.Array, how: str) -> jax.Array:
         part = rows(part)
+        if how == "values":
+            return part[None]
         if how == "histogram":
             codes = jnp.where(valid, part, jnp.uint16(ABOVE))
             return count_codes(codes)[None] if count else codes[None]

@@ -175,7 +175,7 @@ def _side_files(like: str, dtypes: Mapping[str, Dtype]) -> dict[str, bytes]:
     location, _ = hub.locate(like)
     folder = location if location.is_dir() else location.parent
     files = {}
-    for name in side_files.SIDE_FILES:
+    for name in side_files.names_of(folder):
         content = side_files.read_side_file(folder, name)
         if content is not None:
             files[name] = content

@@ -31,6 +31,7 @@ class Average(Method):
     weights: Any = weights(equal=lambda num_models: 1 / num_models, mean=True)
     needs_base = False
     shows_nonfinite = True
+    differentiable = True
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         return sum_over_models(rounded_product(x.models, p["weights"]))
@@ -47,6 +48,7 @@ class Linear(Method):
     normalize: Any = switch(default=True, help="divide by the sum of the weights")
     needs_base = False
     shows_nonfinite = True
+    differentiable = True
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
         total = numbers["weights"].sum(axis=0)
@@ -66,7 +68,7 @@ class TaskArithmetic(Method):
     """
 
     studies = (
-        "the only method that gained reliably on LLMs (2511.21437, twelve fine- "
+        "the only method that gained reliably on LLMs (2511.21437, twelve fine-"
         "tunes each of four LLMs, 16 benchmarks); at s = 0.7 among the best of "
         "long-to-short reasoning merges (2503.20641)"
     )
@@ -75,6 +77,7 @@ class TaskArithmetic(Method):
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     shows_nonfinite = True
+    differentiable = True
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         total = sum_over_models(rounded_product(x.deltas, p["weights"]))
