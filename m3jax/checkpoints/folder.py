@@ -55,6 +55,7 @@ class Checkpoint:
       changes: fields of config.json that `config` has and its file has not; a value of
         None removes the field.
       notes: what the user should know of how it was opened, one line each.
+      built: what m3jax.json says of how it was put together, where it was.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Checkpoint:
     cache_bytes: int = 0
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    built: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def folder(self) -> Location:

@@ -6,13 +6,17 @@ The recipe is --config; everything else is a flag. See configs/ and the README.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, distributed, mesh, process, reporting
 from m3jax.commands.cli import UsageError
+
+if TYPE_CHECKING:
+    from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
 SHARED = [distributed]
@@ -74,12 +78,19 @@ _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
+def named() -> tuple[str | None, list[str]]:
+    """What --base and --models name."""
+    return _BASE.value, _MODELS.value or []
+
+
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     statistics = _STATISTICS.value or asked.statistics
+    if asked.mixture is not None:
+        base, models = None, [asked.mixture.base]
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value
@@ -110,7 +121,10 @@ def main(positional: list[str]) -> int:
     )
     if _DRY_RUN.value:
         try:
-            with prepare(base, models, recipe, seed, execution, statistics) as prepared:
+            with (
+                _built(asked.mixture, models, seed) as given,
+                prepare(base, given, recipe, seed, execution, statistics) as prepared,
+            ):
                 print(reporting.plan(prepared, output))
         except MismatchError as error:
             print("\n".join(error.mismatches))
@@ -124,10 +138,14 @@ def main(positional: list[str]) -> int:
 
     assert output is not None
     shown = reporting.progress() if prints else contextlib.nullcontext()
-    with _profiled(_PROFILE.value), shown as progress:
+    with (
+        _profiled(_PROFILE.value),
+        shown as progress,
+        _built(asked.mixture, models, seed) as given,
+    ):
         result = merge(
             base,
-            models,
+            given,
             output,
             recipe,
             seed=seed,
@@ -143,6 +161,18 @@ def main(positional: list[str]) -> int:
 def failed(code: int) -> None:
     """See `cli.run`."""
     distributed.leave_after_failure(code)
+
+
+@contextlib.contextmanager
+def _built(mixture: Mixture | None, models: list[str], seed: int) -> Iterator[Any]:
+    """The models; in their place the mixture of experts that is asked for."""
+    if mixture is None:
+        yield models
+        return
+    from m3jax.moe.build import opened
+
+    with opened(mixture, seed) as checkpoint:
+        yield [checkpoint]
 
 
 @contextlib.contextmanager

@@ -207,7 +207,7 @@ def written_name(name: str, part: str) -> str:
 @contextlib.contextmanager
 def prepare(
     base: str | None,
-    models: Sequence[str],
+    models: Sequence[str | Checkpoint],
     recipe: Recipe,
     seed: int,
     execution: Execution,
@@ -232,7 +232,10 @@ def prepare(
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
         opened = [
-            stack.enter_context(open_checkpoint(model, base=base)) for model in models
+            own
+            if isinstance(own, Checkpoint)
+            else stack.enter_context(open_checkpoint(own, base=base))
+            for own in models
         ]
         names = [model.name for model in opened]
         if execution.tokenizer_from not in (None, "base", *names):

@@ -97,6 +97,7 @@ def _manifest(
         "models": described[bool(facts.base) :][: len(facts.models)],
         "statistics": described[len(described) - len(facts.statistics) :],
         "measured": dict(facts.measured),
+        **{key: own for model in facts.models for key, own in model.built.items()},
         "tokenizer_from": facts.tokenizer_from,
         "versions": {
             "m3jax": m3jax.__version__,
