@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from m3jax.commands import config, scoring
-from m3jax.commands.cli import UsageError, leave_at_once
+from m3jax.commands.cli import UsageError, define_names, leave_at_once, local, names
 from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
@@ -53,19 +52,15 @@ MORE_HELP = [
 _BASE = flags.DEFINE_string(
     "base", None, "The base model: folder, file or org/name.", allow_override=True
 )
-_MODELS = flags.DEFINE_list(
-    "models", None, "The fine-tuned models, comma-separated.", allow_override=True
+_MODELS = define_names(
+    "models", "The fine-tuned models, comma-separated.", allow_override=True
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for trials, table and winner.", allow_override=True
 )
-_VALIDATION = flags.DEFINE_list(
-    "validation_tasks", None, "JSON files of tasks to choose on."
-)
-_TEST = flags.DEFINE_list("test_tasks", None, "JSON files of tasks to report.")
-_OOD = flags.DEFINE_list(
-    "ood_tasks", None, "JSON files of tasks out of distribution, to report."
-)
+_VALIDATION = define_names("validation_tasks", "JSON files of tasks to choose on.")
+_TEST = define_names("test_tasks", "JSON files of tasks to report.")
+_OOD = define_names("ood_tasks", "JSON files of tasks out of distribution, to report.")
 _DRAWS = flags.DEFINE_integer("draws", 32, "How many.")
 _SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=True)
 _SAMPLER = flags.DEFINE_enum(
@@ -110,13 +105,13 @@ prepare = config.prepare  # --config, whose fields depend on the file it names
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     for name, value in (
         ("models", models),
         ("output", _OUTPUT.value),
-        ("validation_tasks", _VALIDATION.value),
-        ("test_tasks", _TEST.value),
+        ("validation_tasks", names(_VALIDATION)),
+        ("test_tasks", names(_TEST)),
     ):
         if not value:
             raise UsageError(f"--{name} is missing; usage: {USAGE}")
@@ -131,10 +126,10 @@ def main(positional: list[str]) -> int:
     from m3jax.exploration.explore import explore
 
     if _EXPORT.value is not None:
-        check_free(Path(_EXPORT.value), overwrite=_OVERWRITE.value)
+        check_free(local(_EXPORT.value), overwrite=_OVERWRITE.value)
     make = _task_evaluators(base, models)
-    validation, test = make(_VALIDATION.value or []), make(_TEST.value or [])
-    ood = make(_OOD.value) if _OOD.value else None
+    validation, test = make(names(_VALIDATION) or []), make(names(_TEST) or [])
+    ood = make(ood_names) if (ood_names := names(_OOD)) else None
     found = explore(
         base,
         models,
@@ -177,7 +172,7 @@ def main(positional: list[str]) -> int:
         )
         print(f"\nthe winner's checkpoint is {_EXPORT.value}")
     else:
-        path = Path(_OUTPUT.value or "") / "winner.json"
+        path = local(_OUTPUT.value or "") / "winner.json"
         print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
     return 0
 

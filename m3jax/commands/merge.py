@@ -13,7 +13,7 @@ from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, distributed, mesh, process, reporting
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define_names, names
 
 if TYPE_CHECKING:
     from m3jax.moe.document import Mixture
@@ -33,10 +33,9 @@ _BASE = flags.DEFINE_string(
     None,
     "The base model: a folder, a file or org/name; safetensors, Orbax or Flax msgpack.",
 )
-_MODELS = flags.DEFINE_list("models", None, "The fine-tuned models, comma-separated.")
-_STATISTICS = flags.DEFINE_list(
+_MODELS = define_names("models", "The fine-tuned models, comma-separated.")
+_STATISTICS = define_names(
     "statistics",
-    None,
     "One checkpoint per model of what was measured (Fisher, Gram), for methods that "
     "read it.",
 )
@@ -80,15 +79,15 @@ prepare = config.prepare  # --config, whose fields depend on the file it names
 
 def named() -> tuple[str | None, list[str]]:
     """What --base and --models name."""
-    return _BASE.value, _MODELS.value or []
+    return _BASE.value, names(_MODELS) or []
 
 
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
-    statistics = _STATISTICS.value or asked.statistics
+    statistics = names(_STATISTICS) or asked.statistics
     if asked.mixture is not None:
         base, models = None, [asked.mixture.base]
     if not models:
@@ -165,14 +164,14 @@ def failed(code: int) -> None:
 
 @contextlib.contextmanager
 def _built(mixture: Mixture | None, models: list[str], seed: int) -> Iterator[Any]:
-    """The models; in their place the mixture of experts that is asked for."""
+    """The models, or in their place the mixture of experts that is asked for."""
     if mixture is None:
         yield models
         return
     from m3jax.moe.build import opened
 
     with opened(mixture, seed) as checkpoint:
-        yield [checkpoint]
+        yield checkpoint
 
 
 @contextlib.contextmanager

@@ -125,6 +125,29 @@ class Choice(Field):
         return any(type(value) is type(o) and value == o for o in self.options)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Values at equal distances from the first layer to the last, linear in between.
+
+    Embeddings count as the first layer, what stands behind the layers as the last.
+    """
+
+    points: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A value for the tensors whose name a regular expression is found in.
+
+    Attributes:
+      rules: (pattern, value); the first that fits counts.
+      otherwise: the value where none fits.
+    """
+
+    rules: tuple[tuple[str, Any], ...]
+    otherwise: Any
+
+
 def number(*, default: float | None, help: str, **settings: Any) -> Any:
     """A field of a step that holds a number; the settings are those of `Number`."""
     return _field(Number(help, default, **settings))

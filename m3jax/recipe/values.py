@@ -12,42 +12,18 @@ to tables of numbers, one per tensor, before anything is read.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from m3jax.methods.fields import Field, Number
+from m3jax.methods.fields import Field, Gradient, Number, Rules
 from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.traced import is_traced
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient:
-    """Values at equal distances from the first layer to the last, linear in between.
-
-    Embeddings count as the first layer, what stands behind the layers as the last.
-    """
-
-    points: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """A value for the tensors whose name a regular expression is found in.
-
-    Attributes:
-      rules: (pattern, value); the first that fits counts.
-      otherwise: the value where none fits.
-    """
-
-    rules: tuple[tuple[str, Any], ...]
-    otherwise: Any
 
 
 def parse(value: Any) -> Any:
