@@ -370,4 +370,4 @@ def test_refuses_what_does_not_fit(here: Path, run: Run) -> None:
     assert "base: has no adapter_config.json" in said("base+base")
     assert "nowhere: no such file or folder" in said("base+nowhere")
     (here / "a" / "adapter_config.json").write_text("[]")
-    assert "not a JSON object" in said("a")
+    assert "not a JSON object" in said("base+a")
