@@ -330,6 +330,17 @@ def test_refuses(config: dict[str, Any], message: str, here: Path) -> None:
         open_checkpoint("base+a")
 
 
+def test_pickled_tensors_are_read_without_being_run(here: Path) -> None:
+    torch = pytest.importorskip("torch")
+    own = here / "p"
+    named = {f"base_model.model.{n}": torch.tensor(t) for n, t in pair(2, 6, 5).items()}
+    (adapter(own, pair(2, 6, 5)) / "adapter_model.safetensors").unlink()
+    torch.save(named, own / "adapter_model.bin")
+    with open_checkpoint("base+p") as one, open_checkpoint("base+a") as other:
+        name = f"{MODULE}.weight"
+        assert np.array_equal(*(read_whole(c.tensors[name]) for c in (one, other)))
+
+
 def test_refuses_what_does_not_fit(here: Path, run: Run) -> None:
     def said(model: str) -> str:
         ran = run("merge", "--base=base", f"--models={model}", "--output=out", OFF)
@@ -353,8 +364,10 @@ def test_refuses_what_does_not_fit(here: Path, run: Run) -> None:
     cut = adapter(here / "cut", pair(2, 6, 5)) / "adapter_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-3])
     assert "cut off" in said("cut")
-    (here / "a" / "adapter_model.safetensors").rename(here / "a" / "adapter_model.bin")
-    assert "is pickled: load it with peft" in said("a")
+    (here / "a" / "adapter_model.safetensors").unlink()
+    assert "holds a part of an adapter" in said("a")
+    assert "file 'adapter_model.safetensors' is missing" in said("base+a")
+    assert "base: has no adapter_config.json" in said("base+base")
     assert "nowhere: no such file or folder" in said("base+nowhere")
     (here / "a" / "adapter_config.json").write_text("[]")
-    assert "not a JSON object" in said("a")
+    assert "not a JSON object" in said("base+a")

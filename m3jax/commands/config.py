@@ -8,7 +8,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict, config_flags
 
@@ -18,6 +18,9 @@ from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.groups import group
 from m3jax.recipe.recipe import FLAT
+
+if TYPE_CHECKING:
+    from m3jax.moe.document import Mixture
 
 
 def all_fields(recipe: Recipe) -> dict[str, Any]:
@@ -48,6 +51,7 @@ class Asked:
       tokenizer_from: of the record, None without one.
       statistics: beside the models, of the record.
       documents: merges that give some of the models, in order.
+      mixture: of experts, that is built in the place of the models; None: none.
     """
 
     recipe: Recipe
@@ -56,6 +60,7 @@ class Asked:
     seed: int
     tokenizer_from: str | None
     statistics: list[str]
+    mixture: Mixture | None = None
     documents: tuple[Document, ...] = ()
 
 
@@ -122,6 +127,7 @@ def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked
         tokenizer_from=_record.get("tokenizer_from"),
         statistics=[own["path"] for own in _record.get("statistics", [])],
         documents=tuple(own.renamed(names) for own in documents),
+        mixture=_mixture(),
     )
 
 
@@ -188,10 +194,15 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields and record of a mergekit configuration."""
+    from m3jax.moe import document as moe
     from m3jax.recipe import mergekit
 
     try:
-        found = mergekit.parse(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        keys = moe.loaded(text)
+        if keys is not None:
+            return mixture_fields(moe.parse(keys))
+        found = mergekit.parse(text)
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
     for note in found.notes:
@@ -204,6 +215,34 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "vocabulary": result.recipe.vocabulary,
         "documents": [own.to_dict() for own in found.named],
     }
+
+
+def mixture_fields(mixture: Mixture) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and record of a mixture of experts, whose tensors are copied."""
+    recipe = {
+        "method": "passthrough",
+        "mixup": {"alpha": None},
+        "dtype": mixture.dtype or "promote",
+    }
+    record = {
+        "moe": mixture.to_dict(),
+        "models": [{"path": mixture.base}],
+        "seed": mixture.seed or 0,
+    }
+    return Recipe.from_dict(recipe).to_dict(), record
+
+
+def use(mixture: Mixture) -> None:
+    """Puts a mixture in the place of what `--config` says."""
+    global _record
+    fields, _record = mixture_fields(mixture)
+    _holder.value.update(fields)
+
+
+def _mixture() -> Mixture | None:
+    from m3jax.moe import document as moe
+
+    return moe.parse(_record["moe"]) if "moe" in _record else None
 
 
 def _hint(field: str, known: list[str]) -> str:

@@ -6,8 +6,9 @@ The recipe is --config; everything else is a flag. See configs/ and the README.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -15,6 +16,9 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, distributed, mesh, process, reporting
 from m3jax.commands.cli import UsageError, define_names, names
 from m3jax.recipe.documents import Document, renamed
+
+if TYPE_CHECKING:
+    from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
 SHARED = [distributed]
@@ -81,12 +85,19 @@ _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
+def named() -> tuple[str | None, list[str]]:
+    """What --base and --models name."""
+    return _BASE.value, names(_MODELS) or []
+
+
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     statistics = names(_STATISTICS) or asked.statistics
+    if asked.mixture is not None:
+        base, models = None, [asked.mixture.base]
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value
@@ -121,7 +132,10 @@ def main(positional: list[str]) -> int:
         return 0
     if _DRY_RUN.value:
         try:
-            with prepare(base, models, recipe, seed, execution, statistics) as prepared:
+            with (
+                _built(asked.mixture, models, seed) as given,
+                prepare(base, given, recipe, seed, execution, statistics) as prepared,
+            ):
                 print(reporting.plan(prepared, output))
         except MismatchError as error:
             print("\n".join(error.mismatches))
@@ -161,17 +175,18 @@ def main(positional: list[str]) -> int:
             named = {
                 paths[own.name or ""]: own.renamed(paths) for own in asked.documents
             }
-        result = merge(
-            base,
-            models,
-            output,
-            recipe,
-            seed=seed,
-            execution=execution,
-            progress=progress,
-            statistics=statistics,
-            documents=named,
-        )
+        with _built(asked.mixture, models, seed) as given:
+            result = merge(
+                base,
+                given,
+                output,
+                recipe,
+                seed=seed,
+                execution=execution,
+                progress=progress,
+                statistics=statistics,
+                documents=named,
+            )
     if prints:
         print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
@@ -180,6 +195,18 @@ def main(positional: list[str]) -> int:
 def failed(code: int) -> None:
     """See `cli.run`."""
     distributed.leave_after_failure(code)
+
+
+@contextlib.contextmanager
+def _built(mixture: Mixture | None, models: list[str], seed: int) -> Iterator[Any]:
+    """The models, or in their place the mixture of experts that is asked for."""
+    if mixture is None:
+        yield models
+        return
+    from m3jax.moe.build import opened
+
+    with opened(mixture, seed) as checkpoint:
+        yield checkpoint
 
 
 @contextlib.contextmanager

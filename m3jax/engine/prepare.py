@@ -250,7 +250,7 @@ def written_name(name: str, part: str) -> str:
 @contextlib.contextmanager
 def prepare(
     base: str | None,
-    models: Sequence[str],
+    models: Sequence[str] | Checkpoint,
     recipe: Recipe,
     seed: int,
     execution: Execution,
@@ -267,15 +267,19 @@ def prepare(
     Raises:
       RecipeError, SeedError, CheckpointError: one line each.
     """
-    recipe.check(num_models=len(models), has_base=base is not None)
-    recipe.check_statistics(len(statistics), len(models))
+    given = [models] if isinstance(models, Checkpoint) else models
+    recipe.check(num_models=len(given), has_base=base is not None)
+    recipe.check_statistics(len(statistics), len(given))
     prng.check_seed(seed)
     with contextlib.ExitStack() as stack:
         opened_base = (
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
         opened = [
-            stack.enter_context(open_checkpoint(model, base=base)) for model in models
+            own
+            if isinstance(own, Checkpoint)
+            else stack.enter_context(open_checkpoint(own, base=base))
+            for own in given
         ]
         names = [model.name for model in opened]
         if execution.tokenizer_from not in (None, "base", *names):

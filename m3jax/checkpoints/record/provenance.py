@@ -100,6 +100,7 @@ def _manifest(
         "statistics": described[len(described) - len(facts.statistics) :],
         "measured": dict(facts.measured),
         **({"documents": list(facts.documents)} if facts.documents else {}),
+        **{key: own for model in facts.models for key, own in model.built.items()},
         "tokenizer_from": facts.tokenizer_from,
         "versions": {
             "m3jax": m3jax.__version__,
