@@ -217,7 +217,7 @@ DOCUMENT = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\
             "base_modle; did you mean 'base_model'",
         ),
         (DOCUMENT.replace("linear", "linaer"), "'linaer'; did you mean 'linear'"),
-        (DOCUMENT + "tokenizer_source: base", "tokenizer_source is not supported"),
+        (DOCUMENT + "modules: {}", "modules is not supported"),
         (DOCUMENT + "slices: []", "slices is not supported"),
         (DOCUMENT + "m3jax: {sede: 1}", "unknown key m3jax.sede; did you mean 'seed'"),
         (DOCUMENT + "---\n" + DOCUMENT, "2 documents"),

@@ -7,6 +7,9 @@ have a private file of its user's published with the merge.
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
@@ -29,16 +32,19 @@ VOCABULARY_FILES = (  # a tokenizer has at least one of them
     "vocab.json",
     "vocab.txt",
 )
-TOKENIZER_FILES = (
+TOKENIZERS_ALONE = (
     *VOCABULARY_FILES,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
+)
+TOKENIZER_FILES = (
+    *TOKENIZERS_ALONE,
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 SIDE_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
 MAX_SIDE_FILE = 256_000_000  # bytes; the largest tokenizers are a tenth of it
@@ -79,3 +85,15 @@ def read_config(folder: Location) -> dict[str, Any] | None:
         return load_json(content, str(folder / CONFIG), constants=True)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; fetch it again, or mend it") from None
+
+
+def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
+    """config.json with other fields: their dotted names and values, None to remove."""
+    config = json.loads(content)
+    for name, value in changes.items():
+        *path, field = name.split(".")
+        fields = functools.reduce(
+            lambda own, key: own.setdefault(key, {}), path, config
+        )
+        fields.pop(field, None) if value is None else fields.update({field: value})
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

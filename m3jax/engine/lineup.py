@@ -10,6 +10,7 @@ from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.source import Converted, Source
 from m3jax.engine import vocabulary
+from m3jax.engine.by_token import ByToken, Compared
 from m3jax.engine.inputs import (
     MergeInputs,
     MismatchError,
@@ -21,6 +22,7 @@ from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
 
 HEAD = "lm_head.weight"
+_NOTHING = Compared()
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
@@ -29,6 +31,7 @@ def align(
     models: list[Checkpoint],
     recipe: Recipe,
     statistics: list[Checkpoint] | None = None,
+    tokens: ByToken | Compared = _NOTHING,
 ) -> MergeInputs:
     """Lines up the checkpoints' tensors by name.
 
@@ -36,6 +39,7 @@ def align(
       base, models: the checkpoints.
       recipe: what is done to them.
       statistics: one checkpoint per model, for a method that reads what they hold.
+      tokens: how rows of tokens fit, or what a merge by rows must know of them.
 
     Raises:
       MismatchError: with every tensor that is missing, extra, or of another shape.
@@ -46,16 +50,26 @@ def align(
     tables = _untie(checkpoints, changes, notes)
     reads_base = base is not None and recipe.needs_base
     _check_related(checkpoints)
+    notes += tokens.notes
     problems: list[str] = []
+    if isinstance(tokens, Compared):
+        problems += tokens.problems
+    resized: dict[str, list[Source]] = {}
     tensors: list[TensorInputs] = []
     for name in _names(checkpoints, tables, recipe, problems):
+        holders = [table[name] for table in tables if name in table]
+        fitted = None
+        if len(holders) == len(tables):
+            fitted = _fitted(name, holders, checkpoints, recipe, tokens)
+        if fitted is not None:
+            resized[name] = holders
         if recipe.excludes(name):
-            origin = Origin(checkpoints[0], name, tables[0][name])
+            origin = Origin(checkpoints[0], name, (fitted or [tables[0][name]])[0])
             dtype = _output_dtype([origin.source], recipe)
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
-        sources = [table[name] for table in tables]
+        sources = fitted or holders
         kinds = {source.dtype.kind for source in sources}
         exact = kinds == {"exact"}
         if len(kinds) > 1 or (exact and len({s.dtype.code for s in sources}) > 1):
@@ -64,17 +78,11 @@ def align(
             )
             continue
         if len({source.shape for source in sources}) > 1:
-            fitted = vocabulary.fit(name, sources, checkpoints, recipe.vocabulary)
-            if fitted is None:
-                problems.append(
-                    _differ(
-                        name, "shape", checkpoints, [list(s.shape) for s in sources]
-                    )
-                    + vocabulary.hint(name, sources, checkpoints)
-                )
-                continue
-            changes["vocab_size"] = fitted[0].shape[0]
-            sources = fitted
+            problems.append(
+                _differ(name, "shape", checkpoints, [list(s.shape) for s in sources])
+                + vocabulary.hint(name, sources, checkpoints)
+            )
+            continue
         dtype = _output_dtype(sources, recipe)
         origins = [
             Origin(owner, name, source)
@@ -107,7 +115,24 @@ def align(
         for field in recipe.without_effect
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
+    changes |= _resizing(checkpoints, tensors, resized, recipe, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _fitted(
+    name: str,
+    sources: list[Source],
+    checkpoints: list[Checkpoint],
+    recipe: Recipe,
+    tokens: ByToken | Compared,
+) -> list[Source] | None:
+    """The sources with the rows of one vocabulary; None where there is nothing to do,
+    or nothing that can be done."""
+    if isinstance(tokens, ByToken):
+        return tokens.fit(name, sources, checkpoints)
+    if len({source.shape for source in sources}) == 1:
+        return None
+    return vocabulary.fit(name, sources, checkpoints, recipe.vocabulary)
 
 
 def _beside(
@@ -275,12 +300,30 @@ def _note_changes(
         for field in ("dtype", "torch_dtype"):
             if field in config:
                 changes[field] = floats.pop().numpy.name if floats else changes["dtype"]
-    if "vocab_size" in changes:
-        if config.get("vocab_size") == changes["vocab_size"]:
-            del changes["vocab_size"]
-        else:
-            notes.append(
-                f"the output has {changes['vocab_size']} vocabulary rows, "
-                f"{first.name} has {config.get('vocab_size')}; --tokenizer_from names "
-                "the model whose tokenizer goes along"
-            )
+
+
+def _resizing(
+    checkpoints: list[Checkpoint],
+    tensors: list[TensorInputs],
+    resized: dict[str, list[Source]],
+    recipe: Recipe,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Changes to config.json for tensors of other rows than the first checkpoint's."""
+    changes: dict[str, Any] = {}
+    first = checkpoints[0]
+    for tensor in tensors:
+        if tensor.name in resized:
+            rows, before = tensor.shape[0], resized[tensor.name][0].shape[0]
+            changes |= vocabulary.size_changes(first.config or {}, rows, before)
+    if resized and recipe.vocabulary == "truncate":
+        name = min(resized)
+        had = {
+            f"{own.name} {source.shape[0]}": None
+            for own, source in zip(checkpoints, resized[name], strict=True)
+        }
+        kept = min(source.shape[0] for source in resized[name])
+        notes.append(
+            f"{', '.join(sorted(resized))}: truncated to {kept} rows ({', '.join(had)})"
+        )
+    return changes

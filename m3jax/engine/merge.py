@@ -327,6 +327,8 @@ def _complete(
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            side_files=prepared.companions.owner,
+            other_files=prepared.companions.files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

@@ -20,11 +20,16 @@ from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import draws, plan
 from m3jax.engine.buffers import buffer_bytes
+from m3jax.engine.by_token import by_token
+from m3jax.engine.by_token import compared as compare_by_row
+from m3jax.engine.companions import Companions, companions
 from m3jax.engine.inputs import MergeInputs, TensorInputs
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.engine.lineup import align
 from m3jax.engine.pipeline import available_cores
+from m3jax.engine.vocabulary import is_named
 from m3jax.recipe import Recipe, RecipeError, parse_size
+from m3jax.recipe.tokenizer import check_vocabulary
 
 T = TypeVar("T")
 
@@ -106,6 +111,7 @@ class Prepared:
       places: the shard of each part of each tensor.
       tiles: of a chunk.
       devices, execution: how it is run.
+      companions: what is written beside the tensors.
     """
 
     base: Checkpoint | None
@@ -121,6 +127,7 @@ class Prepared:
     tiles: int
     devices: tuple[jax.Device, ...]
     execution: Execution
+    companions: Companions
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -225,21 +232,14 @@ def prepare(
     recipe.check(num_models=len(models), has_base=base is not None)
     recipe.check_statistics(len(statistics), len(models))
     prng.check_seed(seed)
+    check_vocabulary(recipe.vocabulary, [*([] if base is None else [base]), *models])
     with contextlib.ExitStack() as stack:
         opened_base = (
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
         opened = [stack.enter_context(open_checkpoint(model)) for model in models]
-        names = [model.name for model in opened]
-        if execution.tokenizer_from not in (None, "base", *names):
-            raise CheckpointError(
-                f"tokenizer_from={execution.tokenizer_from} needs 'base' or one of the "
-                f"models: {', '.join(names)}"
-            )
-        first = opened_base or opened[0]
-        of_name = dict(zip(names, opened, strict=True))
-        for owner in (first, of_name.get(execution.tokenizer_from or "", first)):
-            check_side_files(owner.folder)
+        for own in (opened_base or opened[0], *opened):
+            check_side_files(own.folder)
         beside = [stack.enter_context(open_checkpoint(own)) for own in statistics]
         yield _plan(opened_base, opened, beside, recipe, seed, execution)
 
@@ -252,14 +252,24 @@ def _plan(
     seed: int,
     execution: Execution,
 ) -> Prepared:
-    inputs = align(base, models, recipe, statistics)
+    tokens = by_token(recipe, base, models)
+    compared = compare_by_row(recipe, base, models) if tokens is None else tokens
+    inputs = align(base, models, recipe, statistics, compared)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
+    beside = companions(
+        recipe, base, models, execution.tokenizer_from, tokens, _new_rows(inputs, first)
+    )
     shards = _shards(tensors, sizes, recipe, execution.output_format, first)
     by_name = {tensor.name: tensor for tensor in tensors}
     order = [name for s in shards for name in s.entries if name in by_name]
-    inputs = dataclasses.replace(inputs, tensors=tuple(by_name[n] for n in order))
+    inputs = dataclasses.replace(
+        inputs,
+        tensors=tuple(by_name[n] for n in order),
+        config={**beside.config, **inputs.config},
+        notes=(*inputs.notes, *beside.notes),
+    )
     holder = {name: i for i, shard in enumerate(shards) for name in shard.entries}
     places = {
         (i, part): holder[written_name(tensor.name, part)]
@@ -297,7 +307,17 @@ def _plan(
         tiles=tiles,
         devices=devices,
         execution=execution,
+        companions=beside,
     )
+
+
+def _new_rows(inputs: MergeInputs, first: Checkpoint) -> int | None:
+    """Rows of the output's vocabulary, where they are not the first checkpoint's."""
+    for tensor in inputs.tensors:
+        if is_named(tensor.name) and tensor.name in first.tensors:
+            rows = tensor.shape[0]
+            return None if rows == first.tensors[tensor.name].shape[0] else rows
+    return None
 
 
 def _shards(

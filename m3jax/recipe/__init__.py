@@ -3,6 +3,16 @@
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe, parse_size
+from m3jax.recipe.tokenizer import TokenizerConfig, TokenRow
 from m3jax.recipe.values import Gradient, Rules
 
-__all__ = ["Gradient", "Mixup", "Recipe", "RecipeError", "Rules", "parse_size"]
+__all__ = [
+    "Gradient",
+    "Mixup",
+    "Recipe",
+    "RecipeError",
+    "Rules",
+    "TokenRow",
+    "TokenizerConfig",
+    "parse_size",
+]

@@ -26,12 +26,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from m3jax.recipe import mergekit_tokenizer
 from m3jax.recipe.mergekit_methods import METHODS, Parameter
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe
 from m3jax.recipe.values import LAYER, Gradient, Rules, as_json
 
 _KEYS = (
+    *mergekit_tokenizer.KEYS,
     "base_model",
     "dtype",
     "m3jax",
@@ -40,14 +42,7 @@ _KEYS = (
     "out_dtype",
     "parameters",
 )
-_LATER = (
-    "chat_template",
-    "modules",
-    "name",
-    "slices",
-    "tokenizer",
-    "tokenizer_source",
-)
+_LATER = ("modules", "name", "slices")
 _OURS = ("exclude", "max_shard_size", "mixup", "seed", "transforms", "vocabulary")
 _WORDS = {"true": True, "false": False}
 
@@ -114,6 +109,7 @@ def parse(text: str) -> Document:
     recipe: dict[str, Any] = {key: ours[key] for key in plain if key in ours}
     recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
     recipe |= {"dtype": _dtype(document), **_transforms(ours, steps)}
+    recipe |= mergekit_tokenizer.fields(document, base, _model_name, _check_keys)
     return Document(
         base,
         tuple(entries),

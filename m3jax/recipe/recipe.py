@@ -19,9 +19,9 @@ from m3jax.methods.fields import Weights
 from m3jax.recipe import values
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
+from m3jax.recipe.tokenizer import TokenizerConfig
 from m3jax.traced import is_traced
 
-VOCABULARIES = ("error", "mean", "truncate")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
@@ -39,8 +39,10 @@ class Recipe:
       transforms: what is done to the models before, in this order.
       mixup: how the ratios are found.
       exclude: regular expressions (``re.match``) of tensors taken from the base.
-      vocabulary: what to do about different vocabulary sizes: ``error``,
-        ``mean`` (append mean rows) or ``truncate``.
+      vocabulary: what to do about different vocabularies. By rows: ``error``,
+        ``mean`` (append mean rows) or ``truncate``; by tokens: ``union``, ``base``, or
+        the name of the model whose vocabulary the output has.
+      tokenizer: the rows of single tokens, padding, chat template.
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
@@ -57,6 +59,7 @@ class Recipe:
     mixup: Mixup = dataclasses.field(default_factory=Mixup)
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     dtype: str = "input"
     max_shard_size: int | str = "5GB"
     scaling: InitVar[Any] = None
@@ -112,7 +115,10 @@ class Recipe:
             self.mixup.check(problems)
         else:
             problems.add("mixup", self.mixup, "an m3jax.Mixup")
-        problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
+        if isinstance(self.tokenizer, TokenizerConfig):
+            self.tokenizer.check(problems, self.vocabulary)
+        else:
+            problems.add("tokenizer", self.tokenizer, "an m3jax.TokenizerConfig")
         problems.choice("dtype", self.dtype, DTYPES)
         for step in steps:
             if not isinstance(step, Step):
@@ -242,6 +248,7 @@ class Recipe:
             "mixup": dataclasses.asdict(self.mixup),
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer.to_dict(),
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }
@@ -277,12 +284,16 @@ class Recipe:
         known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
         mixup = fields.get("mixup", {})
         _check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
+        tokenizer = fields.get("tokenizer", {})
+        own = [field.name for field in dataclasses.fields(TokenizerConfig)]
+        _check_known("tokenizer.", tokenizer, own)
         return cls(
             **{name: plain(own) for name, own in fields.items() if name in known}
             | {
                 "method": steps.get(method, method),
                 "transforms": tuple(steps[name] for name in order if name in steps),
                 "mixup": Mixup(**mixup),
+                "tokenizer": TokenizerConfig(**tokenizer),
             }
         )
 

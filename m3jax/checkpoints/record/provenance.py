@@ -32,8 +32,11 @@ class Facts:
       measured: what the method says of the whole model, by name.
       input_checksums: per checkpoint (base first), over what was read from it.
       checksums: of each tensor written.
-      config_changes: fields of config.json to set, or to remove (None).
+      config_changes: fields of config.json to set, or to remove (None); dotted names.
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
+      side_files: whose they are, but for config.json.
+      other_files: contents of those that are not as that checkpoint has them; None
+        for one that is left out.
     """
 
     recipe: Mapping[str, Any]
@@ -48,6 +51,8 @@ class Facts:
     checksums: Mapping[str, str]
     config_changes: Mapping[str, Any]
     tokenizer_from: str | None
+    side_files: Checkpoint
+    other_files: Mapping[str, bytes | None]
 
 
 def write(folder: OutputFolder, facts: Facts) -> None:
@@ -64,20 +69,21 @@ def write(folder: OutputFolder, facts: Facts) -> None:
 
 
 def _side_files(facts: Facts, first: Checkpoint) -> dict[str, bytes]:
-    by_name = {model.name: model for model in facts.models}
-    tokenizer = by_name.get(facts.tokenizer_from or "", first)
-    files = {}
+    files: dict[str, bytes] = {}
     for name in side_files.SIDE_FILES:
-        owner = first if name == side_files.CONFIG else tokenizer
+        owner = first if name == side_files.CONFIG else facts.side_files
         content = side_files.read_side_file(owner.folder, name)
         if content is not None:
             files[name] = content
+    for name, other in facts.other_files.items():
+        files.pop(name, None)
+        if other is not None:
+            files[name] = other
     if facts.config_changes and side_files.CONFIG in files:
-        config = json.loads(files[side_files.CONFIG])
-        for field, value in facts.config_changes.items():
-            config.pop(field, None) if value is None else config.update({field: value})
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        files[side_files.CONFIG] = text.encode()
+        config = files[side_files.CONFIG]
+        files[side_files.CONFIG] = side_files.changed_config(
+            config, facts.config_changes
+        )
     return files
 
 
