@@ -136,6 +136,7 @@ class TestRecipes:
                 "chat_template": "chatml",
                 "copy": True,
             },
+            "rules": [],
             "dtype": "float32",
             "max_shard_size": "500B",
         }

@@ -30,6 +30,7 @@ DEFAULTS = {
     },
     "dtype": "input",
     "max_shard_size": "5GB",
+    "rules": (),
 }
 # As version 0.1 wrote it.
 VERSION_0_1 = {

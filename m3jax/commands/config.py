@@ -15,7 +15,8 @@ from ml_collections import config_dict, config_flags
 from m3jax.commands.cli import UsageError
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
-from m3jax.recipe.recipe import FLAT, group
+from m3jax.recipe.groups import group
+from m3jax.recipe.recipe import FLAT
 
 
 def all_fields(recipe: Recipe) -> dict[str, Any]:

@@ -48,7 +48,6 @@ def align(
     changes: dict[str, Any] = {}
     notes: list[str] = []
     tables = _untie(checkpoints, changes, notes)
-    reads_base = base is not None and recipe.needs_base
     _check_related(checkpoints)
     notes += tokens.notes
     problems: list[str] = []
@@ -83,6 +82,7 @@ def align(
                 + vocabulary.hint(name, sources, checkpoints)
             )
             continue
+        own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
             Origin(owner, name, source)
@@ -92,13 +92,13 @@ def align(
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(recipe, sources[0].shape, dtype, len(models))
+            parts = _parts(own_recipe, sources[0].shape, dtype, len(models))
         own = origins.pop(0) if base is not None else None
-        kept = own if reads_base or exact else None
+        kept = own if own_recipe.needs_base or exact else None
         beside = (
             {}
             if exact
-            else _beside(name, sources[0], statistics or [], recipe, problems)
+            else _beside(name, sources[0], statistics or [], own_recipe, problems)
         )
         tensors.append(
             TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
@@ -113,6 +113,11 @@ def align(
     notes += [
         f"{field} has no effect: method {recipe.method.name} has none"
         for field in recipe.without_effect
+    ]
+    notes += [
+        f"rules: {pattern!r} matches no tensor that is merged, or others come first"
+        for place, (pattern, _) in enumerate(recipe.rules, start=1)
+        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     changes |= _resizing(checkpoints, tensors, resized, recipe, notes)
@@ -144,7 +149,7 @@ def _beside(
 ) -> dict[str, tuple[Origin, ...]]:
     """What the statistics' checkpoints hold for a tensor: all of them, or none."""
     holders = [own for own in statistics if name in own.tensors]
-    if not holders:
+    if not holders or not recipe.method.beside:
         return {}
     without = [own.name for own in statistics if name not in own.tensors]
     if without:
