@@ -22,6 +22,8 @@ from m3jax.checkpoints.source import Array
 from m3jax.checkpoints.sources.token_rows import TokenRows
 from m3jax.checkpoints.tokens import generation
 from m3jax.checkpoints.tokens.vocabulary import read_vocabulary
+from m3jax.engine.journal import fingerprint
+from m3jax.engine.prepare import prepare
 
 EMBEDDING, HEAD, NORM = (
     "model.embed_tokens.weight",
@@ -533,6 +535,20 @@ def test_generation_config_is_mended(fields, mended):
 def test_a_generation_config_that_is_no_json_is_left_out():
     made, (note,) = generation.mended(b'{"eos_token_id": ')
     assert made is None and note.endswith("it is left out")
+
+
+def test_resuming_looks_at_the_tokenizers(pair: Path):
+    """An interrupted merge goes on only with the rows that it began with."""
+    recipe = m3jax.Recipe(mixup=PLAIN, vocabulary="union")
+
+    def now() -> str:
+        with prepare("base", ["a"], recipe, 0, m3jax.Execution()) as prepared:
+            return fingerprint(prepared)
+
+    before = now()
+    assert now() == before
+    (pair / "a" / "tokenizer.json").write_text(word_level({"c": 0, "b": 1, "a": 2}))
+    assert now() != before
 
 
 def test_pytrees_have_no_tokens():

@@ -138,7 +138,9 @@ def by_token(
         f"vocabulary={recipe.vocabulary}: {len(whole.ids)} tokens in "
         f"{len(found.filled)} rows, the tokenizer is {owner.name}'s"
         + "".join(
-            f", with {count} of {checkpoints[d].name}'s" for d, count in counts if count
+            f" and {count} tokens of {checkpoints[d].name}'s"
+            for d, count in counts
+            if count
         )
     ]
     if unknown:

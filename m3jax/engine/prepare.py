@@ -114,6 +114,7 @@ class Prepared:
       tiles: of a chunk.
       devices, execution: how it is run.
       companions: what is written beside the tensors.
+      rows: a digest of which row belongs to which token; "" in a merge by row.
     """
 
     base: Checkpoint | None
@@ -130,6 +131,7 @@ class Prepared:
     devices: tuple[jax.Device, ...]
     execution: Execution
     companions: Companions
+    rows: str
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -310,6 +312,7 @@ def _plan(
         devices=devices,
         execution=execution,
         companions=beside,
+        rows="" if tokens is None else tokens.alignment.digest,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -44,6 +45,14 @@ class Alignment:
     default: np.ndarray
     filled: np.ndarray
     forced: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides which rows are read."""
+        found = hashlib.sha256()
+        for array in (self.own, self.default, self.filled, self.forced):
+            found.update(array.tobytes())
+        return found.hexdigest()
 
     def fit(self, which: int, sources: Sequence[Source]) -> TokenRows:
         """The tensor of checkpoint `which`, given that of every checkpoint."""
