@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
-from m3jax.checkpoints.source import Converted, Source
-from m3jax.engine import vocabulary
+from m3jax.checkpoints.source import Converted, Repeated, Source
+from m3jax.engine import layer_config, vocabulary
 from m3jax.engine.by_token import ByToken, Compared
 from m3jax.engine.inputs import (
     MergeInputs,
@@ -18,6 +19,7 @@ from m3jax.engine.inputs import (
     Part,
     TensorInputs,
 )
+from m3jax.engine.slices import stacked
 from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
 
@@ -45,55 +47,74 @@ def align(
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    changes: dict[str, Any] = {}
-    notes: list[str] = []
+    changes: dict[str, Any] = dict(checkpoints[0].changes)
+    notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
     tables = _untie(checkpoints, changes, notes)
     _check_related(checkpoints)
     notes += tokens.notes
     problems: list[str] = []
     if isinstance(tokens, Compared):
         problems += tokens.problems
-    resized: dict[str, list[Source]] = {}
+    resized: dict[str, list[Origin]] = {}
     tensors: list[TensorInputs] = []
-    for name in _names(checkpoints, tables, recipe, problems):
-        holders = [table[name] for table in tables if name in table]
+    if recipe.slices:
+        has_base = recipe.slices[0].base is not None
+        given = base is not None
+        slots, stacks = stacked(checkpoints, tables, recipe, given, problems)
+        names = sorted(slots[0])
+        layer_config.follow(checkpoints[0], stacks, changes, notes)
+    else:
+        has_base = base is not None
+        names = _names(checkpoints, tables, recipe, problems)
+        slots = [
+            {name: Origin(owner, name, table[name]) for name in names if name in table}
+            for owner, table in zip(checkpoints, tables, strict=True)
+        ]
+    for name in names:
+        found = [slot[name] for slot in slots if name in slot]
         fitted = None
-        if len(holders) == len(tables):
-            fitted = _fitted(name, holders, checkpoints, recipe, tokens)
+        if len(found) == len(slots):
+            fitted = _fitted(name, found, recipe, tokens)
         if fitted is not None:
-            resized[name] = holders
+            resized[name] = found
+            found = [
+                dataclasses.replace(origin, source=source)
+                for origin, source in zip(found, fitted, strict=True)
+            ]
         if recipe.excludes(name):
-            origin = Origin(checkpoints[0], name, (fitted or [tables[0][name]])[0])
+            origin = slots[0][name] if fitted is None else found[0]
             dtype = _output_dtype([origin.source], recipe)
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
-        sources = fitted or holders
+        owners = [origin.owner for origin in found]
+        sources = [origin.source for origin in found]
         kinds = {source.dtype.kind for source in sources}
         exact = kinds == {"exact"}
         if len(kinds) > 1 or (exact and len({s.dtype.code for s in sources}) > 1):
             problems.append(
-                _differ(name, "dtype", checkpoints, [s.dtype.code for s in sources])
+                _differ(name, "dtype", owners, [s.dtype.code for s in sources])
             )
             continue
         if len({source.shape for source in sources}) > 1:
             problems.append(
-                _differ(name, "shape", checkpoints, [list(s.shape) for s in sources])
-                + vocabulary.hint(name, sources, checkpoints)
+                _differ(name, "shape", owners, [list(s.shape) for s in sources])
+                + vocabulary.hint(name, sources, owners)
             )
             continue
         own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
-            Origin(owner, name, source)
-            for owner, source in zip(
-                checkpoints, _alike(sources, base is not None), strict=True
+            dataclasses.replace(origin, source=source)
+            for origin, source in zip(
+                found, _alike(sources, has_base, recipe), strict=True
             )
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(own_recipe, sources[0].shape, dtype, len(models))
-        own = origins.pop(0) if base is not None else None
+            count = len(slots) - has_base
+            parts = _parts(own_recipe, sources[0].shape, dtype, count)
+        own = origins.pop(0) if has_base else None
         kept = own if own_recipe.needs_base or exact else None
         beside = (
             {}
@@ -107,6 +128,7 @@ def align(
         raise MismatchError(problems)
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
+    used = {recipe.variant_of(tensor.name) for tensor in tensors if tensor.merged}
     for pattern in recipe.exclude:
         if not any(re.match(pattern, name) for name in tables[0]):
             notes.append(f"exclude: {pattern!r} matches no tensor")
@@ -117,27 +139,25 @@ def align(
     notes += [
         f"rules: {pattern!r} matches no tensor that is merged, or others come first"
         for place, (pattern, _) in enumerate(recipe.rules, start=1)
-        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+        if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
-    changes |= _resizing(checkpoints, tensors, resized, recipe, notes)
+    changes |= _resizing(checkpoints[0], tensors, resized, recipe, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
 
 
 def _fitted(
-    name: str,
-    sources: list[Source],
-    checkpoints: list[Checkpoint],
-    recipe: Recipe,
-    tokens: ByToken | Compared,
+    name: str, found: list[Origin], recipe: Recipe, tokens: ByToken | Compared
 ) -> list[Source] | None:
     """The sources with the rows of one vocabulary; None where there is nothing to do,
     or nothing that can be done."""
+    owners = [origin.owner for origin in found]
+    sources = [origin.source for origin in found]
     if isinstance(tokens, ByToken):
-        return tokens.fit(name, sources, checkpoints)
+        return tokens.fit(name, sources, owners)
     if len({source.shape for source in sources}) == 1:
         return None
-    return vocabulary.fit(name, sources, checkpoints, recipe.vocabulary)
+    return vocabulary.fit(name, sources, owners, recipe.vocabulary)
 
 
 def _beside(
@@ -161,17 +181,30 @@ def _beside(
     whole = recipe.method.unit == "matrix"
     for own in statistics:
         found = own.tensors[name]
-        if not whole and found.shape != source.shape:
+        repeats = recipe.method.beside_repeats and repeatable(found.shape, source.shape)
+        if not whole and found.shape != source.shape and not repeats:
             problems.append(
                 f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
                 f"where {recipe.method.name} needs {list(source.shape)}"
             )
             return {}
     (key,) = recipe.method.beside
-    made = [
-        Origin(own, name, _converted(own.tensors[name], FLOAT32)) for own in statistics
-    ]
+
+    def fitted(found: Source) -> Source:
+        found = _converted(found, FLOAT32)
+        if whole or found.shape == source.shape:
+            return found
+        return Repeated(found, source.shape)
+
+    made = [Origin(own, name, fitted(own.tensors[name])) for own in statistics]
     return {key: tuple(made)}
+
+
+def repeatable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has as many axes, each as long or of one element."""
+    return len(shape) == len(wanted) and all(
+        own in (1, other) for own, other in zip(shape, wanted, strict=True)
+    )
 
 
 def _parts(
@@ -189,10 +222,12 @@ def _parts(
     }
 
 
-def _alike(sources: list[Source], has_base: bool) -> list[Source]:
+def _alike(sources: list[Source], has_base: bool, recipe: Recipe) -> list[Source]:
     """The sources of a tensor as a kernel takes them: the models of one dtype, and all
-    of them float64 where one is."""
-    if any(source.dtype == FLOAT64 for source in sources):
+    of them float64 where one is or the recipe says so."""
+    if sources[0].dtype.kind == "exact":
+        return sources
+    if recipe.compute == "float64" or any(own.dtype == FLOAT64 for own in sources):
         return [_converted(source, FLOAT64) for source in sources]
     base, models = sources[:has_base], sources[has_base:]
     if len({source.dtype.code for source in models}) > 1:
@@ -295,11 +330,14 @@ def _note_changes(
     notes: list[str],
 ) -> None:
     config = first.config or {}
-    if "quantization_config" in config and any(
-        entry.dtype.kind == "float8" for entry in first.stored.values()
-    ):
-        changes["quantization_config"] = None
-        notes.append("float8 weights are dequantised; the output is bfloat16")
+    for own in {"quantization_config", "compression_config"} & config.keys():
+        changes[own] = None
+        notes.append(
+            f"{' and '.join(first.dequantised)} weights are dequantised; the output is "
+            "bfloat16"
+            if first.dequantised
+            else f"config.json's {own} is left out: no tensor is quantised"
+        )
     floats = {t.dtype for t in tensors if t.dtype.kind == "float"}
     if recipe.dtype != "input" and len(floats) == 1:
         for field in ("dtype", "torch_dtype"):
@@ -308,26 +346,22 @@ def _note_changes(
 
 
 def _resizing(
-    checkpoints: list[Checkpoint],
+    first: Checkpoint,
     tensors: list[TensorInputs],
-    resized: dict[str, list[Source]],
+    resized: dict[str, list[Origin]],
     recipe: Recipe,
     notes: list[str],
 ) -> dict[str, Any]:
     """Changes to config.json for tensors of other rows than the first checkpoint's."""
     changes: dict[str, Any] = {}
-    first = checkpoints[0]
     for tensor in tensors:
         if tensor.name in resized:
-            rows, before = tensor.shape[0], resized[tensor.name][0].shape[0]
+            rows, before = tensor.shape[0], resized[tensor.name][0].source.shape[0]
             changes |= vocabulary.size_changes(first.config or {}, rows, before)
     if resized and recipe.vocabulary == "truncate":
-        name = min(resized)
-        had = {
-            f"{own.name} {source.shape[0]}": None
-            for own, source in zip(checkpoints, resized[name], strict=True)
-        }
-        kept = min(source.shape[0] for source in resized[name])
+        origins = resized[min(resized)]
+        had = dict.fromkeys(f"{o.owner.name} {o.source.shape[0]}" for o in origins)
+        kept = min(origin.source.shape[0] for origin in origins)
         notes.append(
             f"{', '.join(sorted(resized))}: truncated to {kept} rows ({', '.join(had)})"
         )

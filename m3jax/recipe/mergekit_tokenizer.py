@@ -16,19 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from m3jax.recipe.mergekit_values import check_keys
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.tokenizer import TokenRow
 
 KEYS = ("chat_template", "tokenizer", "tokenizer_source")
 Names = Callable[[Any, str], str | None]
-Checks = Callable[[str, Mapping[Any, Any], tuple[str, ...]], None]
 
 
 def fields(
     document: Mapping[str, Any],
     base: str | None,
     name_of: Names,
-    check_keys: Checks,
 ) -> dict[str, Any]:
     """The recipe's `vocabulary` and `tokenizer`, as far as the document says them.
 
@@ -36,7 +35,6 @@ def fields(
       document: of the YAML.
       base: its base_model.
       name_of: reads a reference to a model.
-      check_keys: refuses unknown keys.
 
     Raises:
       RecipeError: a key or a value is wrong.
@@ -64,8 +62,7 @@ def fields(
         if not isinstance(tokens, dict):
             raise RecipeError(f"tokenizer.tokens={tokens!r} needs keys and values")
         own["tokens"] = tuple(
-            _row(str(token), entry, name_of, check_keys)
-            for token, entry in tokens.items()
+            _row(str(token), entry, name_of) for token, entry in tokens.items()
         )
     if document.get("chat_template") is not None:
         own["chat_template"] = document["chat_template"]
@@ -83,7 +80,7 @@ def _source(source: Any, key: str, base: str | None, name_of: Names) -> str:
     return str(name)
 
 
-def _row(token: str, entry: Any, name_of: Names, check_keys: Checks) -> TokenRow:
+def _row(token: str, entry: Any, name_of: Names) -> TokenRow:
     key = f"tokenizer.tokens.{token}"
     if not isinstance(entry, dict) or entry.get("source") is None:
         raise RecipeError(f"{key}={entry!r} needs a source: a model, or kind: zero")

@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar
 from typing import Any
 
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
+from m3jax.methods.step import Spec
+from m3jax.recipe import slices as layers
 from m3jax.recipe import values
 from m3jax.recipe.groups import as_groups, check_known, from_groups, parsed_rules
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
-from m3jax.recipe.tokenizer import TokenizerConfig
+from m3jax.recipe.tokenizer import VOCABULARIES, TokenizerConfig
 
+COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
@@ -44,6 +47,8 @@ class Recipe:
       tokenizer: the rows of single tokens, padding, chat template.
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
+      compute: dtype of the arithmetic; it is float64 too where an input is.
+      slices: which layers of which models make the output's; none: layer by layer.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
       rules: (pattern, steps): the tensors in whose name the regular expression is found
         are merged by these transforms and this method instead; the first that fits
@@ -63,6 +68,8 @@ class Recipe:
     vocabulary: str = "error"
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     dtype: str = "input"
+    compute: str = "float32"
+    slices: tuple[layers.Slice, ...] = ()
     max_shard_size: int | str = "5GB"
     rules: tuple[tuple[str, tuple[Step, ...]], ...] = ()
     scaling: InitVar[Any] = None
@@ -86,6 +93,7 @@ class Recipe:
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
+        self._set("slices", layers.parse(self.slices))
         self._check_fields(problems, (*steps, self.method), flat)
         self._check_rules(problems)
         problems.raise_if_any()
@@ -124,6 +132,7 @@ class Recipe:
         else:
             problems.add("tokenizer", self.tokenizer, "an m3jax.TokenizerConfig")
         problems.choice("dtype", self.dtype, DTYPES)
+        problems.choice("compute", self.compute, COMPUTE)
         for step in steps:
             if not isinstance(step, Step):
                 continue  # noted by `_method`, and nothing is known of its fields
@@ -139,6 +148,13 @@ class Recipe:
             problems.add("transforms", names, "each transform once")
         if sum(bool(step.draws) for step in self.transforms) > 1:
             problems.add("transforms", names, "one transform that draws, at most")
+        after = [step.name for step in self.transforms if step.after]
+        if after and isinstance(self.method, Method):
+            parts = self.method.outputs(Spec((1,)), 1)
+            if set(parts) != {""}:
+                allowed = f"none of {', '.join(after)}: they change one model, and "
+                allowed += f"method {self.method.name} makes several tensors of each"
+                problems.add("transforms", names, allowed)
         problems.patterns("exclude", self.exclude)
         try:
             parse_size(self.max_shard_size)
@@ -211,11 +227,28 @@ class Recipe:
             others.append(changed)
         return dataclasses.replace(self, transforms=tuple(others))
 
+    def renamed(self, name: Callable[[str], str]) -> Recipe:
+        """The recipe with other names for the models that it names."""
+        known = self.vocabulary in VOCABULARIES
+        return dataclasses.replace(
+            self,
+            vocabulary=self.vocabulary if known else name(self.vocabulary),
+            tokenizer=self.tokenizer.renamed(name),
+        )
+
     def check(self, *, num_models: int, has_base: bool) -> None:
         """Raises RecipeError where the recipe does not fit this set of models."""
         problems = Problems()
         if num_models < 1:
             problems.add("models", num_models, "at least one model")
+        if self.slices:
+            layers.check(self.slices, num_models, has_base)
+            has_base = all(own.base is not None for own in self.slices)
+            num_models = self.num_inputs(num_models)
+            readers = [own.method for own in self.variants if own.method.beside]
+            if readers:
+                allowed = f"none: method {readers[0].name} reads statistics"
+                problems.add("slices", "…", allowed)
         each = f"one number per model, {num_models} here"
         if values.wrong_length(self.mixup.ratios, num_models):
             problems.add("mixup.ratios", self.mixup.ratios, each)
@@ -240,6 +273,10 @@ class Recipe:
             if step.needs_base and not has_base:
                 what = "method" if step is self.method else "transforms"
                 problems.add(what, step.name, "a base: give --base")
+
+    def num_inputs(self, num_models: int) -> int:
+        """How many models the steps see, of that many checkpoints."""
+        return len(self.slices[0].models) if self.slices else num_models
 
     def check_statistics(self, count: int, num_models: int) -> None:
         """Raises RecipeError unless there are as many as the methods read."""
@@ -302,6 +339,8 @@ class Recipe:
             "vocabulary": self.vocabulary,
             "tokenizer": self.tokenizer.to_dict(),
             "dtype": self.dtype,
+            "compute": self.compute,
+            "slices": tuple(map(dataclasses.asdict, self.slices)),
             "max_shard_size": self.max_shard_size,
             "rules": tuple(
                 {"tensors": pattern, **as_groups(steps)}
@@ -318,7 +357,7 @@ class Recipe:
         """
         own = [field.name for field in dataclasses.fields(cls) if field.init]
         check_known("", fields, [*own, *FLAT, *TRANSFORMS, *METHODS])
-        known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
+        known = {*own, *FLAT} - {"method", "transforms", "mixup", "tokenizer", "rules"}
         mixup = fields.get("mixup", {})
         check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
         tokenizer = fields.get("tokenizer", {})
@@ -326,7 +365,7 @@ class Recipe:
         check_known("tokenizer.", tokenizer, own)
         *transforms, method = from_groups(fields)
         return cls(
-            **{name: plain(own) for name, own in fields.items() if name in known}
+            **{name: plain(given) for name, given in fields.items() if name in known}
             | {
                 "method": method,
                 "transforms": tuple(transforms),

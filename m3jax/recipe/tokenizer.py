@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from m3jax.recipe.problems import Problems, RecipeError, plain
@@ -105,6 +105,20 @@ class TokenizerConfig:
                 f"{', '.join(BY_TOKEN)} or a model's name, for the tokenizer's tokens, "
                 "missing and pad_to_multiple_of",
             )
+
+    def renamed(self, name: Callable[[str], str]) -> TokenizerConfig:
+        """It with other names for the models that it names."""
+        rows = [
+            row if row.model is None else row._replace(model=name(row.model))
+            for row in self.tokens
+        ]
+        template = self.chat_template
+        return dataclasses.replace(
+            self,
+            tokens=tuple(rows),
+            missing=name(self.missing),
+            chat_template=template and name(template),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

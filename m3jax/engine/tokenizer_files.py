@@ -10,7 +10,13 @@ from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.side_files import TOKENIZERS_ALONE, read_side_file
+from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.side_files import (
+    CHAT_TEMPLATES,
+    OF_TOKENIZER,
+    TOKENIZER_CONFIG,
+    read_side_file,
+)
 from m3jax.checkpoints.tokens import chat, generation
 from m3jax.checkpoints.tokens.generation import GENERATION
 from m3jax.checkpoints.tokens.vocabulary import Vocabulary, read_vocabulary
@@ -20,70 +26,102 @@ from m3jax.recipe import Recipe, RecipeError
 
 
 @dataclasses.dataclass
-class Companions:
-    """What goes along.
+class TokenizerFiles:
+    """What goes along, where it is not as it stands in a folder.
 
     Attributes:
-      owner: whose side files they are, but for config.json.
-      files: those that are other than the owner's; None for one that is left out.
+      owner: whose tokenizer it is.
+      folders: of each side file, by name.
+      files: those with other contents; None for one that is left out.
       config: changes to config.json.
       notes: one line each.
     """
 
     owner: Checkpoint
+    folders: Mapping[str, Location]
     files: dict[str, bytes | None]
     config: dict[str, Any]
     notes: list[str]
 
+    def read(self, name: str) -> bytes | None:
+        """A side file as it will be written."""
+        if name in self.files or name not in self.folders:
+            return self.files.get(name)
+        return read_side_file(self.folders[name], name)
 
-def companions(
+
+def tokenizer_owner(
     recipe: Recipe,
     base: Checkpoint | None,
     models: Sequence[Checkpoint],
     tokenizer_from: str | None,
     tokens: ByToken | None,
+) -> Checkpoint:
+    """The checkpoint whose tokenizer goes along.
+
+    Raises:
+      CheckpointError: there is none of that name.
+      RecipeError: the recipe merges by tokens, and has another's.
+    """
+    first = models[0] if base is None else base
+    owner = first
+    if tokenizer_from is not None:
+        owner = named(tokenizer_from, base, models, "tokenizer_from=")
+    if tokens is None:
+        return owner
+    if tokenizer_from is not None and owner.name != tokens.owner.name:
+        raise RecipeError(
+            f"tokenizer_from={tokenizer_from!r} and vocabulary={recipe.vocabulary!r}, "
+            f"which has {tokens.owner.name}'s; leave one out"
+        )
+    return tokens.owner
+
+
+def tokenizer_files(
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    owner: Checkpoint,
+    folders: Mapping[str, Location],
+    unasked: bool,
+    tokens: ByToken | None,
     rows: int | None,
-) -> Companions:
+) -> TokenizerFiles:
     """Finds them.
 
     Args:
-      recipe, base, models: of the merge.
-      tokenizer_from: the model whose tokenizer goes along; None: the first one's.
+      recipe: of the merge.
+      checkpoints: the first one, which config.json is of, and the models.
+      owner: whose tokenizer goes along.
+      folders: of each side file, by name.
+      unasked: nobody said whose tokenizer it is to be.
       tokens: of a merge by token.
       rows: of the output's embedding, where they are not the first checkpoint's.
 
     Raises:
-      RecipeError: what is asked for contradicts itself, or is not there.
-      CheckpointError: there is no such model; a chat template cannot be used.
+      RecipeError: what is asked for is not there.
+      CheckpointError: a chat template cannot be used.
     """
-    every = tuple(
-        {own.name: own for own in (*([base] if base else ()), *models)}.values()
-    )
+    every = tuple({own.name: own for own in checkpoints}.values())
     first = every[0]
-    owner = first
-    if tokenizer_from is not None:
-        owner = named(tokenizer_from, base, models, "tokenizer_from=")
-    if tokens is not None:
-        if tokenizer_from is not None and owner is not tokens.owner:
-            raise RecipeError(
-                f"tokenizer_from={tokenizer_from!r} and vocabulary="
-                f"{recipe.vocabulary!r}, which has {tokens.owner.name}'s; leave one out"
-            )
-        owner = tokens.owner
-    found = Companions(owner, dict(tokens.files) if tokens else {}, {}, [])
+    files = dict(tokens.files) if tokens else {}
+    found = TokenizerFiles(owner, folders, files, {}, [])
     if owner is not first:
         found.config |= _token_ids(first.config or {}, owner.config or {})
+    if tokens is not None and folders.get(GENERATION) != owner.folder:
+        found.files[GENERATION] = None  # its ids are of other tokens
     _mend_generation(found)
     options = recipe.tokenizer
     if not options.copy:
-        found.files |= dict.fromkeys(TOKENIZERS_ALONE, None)
+        alone = (*OF_TOKENIZER, *CHAT_TEMPLATES)
+        gone = [n for n in folders if n in alone or n.endswith((".tiktoken", ".jinja"))]
+        found.files |= dict.fromkeys(gone, None)
     elif options.chat_template is not None:
-        _bring_template(found, options.chat_template, every, base, first, tokens)
-    elif tokenizer_from is None and recipe.vocabulary in ("error", "mean", "truncate"):
+        _bring_template(found, options.chat_template, every, first, tokens)
+    elif unasked and tokens is None:
         _note_differences(found, every)
     if rows is not None:
         _check_rows(found, first, tokens, rows)
-        if tokens is None and tokenizer_from is None and options.copy:
+        if tokens is None and unasked and options.copy:
             found.notes.append(
                 f"the output has {rows} vocabulary rows, {first.name} has "
                 f"{num_rows(first)}; --tokenizer_from names the model whose tokenizer "
@@ -136,28 +174,20 @@ def _token_ids(first: Mapping[str, Any], owner: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _read(found: Companions, name: str) -> bytes | None:
-    """A side file as it will be written."""
-    if name in found.files:
-        return found.files[name]
-    return read_side_file(found.owner.folder, name)
-
-
-def _mend_generation(found: Companions) -> None:
-    text = _read(found, GENERATION)
+def _mend_generation(found: TokenizerFiles) -> None:
+    text = found.read(GENERATION)
     if text is None:
         return
     mended, notes = generation.mended(text)
     if mended != text:
         found.files[GENERATION] = mended
-    found.notes += [f"{found.owner.name}: {note}" for note in notes]
+    found.notes += notes
 
 
 def _bring_template(
-    found: Companions,
+    found: TokenizerFiles,
     wanted: str,
     every: Sequence[Checkpoint],
-    base: Checkpoint | None,
     first: Checkpoint,
     tokens: ByToken | None,
 ) -> None:
@@ -187,7 +217,7 @@ def _bring_template(
         text = wanted
     else:
         try:
-            model = named(wanted, base, every)
+            model = named(wanted, first, every[1:])
         except CheckpointError:
             raise RecipeError(
                 f"chat_template={wanted!r} needs auto, {', '.join(chat.NAMED)}, a "
@@ -211,7 +241,7 @@ def _vocabulary(owner: Checkpoint, tokens: ByToken | None) -> Vocabulary | None:
 
 
 def _bring_ends(
-    found: Companions, model: Checkpoint, tokens: ByToken | None
+    found: TokenizerFiles, model: Checkpoint, tokens: ByToken | None
 ) -> list[int]:
     """Takes a model's generation_config.json; its end tokens, by the output's ids."""
     number = _renumbering(model, found.owner, tokens)
@@ -250,7 +280,7 @@ def _renumbering(
     return lambda number: ours.ids.get(token.get(number, ""))
 
 
-def _end_with(found: Companions, first: Checkpoint, ends: Sequence[int]) -> None:
+def _end_with(found: TokenizerFiles, first: Checkpoint, ends: Sequence[int]) -> None:
     """Lets the output end with these tokens too."""
     config = {**(first.config or {}), **found.config}
     names = [
@@ -259,7 +289,7 @@ def _end_with(found: Companions, first: Checkpoint, ends: Sequence[int]) -> None
     before = {name: _at(config, name) for name in names or ["eos_token_id"]}
     for name, own in before.items():
         found.config[name] = _together(own, ends)
-    text = _read(found, GENERATION)
+    text = found.read(GENERATION)
     if text is not None:
         own = _object(text).get("eos_token_id")
         changes = {"eos_token_id": _together(own, ends)}
@@ -299,7 +329,7 @@ def _ends(model: Checkpoint) -> list[int]:
     return own or list(dict.fromkeys(config))
 
 
-def _note_differences(found: Companions, every: Sequence[Checkpoint]) -> None:
+def _note_differences(found: TokenizerFiles, every: Sequence[Checkpoint]) -> None:
     """Says whose chat template and end tokens are written, where they differ."""
 
     def facts(model: Checkpoint) -> tuple[str | None, tuple[int, ...]]:
@@ -308,7 +338,14 @@ def _note_differences(found: Companions, every: Sequence[Checkpoint]) -> None:
         except CheckpointError:  # files that are copied unseen
             return None, tuple(_ends(model))
 
-    template, ends = facts(found.owner)
+    places = {found.folders.get(n) for n in (*CHAT_TEMPLATES, TOKENIZER_CONFIG)}
+    templates = [chat.read_template(own) for own in places if own is not None]
+    template = next((own for own in templates if own is not None), None)
+    ends = tuple(_ends(found.owner))
+    generated = found.read(GENERATION)
+    if generated is not None:
+        own_ends = generation.ids_of(_object(generated).get("eos_token_id"))
+        ends = tuple(own_ends) or ends
     others: dict[Any, list[str]] = {}
     for model in every:
         own = facts(model)
@@ -337,7 +374,7 @@ def _short(ends: Sequence[int]) -> str:
 
 
 def _check_rows(
-    found: Companions, first: Checkpoint, tokens: ByToken | None, rows: int
+    found: TokenizerFiles, first: Checkpoint, tokens: ByToken | None, rows: int
 ) -> None:
     """Says where ids reach beyond the rows; what a loader would fail on goes."""
     config = dict(generation.token_fields(first.config or {})) | found.config
