@@ -118,6 +118,44 @@ def test_the_record_makes_the_same_bytes(tmp_path: Path, run: Run) -> None:
     assert run("verify", tmp_path / "b").code == 0
 
 
+DOCUMENTS = """
+name: first
+merge_method: linear
+base_model: t_base
+models:
+- {model: t_base, parameters: {weight: 1}}
+- {model: t_chat, parameters: {weight: 1}}
+tokenizer: {source: union}
+---
+merge_method: linear
+base_model: first
+models:
+- {model: first, parameters: {weight: 1}}
+- {model: t_other, parameters: {weight: 1}}
+tokenizer: {source: first, tokens: {a: {source: t_other, force: true}}}
+chat_template: t_other
+"""
+
+
+def test_documents_name_each_other(tmp_path: Path, run: Run) -> None:
+    """Also where the tokenizer, the row of a token or the template is a document's."""
+    (tmp_path / "own.yml").write_text(DOCUMENTS)
+    config = f"--config={tmp_path / 'own.yml'}"
+    ran = run("merge", config, f"--output={tmp_path / 'a'}", "--nofsync")
+    assert ran.code == 0, ran.err
+    row = read(Path("t_other"))[EMBEDDING][_tokenizer(Path("t_other")).get_vocab()["a"]]
+    ids = _tokenizer(tmp_path / "a").get_vocab()
+    got = read(tmp_path / "a")
+    np.testing.assert_allclose(got[EMBEDDING][ids["a"]], row, rtol=0, atol=1e-7)
+    assert ids["<tool>"] == 41 and got[HEAD].shape[0] == 42
+    record = f"--config={tmp_path / 'a' / 'm3jax.json'}"
+    ran = run("merge", record, f"--output={tmp_path / 'b'}", "--nofsync")
+    assert ran.code == 0, ran.err
+    assert all(
+        own.tobytes() == read(tmp_path / "b")[n].tobytes() for n, own in got.items()
+    )
+
+
 DOCUMENT = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
 
 

@@ -137,14 +137,11 @@ def by_token(
     unknown = int(
         found.filled[[i for i, t in enumerate(tokens) if t is not None]].sum()
     )
+    taken = [f"{n} tokens of {checkpoints[d].name}'s" for d, n in counts if n]
     notes = [
         f"vocabulary={recipe.vocabulary}: {len(whole.ids)} tokens in "
         f"{len(found.filled)} rows, the tokenizer is {owner.name}'s"
-        + "".join(
-            f" and {count} tokens of {checkpoints[d].name}'s"
-            for d, count in counts
-            if count
-        )
+        + (f", with {' and '.join(taken)}" if taken else "")
     ]
     if unknown:
         notes.append(

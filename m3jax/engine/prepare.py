@@ -30,7 +30,7 @@ from m3jax.engine.jobs import Job, jobs
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.lineup import align
 from m3jax.engine.pipeline import available_cores
-from m3jax.engine.tokenizer_files import tokenizer_files, tokenizer_owner
+from m3jax.engine.tokenizer_files import not_taken, tokenizer_files, tokenizer_owner
 from m3jax.engine.vocabulary import is_named
 from m3jax.recipe import Recipe, RecipeError, parse_size
 from m3jax.recipe.tokenizer import check_vocabulary
@@ -307,7 +307,7 @@ def _plan(
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
     owner = tokenizer_owner(recipe, base, models, execution.tokenizer_from, tokens)
-    chosen = companions.choose(first, owner, models)
+    chosen = companions.choose(first, owner, models, not_taken(recipe))
     check_side_files(chosen.owners)  # now, before a long merge begins
     beside = tokenizer_files(
         recipe,

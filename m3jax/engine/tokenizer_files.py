@@ -23,6 +23,9 @@ from m3jax.checkpoints.tokens.vocabulary import Vocabulary, read_vocabulary
 from m3jax.engine.by_token import ByToken
 from m3jax.engine.vocabulary import num_rows
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.recipe.tokenizer import BY_ROW
+
+_ALONE = (*OF_TOKENIZER, *CHAT_TEMPLATES)
 
 
 @dataclasses.dataclass
@@ -48,6 +51,13 @@ class TokenizerFiles:
         if name in self.files or name not in self.folders:
             return self.files.get(name)
         return read_side_file(self.folders[name], name)
+
+
+def not_taken(recipe: Recipe) -> tuple[str, ...]:
+    """Side files that models may agree in and that do not go along all the same."""
+    left_out = () if recipe.tokenizer.copy else _ALONE
+    by_row = recipe.vocabulary in BY_ROW
+    return left_out if by_row else (*left_out, GENERATION)  # it has the models' ids
 
 
 def tokenizer_owner(
@@ -107,13 +117,11 @@ def tokenizer_files(
     found = TokenizerFiles(owner, folders, files, {}, [])
     if owner is not first:
         found.config |= _token_ids(first.config or {}, owner.config or {})
-    if tokens is not None and folders.get(GENERATION) != owner.folder:
-        found.files[GENERATION] = None  # its ids are of other tokens
     _mend_generation(found)
     options = recipe.tokenizer
     if not options.copy:
-        alone = (*OF_TOKENIZER, *CHAT_TEMPLATES)
-        gone = [n for n in folders if n in alone or n.endswith((".tiktoken", ".jinja"))]
+        more = (".tiktoken", ".jinja")
+        gone = [n for n in folders if n in _ALONE or n.endswith(more)]
         found.files |= dict.fromkeys(gone, None)
     elif options.chat_template is not None:
         _bring_template(found, options.chat_template, every, first, tokens)
