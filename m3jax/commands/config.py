@@ -120,7 +120,7 @@ def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked
     own_base = (_record.get("base") or {}).get("path")
     own_models = [model["path"] for model in _record.get("models", [])]
     return Asked(
-        recipe=recipe,
+        recipe=recipe.renamed(lambda own: renamed(own, names)),
         base=base or (own_base and renamed(own_base, names)),
         models=models or [renamed(model, names) for model in own_models],
         seed=_record.get("seed", 0) if seed is None else seed,

@@ -353,6 +353,7 @@ def _complete(
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
             side_files=prepared.side_files,
+            other_files=prepared.other_files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

@@ -25,6 +25,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3jax.recipe import mergekit_tokenizer
 from m3jax.recipe.documents import Document, in_order
 from m3jax.recipe.mergekit_layout import laid_out
 from m3jax.recipe.mergekit_methods import METHODS
@@ -35,6 +36,7 @@ from m3jax.recipe.recipe import Recipe
 from m3jax.recipe.values import as_json
 
 _KEYS = (
+    *mergekit_tokenizer.KEYS,
     "base_model",
     "dtype",
     "m3jax",
@@ -45,11 +47,6 @@ _KEYS = (
     "out_dtype",
     "parameters",
     "slices",
-)
-_LATER = (
-    "chat_template",
-    "tokenizer",
-    "tokenizer_source",
 )
 _OURS = ("exclude", "max_shard_size", "mixup", "seed", "transforms", "vocabulary")
 
@@ -100,7 +97,7 @@ def parse(text: str) -> Configuration:
 
 def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     """A document, and what of it is ignored."""
-    check_keys("", document, _KEYS, _LATER)
+    check_keys("", document, _KEYS)
     name = document.get("merge_method")
     if name not in METHODS:
         raise RecipeError(f"merge_method={name!r}{nearest(name, METHODS)}")
@@ -120,6 +117,7 @@ def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
     recipe |= {"slices": layout.slices, **_dtypes(document)}
     recipe |= _transforms(ours, layout.steps)
+    recipe |= mergekit_tokenizer.fields(document, layout.base, _model_name)
     recipe["rules"] = [
         {"tensors": names, "method": method.native, **_transforms(ours, steps)}
         for names, steps in layout.rules
