@@ -128,6 +128,8 @@ class TestRecipes:
             },
             "exclude": ["model.norm", "lm_head"],
             "vocabulary": "truncate",
+            "rename": [],
+            "unmatched": "error",
             "dtype": "float32",
             "max_shard_size": "500B",
         }

@@ -7,6 +7,9 @@ have a private file of its user's published with the merge.
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
@@ -79,3 +82,15 @@ def read_config(folder: Location) -> dict[str, Any] | None:
         return load_json(content, str(folder / CONFIG), constants=True)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; fetch it again, or mend it") from None
+
+
+def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
+    """config.json with other fields: their dotted names and values, None to remove."""
+    config = json.loads(content)
+    for name, value in changes.items():
+        *path, field = name.split(".")
+        fields = functools.reduce(
+            lambda own, key: own.setdefault(key, {}), path, config
+        )
+        fields.pop(field, None) if value is None else fields.update({field: value})
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

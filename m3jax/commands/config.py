@@ -7,6 +7,7 @@ import difflib
 import json
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ml_collections import config_dict, config_flags
 from m3jax.commands.cli import UsageError
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
-from m3jax.recipe.recipe import FLAT, group
+from m3jax.recipe.recipe import FLAT, group, rules
 
 
 def all_fields(recipe: Recipe) -> dict[str, Any]:
@@ -87,14 +88,23 @@ def prepare(arguments: list[str]) -> list[str]:
     return rest
 
 
-def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked:
+def asked(
+    base: str | None,
+    models: list[str] | None,
+    seed: int | None,
+    rename: Sequence[str] = (),
+) -> Asked:
     """The recipe, and what else the flags say; for the rest, the m3jax.json's word.
 
     Args:
       base, models, seed: of the command's own flags, None where they are not given.
+      rename: more rules for the recipe's `rename`.
     """
+    fields = _holder.value.to_dict()
+    if rename:
+        fields["rename"] = (*rules(fields["rename"]), *rename)
     return Asked(
-        recipe=Recipe.from_dict(_holder.value.to_dict()),
+        recipe=Recipe.from_dict(fields),
         base=base or (_record.get("base") or {}).get("path"),
         models=models or [model["path"] for model in _record.get("models", [])],
         seed=_record.get("seed", 0) if seed is None else seed,

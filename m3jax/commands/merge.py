@@ -47,6 +47,14 @@ _ALLOW_NONFINITE = flags.DEFINE_bool(
 _TOKENIZER_FROM = flags.DEFINE_string(
     "tokenizer_from", None, "Model whose tokenizer goes along. [base]"
 )
+_STRICT = flags.DEFINE_bool(
+    "strict", False, "Refuse models that differ in more than their weights."
+)
+_RENAME = flags.DEFINE_multi_string(
+    "rename",
+    None,
+    "REGEX=REPLACEMENT for models' names that the base does not have; repeatable.",
+)
 _THREADS = flags.DEFINE_integer("threads", None, "Reading, computing, writing threads.")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "Elements worked on at a time.")
 _OUTPUT_FORMAT = flags.DEFINE_enum(
@@ -77,7 +85,9 @@ prepare = config.prepare  # --config, whose fields depend on the file it names
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    asked = config.asked(
+        _BASE.value, _MODELS.value, _SEED.value, rename=_RENAME.value or ()
+    )
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     statistics = _STATISTICS.value or asked.statistics
     if not models:
@@ -103,6 +113,7 @@ def main(positional: list[str]) -> int:
         resume=_RESUME.value,
         allow_nonfinite=_ALLOW_NONFINITE.value,
         fsync=_FSYNC.value,
+        strict=_STRICT.value,
         tokenizer_from=_TOKENIZER_FROM.value or asked.tokenizer_from,
         output_format=_OUTPUT_FORMAT.value,
         executor=_EXECUTOR.value,
@@ -117,6 +128,7 @@ def main(positional: list[str]) -> int:
             count = len(error.mismatches)
             raise CheckpointError(
                 f"the checkpoints do not fit: {count} mismatch{'es' * (count > 1)}"
+                + (f"; {error.hint}" if error.hint else "")
             ) from None
         return 0
 

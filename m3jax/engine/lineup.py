@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from m3jax.checkpoints import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
+from m3jax.checkpoints.naming.table import Table
 from m3jax.checkpoints.source import Converted, Source
-from m3jax.engine import vocabulary
+from m3jax.engine import unmatched, vocabulary
 from m3jax.engine.inputs import (
     MergeInputs,
     MismatchError,
@@ -19,9 +21,6 @@ from m3jax.engine.inputs import (
 )
 from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
-
-HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 def align(
@@ -41,17 +40,27 @@ def align(
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    changes: dict[str, Any] = {}
-    notes: list[str] = []
-    tables = _untie(checkpoints, changes, notes)
+    named = naming.common(checkpoints, recipe.rename, recipe.excludes)
+    tables, changes, notes = named.tables, dict(named.config), list(named.notes)
     reads_base = base is not None and recipe.needs_base
-    _check_related(checkpoints)
+    _check_related(checkpoints, tables)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
-    for name in _names(checkpoints, tables, recipe, problems):
-        if recipe.excludes(name):
+    names, kept_names = unmatched.settle(
+        checkpoints,
+        tables,
+        recipe.unmatched,
+        lambda name: name in named.copied or recipe.excludes(name),
+        problems,
+        notes,
+    )
+    lacking = bool(problems)
+    for name in names:
+        if name in named.copied or name in kept_names or recipe.excludes(name):
             origin = Origin(checkpoints[0], name, tables[0][name])
             dtype = _output_dtype([origin.source], recipe)
+            if name in named.copied:
+                dtype = origin.source.output_dtype
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
@@ -96,15 +105,14 @@ def align(
             TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
         )
     if problems:
-        raise MismatchError(problems)
+        raise MismatchError(problems, unmatched.HINT if lacking else "")
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
     for pattern in recipe.exclude:
-        if not any(re.match(pattern, name) for name in tables[0]):
+        if not any(re.match(pattern, name) for table in tables for name in table):
             notes.append(f"exclude: {pattern!r} matches no tensor")
     notes += [
-        f"{field} has no effect: method {recipe.method.name} has none"
-        for field in recipe.without_effect
+        f"{field} has no effect: {why}" for field, why in recipe.idle_fields().items()
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
@@ -174,65 +182,18 @@ def _converted(source: Source, dtype: Dtype) -> Source:
     return source if source.dtype == dtype else Converted(source, dtype)
 
 
-def _check_related(checkpoints: list[Checkpoint]) -> None:
+def _check_related(checkpoints: list[Checkpoint], tables: list[Table]) -> None:
     """Raises CheckpointError if two checkpoints have no tensor in common."""
     first, *others = checkpoints
-    for other in others:
-        a, b = first.tensors, other.tensors
+    for other, b in zip(others, tables[1:], strict=True):
+        a = tables[0]
         if a and b and not set(a) & set(b):
             raise CheckpointError(
                 f"{first.name} ({first.format}) and {other.name} ({other.format}) have "
                 f"no tensor name in common: {shown(min(a))} stands in one and "
-                f"{shown(min(b))} in the other; give checkpoints of one program"
+                f"{shown(min(b))} in the other; give checkpoints of one program, or "
+                "--rename=REGEX=REPLACEMENT for the models' names"
             )
-
-
-def _names(
-    checkpoints: list[Checkpoint],
-    tables: list[dict[str, Source]],
-    recipe: Recipe,
-    problems: list[str],
-) -> list[str]:
-    """The output's tensors: those of the first checkpoint, which all must have."""
-    names = sorted(tables[0])
-    for name in sorted(set().union(*tables)):
-        without = [
-            checkpoint.name
-            for checkpoint, table in zip(checkpoints, tables, strict=True)
-            if name not in table
-        ]
-        if not without or recipe.excludes(name):
-            continue
-        tied = " (its head is tied to its embedding)" if name == HEAD else ""
-        problems.append(
-            f"tensor {shown(name)} is missing in {', '.join(without)}{tied}; "
-            "exclude it, or merge models of one architecture"
-        )
-    missing = set().union(*(set(names) - set(table) for table in tables))
-    return [name for name in names if name not in missing or recipe.excludes(name)]
-
-
-def _untie(
-    checkpoints: list[Checkpoint], changes: dict[str, Any], notes: list[str]
-) -> list[dict[str, Source]]:
-    """Gives a tied model its own head where another model has one.
-
-    A tied model's head *is* its embedding, so the merge of the heads is well defined
-    and the output is untied.
-    """
-    tables = [dict(checkpoint.tensors) for checkpoint in checkpoints]
-    if any(HEAD in table for table in tables):
-        for checkpoint, table in zip(checkpoints, tables, strict=True):
-            embeddings = [n for n in table if n.endswith(_EMBEDDINGS)]
-            tied = (checkpoint.config or {}).get("tie_word_embeddings") is True
-            if HEAD not in table and tied and len(embeddings) == 1:
-                table[HEAD] = table[embeddings[0]]
-                changes["tie_word_embeddings"] = False
-                notes.append(
-                    f"{checkpoint.name}: its head is tied; its embedding is merged as "
-                    f"{HEAD}, and the output has a head of its own"
-                )
-    return tables
 
 
 def _differ(

@@ -327,6 +327,7 @@ def _complete(
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            notes=prepared.inputs.notes,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

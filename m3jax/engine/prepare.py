@@ -18,9 +18,9 @@ from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import check_side_files
-from m3jax.engine import draws, plan
+from m3jax.engine import differences, draws, plan
 from m3jax.engine.buffers import buffer_bytes
-from m3jax.engine.inputs import MergeInputs, TensorInputs
+from m3jax.engine.inputs import MergeInputs, MismatchError, TensorInputs
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.engine.lineup import align
 from m3jax.engine.pipeline import available_cores
@@ -51,6 +51,8 @@ class Execution:
       tokenizer_from: the model whose tokenizer goes along; None: the base's.
       output_format: ``safetensors`` or ``orbax``; None: ``orbax`` if the base (the
         first model without one) is an Orbax checkpoint.
+      strict: refuse models that differ from the first in more than their weights, such
+        as in their rope, their end token or where they come from.
       executor: ``streamed``, or ``sharded``: in the memory of all devices.
       mesh: sizes of ``rows`` and ``columns`` of the devices of the sharded executor,
         by which it splits tensors; None: all are rows.
@@ -65,6 +67,7 @@ class Execution:
     fsync: bool = True
     tokenizer_from: str | None = None
     output_format: str | None = None
+    strict: bool = False
     executor: str = "streamed"
     mesh: Mapping[str, int] | None = None
 
@@ -252,7 +255,7 @@ def _plan(
     seed: int,
     execution: Execution,
 ) -> Prepared:
-    inputs = align(base, models, recipe, statistics)
+    inputs = _compared(align(base, models, recipe, statistics), base, models, execution)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
@@ -298,6 +301,22 @@ def _plan(
         devices=devices,
         execution=execution,
     )
+
+
+def _compared(
+    inputs: MergeInputs,
+    base: Checkpoint | None,
+    models: list[Checkpoint],
+    execution: Execution,
+) -> MergeInputs:
+    """The inputs, with a note for each thing in which the checkpoints differ."""
+    checkpoints = models if base is None else [base, *models]
+    named = {own.name: own for own in checkpoints}
+    owner = named.get(execution.tokenizer_from or "", checkpoints[0])
+    lines = differences.found(checkpoints, inputs.tensors, owner)
+    if lines and execution.strict:
+        raise MismatchError(lines, "refused, since --strict is set")
+    return dataclasses.replace(inputs, notes=(*inputs.notes, *lines))
 
 
 def _shards(

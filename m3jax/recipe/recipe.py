@@ -22,6 +22,7 @@ from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.traced import is_traced
 
 VOCABULARIES = ("error", "mean", "truncate")
+UNMATCHED = ("error", "base", "skip")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
@@ -41,12 +42,18 @@ class Recipe:
       exclude: regular expressions (``re.match``) of tensors taken from the base.
       vocabulary: what to do about different vocabulary sizes: ``error``,
         ``mean`` (append mean rows) or ``truncate``.
+      rename: rules ``REGEX=REPLACEMENT`` (`re.sub`), in this order, for names of the
+        models that the base (the first model without one) does not have.
+      unmatched: what to do about tensors that some checkpoints lack: ``error``,
+        ``base`` (a model without one counts as having the base's; what the base lacks
+        is passed over) or ``skip`` (leave them out).
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.
-      without_effect: fields that were given and that the method does not have.
+      without_effect: fields that were given and that change nothing: the method does
+        not have them, or what they belong to is off.
 
     Raises:
       RecipeError: naming each wrong field, its value and what is allowed.
@@ -57,6 +64,8 @@ class Recipe:
     mixup: Mixup = dataclasses.field(default_factory=Mixup)
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
+    rename: tuple[str, ...] = ()
+    unmatched: str = "error"
     dtype: str = "input"
     max_shard_size: int | str = "5GB"
     scaling: InitVar[Any] = None
@@ -74,12 +83,14 @@ class Recipe:
         steps: Any = (*self.transforms, *(() if dare is None else (dare,)))
         if all(isinstance(step, Transform) for step in steps):
             steps = tuple(map(_parsed, steps))
+            self._note_idle(steps)
             self._set("transforms", tuple(step for step in steps if step.on))
         else:
             problems.add("transforms", steps, "transforms, such as m3jax.Dare()")
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
+        self._set("rename", rules(self.rename))
         self._check_fields(problems, (*steps, self.method), flat)
         problems.raise_if_any()
 
@@ -104,6 +115,33 @@ class Recipe:
         self._set("without_effect", tuple(idle))
         return _parsed(dataclasses.replace(method, **own))
 
+    def _note_idle(self, steps: tuple[Transform, ...]) -> None:
+        """Notes the fields that were set of what is off."""
+        idle = list(self.without_effect)
+        for step in steps:
+            if not step.on:
+                plain_step = group(type(step)())
+                own = group(step)
+                idle += [f"{step.name}.{n}" for n in own if own[n] != plain_step[n]]
+        mixup = self.mixup
+        if isinstance(mixup, Mixup) and mixup.granularity != Mixup.granularity:
+            drawn = mixup.alpha is not None and mixup.ratios is None
+            idle += [] if drawn else ["mixup.granularity"]
+        self._set("without_effect", tuple(idle))
+
+    def idle_fields(self) -> dict[str, str]:
+        """Why each field of `without_effect` changes nothing."""
+        why = {}
+        for field in self.without_effect:
+            home = field.rpartition(".")[0]
+            if home == "mixup":
+                why[field] = "no ratio is drawn"
+            elif home:
+                why[field] = f"{home} is off"
+            else:
+                why[field] = f"method {self.method.name} has none"
+        return why
+
     def _check_fields(
         self, problems: Problems, steps: tuple[Any, ...], flat: dict[str, Any]
     ) -> None:
@@ -113,6 +151,7 @@ class Recipe:
         else:
             problems.add("mixup", self.mixup, "an m3jax.Mixup")
         problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
+        problems.choice("unmatched", self.unmatched, UNMATCHED)
         problems.choice("dtype", self.dtype, DTYPES)
         for step in steps:
             if not isinstance(step, Step):
@@ -130,6 +169,7 @@ class Recipe:
         if sum(bool(step.draws) for step in self.transforms) > 1:
             problems.add("transforms", names, "one transform that draws, at most")
         problems.patterns("exclude", self.exclude)
+        problems.rules("rename", self.rename)
         try:
             parse_size(self.max_shard_size)
         except ValueError:
@@ -188,6 +228,8 @@ class Recipe:
                     problems.add(what, step.name, "a base: give --base")
             if self.exclude:
                 problems.add("exclude", self.exclude, "a base: give --base")
+            if self.unmatched == "base":
+                problems.add("unmatched", self.unmatched, "a base: give --base")
         problems.raise_if_any()
 
     def check_statistics(self, count: int, num_models: int) -> None:
@@ -242,6 +284,8 @@ class Recipe:
             "mixup": dataclasses.asdict(self.mixup),
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
+            "rename": self.rename,
+            "unmatched": self.unmatched,
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }
@@ -274,7 +318,7 @@ class Recipe:
         }
         _check_known("transforms: ", order, [*TRANSFORMS])
         order = [*order, *(name for name in TRANSFORMS if name not in order)]
-        known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
+        known = {*own, *FLAT} - {"method", "transforms"}
         mixup = fields.get("mixup", {})
         _check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
         return cls(
@@ -290,6 +334,15 @@ class Recipe:
 def group(step: Step) -> dict[str, Any]:
     """The parameters of a step as JSON values."""
     return {name: values.as_json(getattr(step, name)) for name in step.fields()}
+
+
+def rules(given: Any) -> Any:
+    """Rules of renaming as a tuple; a text is one rule, a mapping has one each."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Mapping):
+        return tuple(f"{pattern}={new}" for pattern, new in given.items())
+    return plain(given)
 
 
 def parse_size(size: int | str) -> int:

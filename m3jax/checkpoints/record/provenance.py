@@ -32,8 +32,9 @@ class Facts:
       measured: what the method says of the whole model, by name.
       input_checksums: per checkpoint (base first), over what was read from it.
       checksums: of each tensor written.
-      config_changes: fields of config.json to set, or to remove (None).
+      config_changes: fields of config.json to set, or to remove (None); dotted names.
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
+      notes: what the user was told, a line each.
     """
 
     recipe: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Facts:
     checksums: Mapping[str, str]
     config_changes: Mapping[str, Any]
     tokenizer_from: str | None
+    notes: Sequence[str]
 
 
 def write(folder: OutputFolder, facts: Facts) -> None:
@@ -73,11 +75,10 @@ def _side_files(facts: Facts, first: Checkpoint) -> dict[str, bytes]:
         if content is not None:
             files[name] = content
     if facts.config_changes and side_files.CONFIG in files:
-        config = json.loads(files[side_files.CONFIG])
-        for field, value in facts.config_changes.items():
-            config.pop(field, None) if value is None else config.update({field: value})
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        files[side_files.CONFIG] = text.encode()
+        config = files[side_files.CONFIG]
+        files[side_files.CONFIG] = side_files.changed_config(
+            config, facts.config_changes
+        )
     return files
 
 
@@ -98,6 +99,7 @@ def _manifest(
         "statistics": described[len(described) - len(facts.statistics) :],
         "measured": dict(facts.measured),
         "tokenizer_from": facts.tokenizer_from,
+        "notes": list(facts.notes),
         "versions": {
             "m3jax": m3jax.__version__,
             "python": platform.python_version(),
