@@ -55,7 +55,8 @@ def emr(base: Any, models: Sequence[Any], *, rescale: str = "sum") -> Multitask:
     recipe = _recipe("emr", emr={"rescale": rescale})
     leaves, structure = align_trees(base, models, recipe)
     bench = Leaves(leaves, len(models))
-    scales = measured(bench, recipe, 0).info[-1]["scales"][:, bench.merged[:1]]
+    ((_, numbers),) = measured(bench, recipe, 0)
+    scales = numbers.info[-1]["scales"][:, bench.merged[:1]]
     return _multitask(bench, structure, elected, jnp.asarray(scales[:, 0], jnp.float32))
 
 

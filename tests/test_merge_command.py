@@ -130,6 +130,7 @@ class TestRecipes:
             "vocabulary": "truncate",
             "rename": [],
             "unmatched": "error",
+            "rules": [],
             "dtype": "float32",
             "max_shard_size": "500B",
         }

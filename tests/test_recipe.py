@@ -23,6 +23,9 @@ DEFAULTS = {
     "vocabulary": "error",
     "dtype": "input",
     "max_shard_size": "5GB",
+    "rename": (),
+    "unmatched": "error",
+    "rules": (),
 }
 # As version 0.1 wrote it.
 VERSION_0_1 = {

@@ -16,7 +16,8 @@ from ml_collections import config_dict, config_flags
 from m3jax.commands.cli import UsageError
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
-from m3jax.recipe.recipe import FLAT, group, rules
+from m3jax.recipe.groups import group
+from m3jax.recipe.recipe import FLAT, renaming
 
 
 def all_fields(recipe: Recipe) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def asked(
     """
     fields = _holder.value.to_dict()
     if rename:
-        fields["rename"] = (*rules(fields["rename"]), *rename)
+        fields["rename"] = (*renaming(fields["rename"]), *rename)
     return Asked(
         recipe=Recipe.from_dict(fields),
         base=base or (_record.get("base") or {}).get("path"),

@@ -19,7 +19,7 @@ from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, fact, shape, table
 from m3jax.recipe import Recipe, RecipeError
-from m3jax.recipe.recipe import group
+from m3jax.recipe.groups import group
 
 USAGE = "m3jax inspect DIR [--tensors | --json]"
 

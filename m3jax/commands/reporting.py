@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from m3jax.engine.progress import Progress
 
 if TYPE_CHECKING:
+    from m3jax.engine.jobs import Job
     from m3jax.engine.merge import MergeResult
     from m3jax.engine.prepare import Prepared
 
@@ -36,7 +37,7 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     before = size(prepared.read_bytes(merged))
     files = len(prepared.shards)
     facts = {
-        "method": " after ".join(step.name for step in reversed(prepared.recipe.steps)),
+        "method": "; ".join(_method(job) for job in prepared.jobs),
         "tensors": f"{len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
         "passes": f"{len(prepared.passes)}: {'; '.join(prepared.passes)}",
@@ -52,6 +53,12 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     }
     notes = [("note", note) for note in prepared.inputs.notes]
     return "\n".join(f"{name:11}{fact}" for name, fact in [*facts.items(), *notes])
+
+
+def _method(job: Job) -> str:
+    """The steps of a job, the last one first; and of how many tensors, by a rule."""
+    steps = " after ".join(step.name for step in reversed(job.recipe.steps))
+    return f"{job.label}{steps} ({len(job.places)} tensors)" if job.label else steps
 
 
 def _dtype(prepared: Prepared) -> str:

@@ -42,7 +42,6 @@ def align(
     checkpoints = models if base is None else [base, *models]
     named = naming.common(checkpoints, recipe.rename, recipe.excludes)
     tables, changes, notes = named.tables, dict(named.config), list(named.notes)
-    reads_base = base is not None and recipe.needs_base
     _check_related(checkpoints, tables)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
@@ -84,6 +83,7 @@ def align(
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
             sources = fitted
+        own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
             Origin(owner, name, source)
@@ -93,13 +93,13 @@ def align(
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(recipe, sources[0].shape, dtype, len(models))
+            parts = _parts(own_recipe, sources[0].shape, dtype, len(models))
         own = origins.pop(0) if base is not None else None
-        kept = own if reads_base or exact else None
+        kept = own if own_recipe.needs_base or exact else None
         beside = (
             {}
             if exact
-            else _beside(name, sources[0], statistics or [], recipe, problems)
+            else _beside(name, sources[0], statistics or [], own_recipe, problems)
         )
         tensors.append(
             TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
@@ -114,6 +114,11 @@ def align(
     notes += [
         f"{field} has no effect: {why}" for field, why in recipe.idle_fields().items()
     ]
+    notes += [
+        f"rules: {pattern!r} matches no tensor that is merged, or others come first"
+        for place, (pattern, _) in enumerate(recipe.rules, start=1)
+        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+    ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
 
@@ -127,7 +132,7 @@ def _beside(
 ) -> dict[str, tuple[Origin, ...]]:
     """What the statistics' checkpoints hold for a tensor: all of them, or none."""
     holders = [own for own in statistics if name in own.tensors]
-    if not holders:
+    if not holders or not recipe.method.beside:
         return {}
     without = [own.name for own in statistics if name not in own.tensors]
     if without:

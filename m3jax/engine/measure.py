@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.methods.selection import BINS
 from m3jax.methods.step import Problem, Reduction, any_traced, namespace
@@ -67,21 +68,19 @@ class Bench(Protocol):
         ...
 
 
-def measure(
+def measured_by(
     bench: Bench,
-    program: Program,
+    job: Job,
     numbers: Numbers,
-    places: Sequence[int],
     kept: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
     gathered: Callable[[Any], Any] = lambda table: table,
 ) -> Numbers:
-    """Runs the statistics of a program's steps in order, and derives their numbers.
+    """Runs the statistics of a job's steps in order, and derives their numbers.
 
     Args:
       bench: where the tensors are.
-      program: what is done to them.
+      job: what is done to which of them.
       numbers: tables of the parameters. A table may be a function that gives it.
-      places: of the program's tensors.
       kept: (name, find) -> what `find` gives, or what it gave in an interrupted run.
       gathered: puts together what the processes have found of their own tensors.
 
@@ -89,6 +88,8 @@ def measure(
       The numbers with `info` filled in.
     """
     info: list[Mapping[str, Any]] = []
+    program = job.program
+    places = [i for i in job.places if bench.sizes[i]]
     for depth in range(len(program.steps)):
         so_far = numbers._replace(info=tuple(info))
 
@@ -96,7 +97,7 @@ def measure(
             return _found(bench, program, depth, so_far, places, gathered)
 
         scope = program.steps[depth].scope
-        found = kept(f"step {depth}", find) if scope else {}
+        found = kept(f"{job.label}step {depth}", find) if scope else {}
         info.append(found)
         if depth < len(program.transforms):
             info[-1] = derived(program, depth, so_far, found)

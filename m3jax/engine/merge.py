@@ -27,9 +27,10 @@ from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
 from m3jax.engine.draws import early
+from m3jax.engine.jobs import Job
 from m3jax.engine.journal import Journal
 from m3jax.engine.kernel import Numbers
-from m3jax.engine.measure import completed, measure
+from m3jax.engine.measure import completed, measured_by
 from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
 from m3jax.engine.processes import ProcessError, Processes, joined
 from m3jax.engine.progress import Progress
@@ -38,6 +39,8 @@ from m3jax.engine.sharded import Sharded
 from m3jax.engine.share import Share
 from m3jax.engine.streamed import Stream
 from m3jax.recipe import Recipe
+
+Measured = tuple[tuple[Job, Numbers], ...]  # the numbers of each job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +192,9 @@ def _execute(
     )
     passes = time.perf_counter()
     in_memory: Sharded | None = None
+    numbers: Measured = ()
     if prepared.execution.executor == "sharded":
         in_memory = Sharded(prepared, processes, progress, stream.clock)
-        numbers = Numbers((), ())
     else:
         numbers = _measured(prepared, share, stream, journal)
     writer = processes.first_then_others(
@@ -214,7 +217,7 @@ def _execute(
         recorder.add(records)
     if isinstance(folder, OutputFolder):
         with stream.clock.stage("committing"):
-            _complete(prepared, recorder, folder, _recorded(prepared, numbers))
+            _complete(prepared, recorder, folder, _recorded(numbers))
     processes.from_first("the output has its name")
     return MergeResult(
         output=folder.final,
@@ -232,8 +235,8 @@ def _execute(
 
 def _measured(
     prepared: Prepared, share: Share, stream: Stream, journal: Journal
-) -> Numbers:
-    """The numbers of the merge, with what its steps have to know of the models."""
+) -> Measured:
+    """The numbers of each job, with what its steps have to know of the models."""
 
     def kept(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         saved = journal.statistics(name)
@@ -248,16 +251,17 @@ def _measured(
         total = share.processes.sum(own)
         return dict(zip(names[0], total or (), strict=True))
 
-    places = [i for i in prepared.merged if prepared.items[i].size]
-    numbers = prepared.numbers()
-    return measure(stream, prepared.program, numbers, places, kept, gathered)
+    return tuple(
+        (job, measured_by(stream, job, prepared.numbers(job), kept, gathered))
+        for job in prepared.jobs
+    )
 
 
 def _merge_share(
     prepared: Prepared,
     share: Share,
     stream: Stream,
-    measured: Numbers,
+    measured: Measured,
     recorder: Recorder,
     progress: Progress,
 ) -> None:
@@ -268,19 +272,22 @@ def _merge_share(
     written = sum(prepared.inputs.tensors[i].written_bytes for i in left)
     progress.stage("merging", prepared.read_bytes(left) + written)
 
-    def numbers(drawn: bool) -> Numbers:
-        own = measured
-        if not drawn:
-            own = early(own, len(prepared.models), len(prepared.items))
-        return completed(prepared.program, own)
+    def merge(job: Job, order: list[int], own: Numbers) -> None:
+        def numbers(drawn: bool) -> Numbers:
+            counts = len(prepared.models), len(prepared.items)
+            return completed(job.program, own if drawn else early(own, *counts))
 
-    stream.merge(
-        prepared.program,
-        left,
-        numbers,
-        recorder,
-        check_finite=not prepared.execution.allow_nonfinite,
-    )
+        finite = not prepared.execution.allow_nonfinite
+        stream.merge(job.program, order, numbers, recorder, check_finite=finite)
+
+    jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
+    others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))
+    for job, own in jobs:
+        mine = set(job.places)
+        first = job is jobs[0][0]  # with it, what is copied: in order of the files
+        order = [i for i in left if i in mine or (first and i not in others)]
+        if order:
+            merge(job, order, own)
 
 
 def _sync(writer: ShardWriter, folder: OutputPart) -> None:
@@ -292,15 +299,16 @@ def _sync(writer: ShardWriter, folder: OutputPart) -> None:
         raise
 
 
-def _recorded(prepared: Prepared, numbers: Numbers) -> dict[str, list[float]]:
-    """What the method says of the whole model, for the record."""
-    names = prepared.recipe.method.records
-    info = numbers.info[-1] if numbers.info else {}
-    tables = {name: np.asarray(info[name]) for name in names if name in info}
-    place = next(iter(prepared.merged), 0)
+def _recorded(measured: Measured) -> dict[str, list[float]]:
+    """What the methods say of all their tensors, for the record."""
     return {
-        name: np.atleast_1d(table[..., place]).astype(np.float64).tolist()
-        for name, table in tables.items()
+        f"{job.label}{name}": np.atleast_1d(np.asarray(info[name])[..., job.places[0]])
+        .astype(np.float64)
+        .tolist()
+        for job, numbers in measured
+        for info in numbers.info[-1:]
+        for name in job.recipe.method.records
+        if name in info and job.places
     }
 
 

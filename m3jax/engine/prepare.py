@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,8 @@ from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import differences, draws, plan
 from m3jax.engine.buffers import buffer_bytes
 from m3jax.engine.inputs import MergeInputs, MismatchError, TensorInputs
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.jobs import Job, jobs
+from m3jax.engine.kernel import Numbers
 from m3jax.engine.lineup import align
 from m3jax.engine.pipeline import available_cores
 from m3jax.recipe import Recipe, RecipeError, parse_size
@@ -135,9 +137,11 @@ class Prepared:
         """Drawn or given, per group of tensors; None where M3 is off."""
         return self.drawn.result()
 
-    @property
-    def program(self) -> Program:
-        return Program.of(self.recipe)
+    @functools.cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """Which of the merged tensors which steps merge."""
+        tensors = self.inputs.tensors
+        return jobs(self.recipe, ((i, tensors[i].name) for i in self.merged))
 
     @property
     def merged(self) -> list[int]:
@@ -147,15 +151,13 @@ class Prepared:
     @property
     def passes(self) -> list[str]:
         """The reading passes, named; a sample is not counted."""
-        names = []
-        for step in self.recipe.steps:
-            each = {
-                "tensor": "per tensor",
-                "layer": "per layer",
-                "model": "whole model",
-            }
-            if step.scope:
-                names.append(f"what {step.name} measures, {each[step.scope]}")
+        each = {"tensor": "per tensor", "layer": "per layer", "model": "whole model"}
+        steps = [step for job in self.jobs if job.places for step in job.recipe.steps]
+        names = [
+            f"what {step.name} measures, {each[step.scope]}"
+            for step in steps
+            if step.scope
+        ]
         return [*names, "merge"]
 
     def read_bytes(self, positions: Sequence[int]) -> int:
@@ -173,8 +175,9 @@ class Prepared:
     @property
     def units(self) -> tuple[str, ...]:
         """What the steps have to see whole."""
-        program = self.program
-        return tuple({program.unit(d) for d in range(len(program.steps) + 1)})
+        programs = [job.program for job in self.jobs if job.places]
+        found = {p.unit(d) for p in programs for d in range(len(p.steps) + 1)}
+        return tuple(found or {"element"})
 
     @property
     def buffer_bytes(self) -> int:
@@ -187,12 +190,11 @@ class Prepared:
         result = self.tiles * plan.TILE * 4
         return self.execution.num_threads * (sum(own) + result) + caches
 
-    def numbers(self) -> Numbers:
-        """The tables of the recipe's numbers over all tensors."""
+    def numbers(self, job: Job) -> Numbers:
+        """The tables of a job's numbers over all tensors."""
         names = [tensor.name for tensor in self.inputs.tensors]
         return draws.tables(
-            self.recipe,
-            self.program,
+            job,
             names,
             len(self.models),
             self.seed,

@@ -25,7 +25,11 @@ class Problems:
 
     def add(self, field: str, value: object, allowed: str) -> None:
         """Notes that `field` holds `value`, and what it needs instead."""
-        self._lines.append(f"{field}={value!r} needs {allowed}")
+        self.line(f"{field}={value!r} needs {allowed}")
+
+    def line(self, text: str) -> None:
+        """Notes what is wrong in words of the caller's."""
+        self._lines.append(text)
 
     def choice(self, field: str, value: object, allowed: tuple[str, ...]) -> None:
         if value not in allowed:
@@ -55,7 +59,7 @@ class Problems:
             except (re.error, TypeError):
                 self.add(f"{field}[{i}]", value, "a regular expression")
 
-    def rules(self, field: str, values: object) -> None:
+    def renaming(self, field: str, values: object) -> None:
         """Notes what is no REGEX=REPLACEMENT; a "=" in the expression is none."""
         if not isinstance(values, tuple):
             self.add(field, values, "a tuple of rules, as (r'^model\\.=',)")

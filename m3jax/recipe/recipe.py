@@ -7,19 +7,24 @@ set of models, and the pair (recipe, seed) fixes every number of a merge.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import InitVar
 from typing import Any
 
-import numpy as np
-
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
 from m3jax.recipe import values
+from m3jax.recipe.groups import (
+    as_groups,
+    check_known,
+    from_groups,
+    group,
+    parsed_rules,
+)
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
-from m3jax.traced import is_traced
 
 VOCABULARIES = ("error", "mean", "truncate")
 UNMATCHED = ("error", "base", "skip")
@@ -50,6 +55,9 @@ class Recipe:
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
+      rules: (pattern, steps): the tensors in whose name the regular expression is found
+        are merged by these transforms and this method instead; the first that fits
+        counts. What is measured over the whole model is then measured over them.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.
       without_effect: fields that were given and that change nothing: the method does
@@ -68,6 +76,7 @@ class Recipe:
     unmatched: str = "error"
     dtype: str = "input"
     max_shard_size: int | str = "5GB"
+    rules: tuple[tuple[str, tuple[Step, ...]], ...] = ()
     scaling: InitVar[Any] = None
     trim_rate: InitVar[Any] = None
     dare: InitVar[Transform | None] = None
@@ -90,8 +99,9 @@ class Recipe:
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
-        self._set("rename", rules(self.rename))
+        self._set("rename", renaming(self.rename))
         self._check_fields(problems, (*steps, self.method), flat)
+        self._check_rules(problems)
         problems.raise_if_any()
 
     def _set(self, name: str, value: Any) -> None:
@@ -169,11 +179,49 @@ class Recipe:
         if sum(bool(step.draws) for step in self.transforms) > 1:
             problems.add("transforms", names, "one transform that draws, at most")
         problems.patterns("exclude", self.exclude)
-        problems.rules("rename", self.rename)
+        problems.renaming("rename", self.rename)
         try:
             parse_size(self.max_shard_size)
         except ValueError:
             problems.add("max_shard_size", self.max_shard_size, "such as 5GB or 200MB")
+
+    def _check_rules(self, problems: Problems) -> None:
+        try:
+            rules = [(pattern, tuple(steps)) for pattern, steps in self.rules]
+        except (TypeError, ValueError):
+            problems.add("rules", self.rules, "pairs of a pattern and a tuple of steps")
+            return
+        problems.patterns("rules", tuple(pattern for pattern, _ in rules))
+        parsed = []
+        for pattern, steps in rules:
+            try:
+                parsed.append((pattern, self._with_steps(steps).steps))
+            except RecipeError as error:
+                problems.line(f"rules[{pattern!r}]: {error}")
+        self._set("rules", tuple(parsed))
+
+    def _with_steps(self, steps: tuple[Step, ...]) -> Recipe:
+        before: Any = steps[:-1]
+        method = steps[-1] if steps else None
+        return dataclasses.replace(self, method=method, transforms=before, rules=())
+
+    @functools.cached_property
+    def variants(self) -> tuple[Recipe, ...]:
+        """A recipe without rules for each kind of tensor: first those without a rule,
+        then those of each rule."""
+        if not self.rules:
+            return (self,)
+        own = dataclasses.replace(self, rules=())
+        return (own, *(self._with_steps(steps) for _, steps in self.rules))
+
+    def variant_of(self, name: str) -> int:
+        """The place, among the variants, of the one for tensor `name`."""
+        fitting = (
+            place
+            for place, (pattern, _) in enumerate(self.rules, start=1)
+            if re.search(pattern, name)
+        )
+        return next(fitting, 0)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -182,7 +230,7 @@ class Recipe:
 
     @property
     def needs_base(self) -> bool:
-        return any(step.needs_base for step in self.steps)
+        return any(step.needs_base for own in self.variants for step in own.steps)
 
     def transform(self, name: str) -> Any:
         """The transform of that name; None without it."""
@@ -208,52 +256,64 @@ class Recipe:
         problems = Problems()
         if num_models < 1:
             problems.add("models", num_models, "at least one model")
+        each = f"one number per model, {num_models} here"
+        if values.wrong_length(self.mixup.ratios, num_models):
+            problems.add("mixup.ratios", self.mixup.ratios, each)
+        for own in self.variants:
+            own._check_steps(problems, num_models, has_base)
+        self._check_ratios(problems)
+        if not has_base and self.exclude:
+            problems.add("exclude", self.exclude, "a base: give --base")
+        if not has_base and self.unmatched == "base":
+            problems.add("unmatched", self.unmatched, "a base: give --base")
+        problems.raise_if_any()
+
+    def _check_steps(self, problems: Problems, num_models: int, has_base: bool) -> None:
         wanted = self.method.num_models
         if wanted not in (None, num_models):
             allowed = f"{wanted} models for method {self.method.name}"
             problems.add("models", num_models, allowed)
         each = f"one number per model, {num_models} here"
-        if values.wrong_length(self.mixup.ratios, num_models):
-            problems.add("mixup.ratios", self.mixup.ratios, each)
         for step in self.steps:
             for name in step.fields():
                 value = getattr(step, name)
                 if values.wrong_length(value, num_models):
                     problems.add(f"{step.name}.{name}", value, each)
-        self._check_ratios(problems)
-        if not has_base:
-            for step in self.steps:
-                if step.needs_base:
-                    what = "method" if step is self.method else "transforms"
-                    problems.add(what, step.name, "a base: give --base")
-            if self.exclude:
-                problems.add("exclude", self.exclude, "a base: give --base")
-            if self.unmatched == "base":
-                problems.add("unmatched", self.unmatched, "a base: give --base")
-        problems.raise_if_any()
+            if step.needs_base and not has_base:
+                what = "method" if step is self.method else "transforms"
+                problems.add(what, step.name, "a base: give --base")
 
     def check_statistics(self, count: int, num_models: int) -> None:
-        """Raises RecipeError unless there are as many as the method reads."""
-        needed = num_models if self.method.beside else 0
+        """Raises RecipeError unless there are as many as the methods read."""
+        methods = [own.method for own in self.variants]
+        readers = [method.name for method in methods if method.beside]
+        needed = num_models if readers else 0
         if count != needed:
             allowed = (
                 f"one per model, {needed} here, as in --statistics=A,B: method "
-                f"{self.method.name} reads them"
+                f"{readers[0]} reads them"
                 if needed
                 else f"none: method {self.method.name} reads none"
             )
             raise RecipeError(f"statistics: {count} given; needs {allowed}")
 
     def _check_ratios(self, problems: Problems) -> None:
-        name, mixup = self.method.name, self.mixup
-        field = self.method.fields().get("weights")
+        mixup = self.mixup
         if not mixup.on or problems:
             return
-        if not isinstance(field, Weights):
+        fields = [own.method.fields().get("weights") for own in self.variants]
+        if not any(isinstance(field, Weights) for field in fields):
+            name = self.method.name
             what = "alpha" if mixup.ratios is None else "ratios"
             allowed = f"None (--config.mixup.{what}=None): method {name} has no ratios"
             problems.add(f"mixup.{what}", getattr(mixup, what), allowed)
-        elif self.method.weights is not None:
+        for own, field in zip(self.variants, fields, strict=True):
+            if isinstance(field, Weights):
+                own._check_weights(field, problems)
+
+    def _check_weights(self, field: Weights, problems: Problems) -> None:
+        name, mixup = self.method.name, self.mixup
+        if self.method.weights is not None:
             problems.add(
                 f"{name}.weights",
                 self.method.weights,
@@ -278,9 +338,7 @@ class Recipe:
         A step's parameters stand under its name.
         """
         return {
-            "method": self.method.name,
-            "transforms": tuple(step.name for step in self.transforms),
-            **{step.name: group(step) for step in self.steps},
+            **as_groups(self.steps),
             "mixup": dataclasses.asdict(self.mixup),
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
@@ -288,6 +346,10 @@ class Recipe:
             "unmatched": self.unmatched,
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
+            "rules": tuple(
+                {"tensors": pattern, **as_groups(steps)}
+                for pattern, steps in self.rules
+            ),
         }
 
     @classmethod
@@ -298,45 +360,23 @@ class Recipe:
           RecipeError: for an unknown field (by its dotted name) or a bad value.
         """
         own = [field.name for field in dataclasses.fields(cls) if field.init]
-        groups = {**TRANSFORMS, **METHODS}
-        _check_known("", fields, [*own, *FLAT, *groups])
-        method = fields.get("method", "average")
-        problems = Problems()
-        problems.choice("method", method, tuple(METHODS))
-        order = fields.get("transforms", ())
-        if not isinstance(order, (list, tuple)):
-            problems.add("transforms", order, "a tuple of names, such as ('dare',)")
-        problems.raise_if_any()
-        for name, group_fields in fields.items():
-            if name in groups:
-                _check_known(f"{name}.", group_fields, [*groups[name].fields()])
-        for name in METHODS:
-            if name != method and name in fields:
-                _check_unset(name, fields[name], method)
-        steps = {
-            name: groups[name](**fields[name]) for name in fields if name in groups
-        }
-        _check_known("transforms: ", order, [*TRANSFORMS])
-        order = [*order, *(name for name in TRANSFORMS if name not in order)]
-        known = {*own, *FLAT} - {"method", "transforms"}
+        check_known("", fields, [*own, *FLAT, *TRANSFORMS, *METHODS])
+        known = {*own, *FLAT} - {"method", "transforms", "rules"}
         mixup = fields.get("mixup", {})
-        _check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
+        check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
+        *transforms, method = from_groups(fields)
         return cls(
             **{name: plain(own) for name, own in fields.items() if name in known}
             | {
-                "method": steps.get(method, method),
-                "transforms": tuple(steps[name] for name in order if name in steps),
+                "method": method,
+                "transforms": tuple(transforms),
                 "mixup": Mixup(**mixup),
+                "rules": parsed_rules(fields.get("rules", ())),
             }
         )
 
 
-def group(step: Step) -> dict[str, Any]:
-    """The parameters of a step as JSON values."""
-    return {name: values.as_json(getattr(step, name)) for name in step.fields()}
-
-
-def rules(given: Any) -> Any:
+def renaming(given: Any) -> Any:
     """Rules of renaming as a tuple; a text is one rule, a mapping has one each."""
     if isinstance(given, str):
         return (given,)
@@ -362,38 +402,3 @@ def parse_size(size: int | str) -> int:
 def _parsed(step: Any) -> Any:
     parsed = {name: values.parse(getattr(step, name)) for name in step.fields()}
     return dataclasses.replace(step, **parsed)
-
-
-def _check_known(prefix: str, fields: Any, known: list[str]) -> None:
-    """Raises RecipeError for a field that is unknown here, saying where it is known."""
-    if not isinstance(fields, (Mapping, list, tuple)):
-        raise RecipeError(f"recipe field {prefix[:-1]!r} must be a group of fields")
-    for name in fields:
-        if name in known:
-            continue
-        homes = ["mixup"] * (name in {f.name for f in dataclasses.fields(Mixup)})
-        homes += [step for step, cls in METHODS.items() if name in cls.fields()]
-        where = (
-            f"; it is a field of {', '.join(f'{home}.{name}' for home in homes)}"
-            if homes
-            else f"; known: {', '.join(prefix + own for own in known)}"
-        )
-        raise RecipeError(f"unknown recipe field {prefix + str(name)!r}{where}")
-
-
-def _check_unset(name: str, fields: Mapping[str, Any], method: str) -> None:
-    """Raises RecipeError if a field of another method than the chosen one is set."""
-    defaults = group(METHODS[name]())
-    for field, value in fields.items():
-        if not _same(value, defaults[field]):
-            homes = [own for own, cls in METHODS.items() if field in cls.fields()]
-            raise RecipeError(
-                f"{name}.{field}={value!r}: the method is {method}; of the methods, "
-                f"{', '.join(homes)} have {field!r}"
-            )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if is_traced(a) or is_traced(b):
-        return a is b
-    return bool(np.array_equal(plain(a), plain(b))) if a is not None else b is None

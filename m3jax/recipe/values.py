@@ -151,7 +151,12 @@ def of_tensor(value: Any, name: str, position: float) -> Any:
 
 
 def table(
-    value: Any, field: Number, names: Sequence[str], num_models: int, xp: Any = np
+    value: Any,
+    field: Number,
+    names: Sequence[str],
+    num_models: int,
+    xp: Any = np,
+    places: Sequence[int] | None = None,
 ) -> Any:
     """The numbers of N tensors: (K, N) for a field by model, else (N,); float64.
 
@@ -161,23 +166,26 @@ def table(
       names: of the tensors.
       num_models: K.
       xp: NumPy, or `jax.numpy` where the value is traced.
+      places: of the tensors whose numbers count; None: of all.
+
+    Raises:
+      RecipeError: a tensor that counts gets no value.
     """
     shape = (num_models, len(names)) if field.per_model else (len(names),)
     if is_traced(value) or not varies(value):
         number = xp.asarray(np.nan if value is None else value, xp.result_type(float))
         behind = number[:, None] if number.ndim else number
         return xp.broadcast_to(behind, shape)
-    rows = [
-        np.broadcast_to(np.array(of_tensor(value, n, at), np.float64), shape[:-1])
-        for n, at in zip(names, positions(names), strict=True)
-    ]
-    for name, row in zip(names, rows, strict=True):
-        if np.any(np.isnan(row)):
+    rows = np.zeros(shape)
+    where = positions(names)
+    for i in range(len(names)) if places is None else places:
+        rows[..., i] = np.array(of_tensor(value, names[i], where[i]), np.float64)
+        if np.any(np.isnan(rows[..., i])):
             raise RecipeError(
-                f"tensor {name!r}: no rule gives it a value ({field.help}); add one "
-                "without a filter"
+                f"tensor {names[i]!r}: no rule gives it a value ({field.help}); add "
+                "one without a filter"
             )
-    return np.moveaxis(np.stack(rows), 0, -1)
+    return rows
 
 
 def varies(value: Any) -> bool:
