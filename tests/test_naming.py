@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 import m3jax
 from m3jax import CheckpointError, Mixup, Recipe, RecipeError
 from m3jax.checkpoints.formats.dtypes import of_numpy
-from m3jax.checkpoints.naming import layouts, prefixes, wrappers
+from m3jax.checkpoints.naming import common, layouts, prefixes, wrappers
 from m3jax.checkpoints.source import Array, read_whole
 from m3jax.checkpoints.sources import views
 
@@ -224,7 +225,7 @@ class TestLayouts:
         else:
             made = merge(self.fused(a), a, b)
             assert_same(made.tensors, self.fused(mean(a, b)))
-        assert "read as one" in made.notes
+        assert "several tensors read as one" in made.notes
 
     @pytest.mark.parametrize("who", ["base", "model"])
     @pytest.mark.parametrize(
@@ -531,6 +532,60 @@ class TestUnmatched:
     def test_base_needs_one(self, tmp_path: Path):
         with pytest.raises(RecipeError, match="unmatched='base' needs a base"):
             Recipe(unmatched="base").check(num_models=2, has_base=False)
+
+
+def wrap(tensors: Tensors) -> Tensors:
+    return {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+def change_prefix(tensors: Tensors) -> Tensors:
+    return named(tensors, lambda n: n.replace("model.", "model.language_model.", 1))
+
+
+def add_buffers(tensors: Tensors) -> Tensors:
+    return {**tensors, **BUFFERS}
+
+
+def copy_head(tensors: Tensors) -> Tensors:
+    return {**tensors, HEAD: tensors[EMBEDDING]}
+
+
+@given(
+    kinds=st.tuples(
+        *[
+            st.sets(
+                st.sampled_from(
+                    [copy_head, TestLayouts.fused, add_buffers, change_prefix, wrap]
+                )
+            )
+        ]
+        * 3
+    )
+)
+def test_any_mixture(kinds):
+    """Whatever was done to names of base and models, the same tensors meet."""
+    order = [copy_head, TestLayouts.fused, add_buffers, change_prefix, wrap]
+    opened = []
+    for i, own in enumerate(kinds):
+        tensors = model(i)
+        for step in order:
+            tensors = step(tensors) if step in own else tensors
+        table = {name: Array(tensor, "") for name, tensor in tensors.items()}
+        opened.append(SimpleNamespace(name=str(i), tensors=table, config=TIED))
+    found = common(opened)
+    names = set(found.tables[0]) - found.copied
+    first = model(0)
+    first = TestLayouts.fused(first) if TestLayouts.fused in kinds[0] else first
+    first = change_prefix(first) if change_prefix in kinds[0] else first
+    assert names == set(first)
+    assert found.config == {}
+    for i, table in enumerate(found.tables):
+        wanted = model(i)
+        wanted = TestLayouts.fused(wanted) if TestLayouts.fused in kinds[0] else wanted
+        wanted = change_prefix(wanted) if change_prefix in kinds[0] else wanted
+        assert set(table) - found.copied == set(wanted)
+        for name, tensor in wanted.items():
+            np.testing.assert_array_equal(read_whole(table[name]), tensor)
 
 
 class TestExclude:

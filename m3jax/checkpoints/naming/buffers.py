@@ -23,11 +23,26 @@ _NAMES = re.compile(
     # BatchNorm's count of steps.
     r"|num_batches_tracked)"
 )
+# What their names end with: most tensors are told by it at once.
+_ENDS = {
+    "inv_freq",
+    "original_inv_freq",
+    "cos_cached",
+    "sin_cached",
+    "masked_bias",
+    "position_ids",
+    "token_type_ids",
+    "relative_position_index",
+    "num_batches_tracked",
+    "bias",
+}
 _MASK = re.compile(r"(.*\.)?(attn|attention|self_attn)\.bias")
 
 
 def is_buffer(name: str, source: Source) -> bool:
     """Whether a tensor is one; an attention's `bias` is where it is a square mask."""
+    if name.rpartition(".")[2] not in _ENDS:
+        return False
     if _NAMES.fullmatch(name):
         return True
     shape = source.shape

@@ -170,7 +170,7 @@ def _buffers(tables: list[Table], notes: list[str], first: str) -> frozenset[str
         }
     if differ:
         notes.append(
-            f"{counted(sorted(differ))} that are no weights but follow from "
-            f"config.json, in some checkpoints alone: as in {first}"
+            f"{counted(sorted(differ))} in some checkpoints alone, no weights but what "
+            f"follows from config.json: as in {first}"
         )
     return frozenset(copied)

@@ -51,15 +51,14 @@ def fuse(
         for parts in _candidates(name, made):
             whole = _together(name, parts, made)
             if whole.shape == source.shape:
-                made = {
-                    n: s
-                    for n, s in made.items()
-                    if n not in set(itertools.chain(*parts))
-                }
+                for part in itertools.chain(*parts):
+                    del made[part]
                 made[name] = whole
                 fused.append(name)
                 break
-    return made, [f"read as one: {counted(sorted(fused))}"] if fused else []
+    return made, [
+        f"several tensors read as one of: {counted(sorted(fused))}"
+    ] if fused else []
 
 
 def _candidates(

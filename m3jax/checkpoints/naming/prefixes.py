@@ -55,8 +55,7 @@ def fit(
         if len(set(new.values())) < len(new):
             return made, lines
         made = {new[name]: source for name, source in made.items()}
-        what = [f"{pair[0] or 'no prefix'} read as {pair[1] or 'none'}"]
-        lines.append(f"prefix {what[0]}: {counted(sorted(moved))}")
+        lines.append(f"{_in_words(pair)}: {counted(sorted(moved))}")
 
 
 def _best(
@@ -108,6 +107,14 @@ def _related(a: str, b: str) -> bool:
     """Whether one prefix is made of the other's words."""
     mine, yours = (collections.Counter(p.split(".")[:-1]) for p in (a, b))
     return a != b and (mine <= yours or yours <= mine)
+
+
+def _in_words(pair: Pair) -> str:
+    if not pair[1]:
+        return f"prefix {pair[0]} left off"
+    return (
+        f"prefix {pair[0]} read as {pair[1]}" if pair[0] else f"prefix {pair[1]} added"
+    )
 
 
 def _head(name: str, prefix: str) -> str:
