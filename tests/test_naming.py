@@ -20,6 +20,7 @@ from m3jax.checkpoints.formats.dtypes import of_numpy
 from m3jax.checkpoints.naming import common, layouts, prefixes, wrappers
 from m3jax.checkpoints.source import Array, read_whole
 from m3jax.checkpoints.sources import views
+from m3jax.engine.prepare import Execution
 
 Tensors = checkpoints.Tensors
 PLAIN = Recipe(mixup=Mixup(alpha=None))
@@ -239,6 +240,27 @@ class TestLayouts:
         else:
             made = merge(self.stacked(a, words), a, b)
             assert_same(made.tensors, self.stacked(mean(a, b), words))
+
+    @pytest.mark.parametrize("execution", [{"executor": "sharded"}, {"chunk_size": 1024, "threads": 1}])
+    def test_views_are_read_alike_by_all_executors(self, execution, tmp_path: Path):
+        words = "gate_proj", "up_proj", "down_proj"
+        a, b = self.experts(1, words), self.experts(2, words)
+        for name, tensors in ("base", a), ("a", b), ("b", self.stacked(a, words)):
+            checkpoints.write(tmp_path / name, tensors)
+        recipe = Recipe(
+            method="ties", mixup=Mixup(alpha=None), dare=m3jax.Dare(drop_rate=0.3)
+        )
+        models = [tmp_path / "a", tmp_path / "b"]
+        m3jax.merge(tmp_path / "base", models, tmp_path / "out", recipe)
+        m3jax.merge(
+            tmp_path / "base",
+            models,
+            tmp_path / "other",
+            recipe,
+            execution=Execution(**execution),
+        )
+        found, other = (checkpoints.read(tmp_path / n) for n in ("out", "other"))
+        assert_same(found, other)
 
     def test_experts_of_another_number_do_not_fit(self, merge):
         words = "gate_proj", "up_proj", "down_proj"
