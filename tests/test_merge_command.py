@@ -131,6 +131,8 @@ class TestRecipes:
             "rename": [],
             "unmatched": "error",
             "rules": [],
+            "compute": "float32",
+            "slices": [],
             "dtype": "float32",
             "max_shard_size": "500B",
         }
@@ -244,7 +246,9 @@ class TestDryRun:
         for name in extra:
             assert f"tensor '{name}' is missing in base, a" in ran.out
         assert len(ran.out.splitlines()) == 9
-        assert ran.error == "m3jax merge: the checkpoints do not fit: 9 mismatches"
+        assert ran.error.startswith(
+            "m3jax merge: the checkpoints do not fit: 9 mismatches; --config.unmatched"
+        )
 
 
 class TestMisuse:
@@ -438,11 +442,11 @@ class TestBadInput:
         (models / "a" / "model.safetensors").write_bytes(content)
         assert fails().startswith("a/model.safetensors: ")
 
-    def test_pickled_weights(self, fails, models: Path):
+    def test_pickled_weights_that_are_none(self, fails, models: Path):
         (models / "a" / "model.safetensors").rename(models / "a" / "model.bin")
-        assert fails().startswith(
-            "a: only pickled weights ('model.bin'); unpickling runs code"
-        )
+        message = fails()
+        assert message.startswith("a/model.bin: starts with ")
+        assert "so it is no file of torch.save" in message
 
     def test_nan(self, fails, merge, models: Path):
         tensors = {k: v.copy() for k, v in checkpoints.read(models / "a").items()}

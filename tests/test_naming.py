@@ -241,7 +241,9 @@ class TestLayouts:
             made = merge(self.stacked(a, words), a, b)
             assert_same(made.tensors, self.stacked(mean(a, b), words))
 
-    @pytest.mark.parametrize("execution", [{"executor": "sharded"}, {"chunk_size": 1024, "threads": 1}])
+    @pytest.mark.parametrize(
+        "execution", [{"executor": "sharded"}, {"chunk_size": 1024, "threads": 1}]
+    )
     def test_views_are_read_alike_by_all_executors(self, execution, tmp_path: Path):
         words = "gate_proj", "up_proj", "down_proj"
         a, b = self.experts(1, words), self.experts(2, words)

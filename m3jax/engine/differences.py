@@ -168,11 +168,11 @@ def unrelated(
         sums = np.zeros(3)
         count = 0
         for tensor in weights[step // 2 :: step][:_SAMPLED]:
-            own = next((o.source for o in tensor.models if o.owner is model), None)
-            base = _source_of(first, tensor)
-            if own is None or base is None or own.shape != base.shape:
+            own = next((o for o in tensor.models if o.owner is model), None)
+            base = None if own is None else _source_of(first, tensor, own.name)
+            if own is None or base is None or own.source.shape != base.shape:
                 continue
-            a, b = _sample(base), _sample(own)
+            a, b = _sample(base), _sample(own.source)
             fine = np.isfinite(a) & np.isfinite(b)
             a, b = a[fine], b[fine]
             sums += a @ a, b @ b, a @ b
@@ -185,11 +185,14 @@ def unrelated(
             )
 
 
-def _source_of(checkpoint: Checkpoint, tensor: TensorInputs) -> Source | None:
+def _source_of(
+    checkpoint: Checkpoint, tensor: TensorInputs, name: str
+) -> Source | None:
+    """A checkpoint's tensor of that name; a layer may stand in another's place."""
     for origin in tensor.origins:
-        if origin.owner is checkpoint:
+        if origin.owner is checkpoint and origin.name == name:
             return origin.source
-    return checkpoint.tensors.get(tensor.name)
+    return checkpoint.tensors.get(name)
 
 
 def _sample(source: Source) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,8 +11,8 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.naming.table import Table
-from m3jax.checkpoints.source import Converted, Source
-from m3jax.engine import unmatched, vocabulary
+from m3jax.checkpoints.source import Converted, Repeated, Source
+from m3jax.engine import layer_config, unmatched, vocabulary
 from m3jax.engine.inputs import (
     MergeInputs,
     MismatchError,
@@ -19,8 +20,10 @@ from m3jax.engine.inputs import (
     Part,
     TensorInputs,
 )
+from m3jax.engine.slices import stacked
 from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
+from m3jax.recipe.values import layer_of
 
 
 def align(
@@ -40,45 +43,63 @@ def align(
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    named = naming.common(checkpoints, recipe.rename, recipe.excludes)
-    tables, changes, notes = named.tables, dict(named.config), list(named.notes)
+    named = _named(checkpoints, recipe)
+    tables = named.tables
+    changes: dict[str, Any] = {**checkpoints[0].changes, **named.config}
+    notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
+    notes += named.notes
     _check_related(checkpoints, tables)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
-    names, kept_names = unmatched.settle(
-        checkpoints,
-        tables,
-        recipe.unmatched,
-        lambda name: name in named.copied or recipe.excludes(name),
-        problems,
-        notes,
-    )
-    lacking = bool(problems)
+    copied = named.copied
+    hint = ""
+    if recipe.slices:
+        has_base = recipe.slices[0].base is not None
+        given = base is not None
+        slots, stacks = stacked(checkpoints, tables, recipe, given, problems)
+        names = sorted(slots[0])
+        layer_config.follow(checkpoints[0], stacks, changes, notes)
+    else:
+        has_base = base is not None
+        names, kept = unmatched.settle(
+            checkpoints,
+            tables,
+            recipe.unmatched,
+            lambda name: name in named.copied or recipe.excludes(name),
+            problems,
+            notes,
+        )
+        copied |= kept
+        hint = unmatched.HINT if problems else ""
+        slots = [
+            {name: Origin(owner, name, table[name]) for name in names if name in table}
+            for owner, table in zip(checkpoints, tables, strict=True)
+        ]
     for name in names:
-        if name in named.copied or name in kept_names or recipe.excludes(name):
-            origin = Origin(checkpoints[0], name, tables[0][name])
+        if name in copied or recipe.excludes(name):
+            origin = slots[0][name]
             dtype = _output_dtype([origin.source], recipe)
             if name in named.copied:
                 dtype = origin.source.output_dtype
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
-        sources = [table[name] for table in tables]
+        found = [slot[name] for slot in slots]
+        owners = [origin.owner for origin in found]
+        sources = [origin.source for origin in found]
         kinds = {source.dtype.kind for source in sources}
         exact = kinds == {"exact"}
         if len(kinds) > 1 or (exact and len({s.dtype.code for s in sources}) > 1):
             problems.append(
-                _differ(name, "dtype", checkpoints, [s.dtype.code for s in sources])
+                _differ(name, "dtype", owners, [s.dtype.code for s in sources])
             )
             continue
         if len({source.shape for source in sources}) > 1:
-            fitted = vocabulary.fit(name, sources, checkpoints, recipe.vocabulary)
+            fitted = vocabulary.fit(name, sources, owners, recipe.vocabulary)
             if fitted is None:
                 problems.append(
-                    _differ(
-                        name, "shape", checkpoints, [list(s.shape) for s in sources]
-                    )
-                    + vocabulary.hint(name, sources, checkpoints)
+                    _differ(name, "shape", owners, [list(s.shape) for s in sources])
+                    + vocabulary.hint(name, sources, owners)
                 )
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
@@ -86,28 +107,30 @@ def align(
         own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
-            Origin(owner, name, source)
-            for owner, source in zip(
-                checkpoints, _alike(sources, base is not None), strict=True
+            dataclasses.replace(origin, source=source)
+            for origin, source in zip(
+                found, _alike(sources, has_base, recipe), strict=True
             )
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(own_recipe, sources[0].shape, dtype, len(models))
-        own = origins.pop(0) if base is not None else None
-        kept = own if own_recipe.needs_base or exact else None
+            count = len(slots) - has_base
+            parts = _parts(own_recipe, sources[0].shape, dtype, count)
+        own = origins.pop(0) if has_base else None
+        read = own if own_recipe.needs_base or exact else None
         beside = (
             {}
             if exact
             else _beside(name, sources[0], statistics or [], own_recipe, problems)
         )
         tensors.append(
-            TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
+            TensorInputs(name, read, tuple(origins), not exact, dtype, parts, beside)
         )
     if problems:
-        raise MismatchError(problems, unmatched.HINT if lacking else "")
+        raise MismatchError(problems, hint)
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
+    used = {recipe.variant_of(tensor.name) for tensor in tensors if tensor.merged}
     for pattern in recipe.exclude:
         if not any(re.match(pattern, name) for table in tables for name in table):
             notes.append(f"exclude: {pattern!r} matches no tensor")
@@ -117,10 +140,26 @@ def align(
     notes += [
         f"rules: {pattern!r} matches no tensor that is merged, or others come first"
         for place, (pattern, _) in enumerate(recipe.rules, start=1)
-        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+        if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _named(checkpoints: list[Checkpoint], recipe: Recipe) -> naming.Named:
+    """The checkpoints' tensors by one set of names.
+
+    Models of slices have layers of their own, so those may be missing, and a buffer of
+    a layer goes with it.
+    """
+    if not recipe.slices:
+        return naming.common(checkpoints, recipe.rename, recipe.excludes)
+    return naming.common(
+        checkpoints,
+        recipe.rename,
+        lambda name: layer_of(name) is not None or recipe.excludes(name),
+        keep_buffers=True,
+    )
 
 
 def _beside(
@@ -144,17 +183,30 @@ def _beside(
     whole = recipe.method.unit == "matrix"
     for own in statistics:
         found = own.tensors[name]
-        if not whole and found.shape != source.shape:
+        repeats = recipe.method.beside_repeats and repeatable(found.shape, source.shape)
+        if not whole and found.shape != source.shape and not repeats:
             problems.append(
                 f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
                 f"where {recipe.method.name} needs {list(source.shape)}"
             )
             return {}
     (key,) = recipe.method.beside
-    made = [
-        Origin(own, name, _converted(own.tensors[name], FLOAT32)) for own in statistics
-    ]
+
+    def fitted(found: Source) -> Source:
+        found = _converted(found, FLOAT32)
+        if whole or found.shape == source.shape:
+            return found
+        return Repeated(found, source.shape)
+
+    made = [Origin(own, name, fitted(own.tensors[name])) for own in statistics]
     return {key: tuple(made)}
+
+
+def repeatable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has as many axes, each as long or of one element."""
+    return len(shape) == len(wanted) and all(
+        own in (1, other) for own, other in zip(shape, wanted, strict=True)
+    )
 
 
 def _parts(
@@ -172,10 +224,12 @@ def _parts(
     }
 
 
-def _alike(sources: list[Source], has_base: bool) -> list[Source]:
+def _alike(sources: list[Source], has_base: bool, recipe: Recipe) -> list[Source]:
     """The sources of a tensor as a kernel takes them: the models of one dtype, and all
-    of them float64 where one is."""
-    if any(source.dtype == FLOAT64 for source in sources):
+    of them float64 where one is or the recipe says so."""
+    if sources[0].dtype.kind == "exact":
+        return sources
+    if recipe.compute == "float64" or any(own.dtype == FLOAT64 for own in sources):
         return [_converted(source, FLOAT64) for source in sources]
     base, models = sources[:has_base], sources[has_base:]
     if len({source.dtype.code for source in models}) > 1:
@@ -231,11 +285,14 @@ def _note_changes(
     notes: list[str],
 ) -> None:
     config = first.config or {}
-    if "quantization_config" in config and any(
-        entry.dtype.kind == "float8" for entry in first.stored.values()
-    ):
-        changes["quantization_config"] = None
-        notes.append("float8 weights are dequantised; the output is bfloat16")
+    for own in {"quantization_config", "compression_config"} & config.keys():
+        changes[own] = None
+        notes.append(
+            f"{' and '.join(first.dequantised)} weights are dequantised; the output is "
+            "bfloat16"
+            if first.dequantised
+            else f"config.json's {own} is left out: no tensor is quantised"
+        )
     floats = {t.dtype for t in tensors if t.dtype.kind == "float"}
     if recipe.dtype != "input" and len(floats) == 1:
         for field in ("dtype", "torch_dtype"):

@@ -42,6 +42,7 @@ def common(
     checkpoints: Sequence[Checkpoint],
     rename: Sequence[str] = (),
     passed_over: Callable[[str], bool] = lambda name: False,
+    keep_buffers: bool = False,
 ) -> Named:
     """Finds each tensor of the first checkpoint in the others.
 
@@ -49,6 +50,7 @@ def common(
       checkpoints: the first gives the names; a mismatch is for the caller to see.
       rename: the user's rules, for names that the first does not have.
       passed_over: names that nobody needs to have.
+      keep_buffers: treat buffers as any tensor.
 
     Raises:
       CheckpointError: two tensors of a checkpoint would get one name.
@@ -69,7 +71,9 @@ def common(
     ]
     if any(table.keys() != tables[0].keys() for table in tables):
         _match(checkpoints, tables, passed_over, notes)
-    copied = _buffers(tables, notes, checkpoints[0].name)
+    copied: frozenset[str] = frozenset()
+    if not keep_buffers:
+        copied = _buffers(tables, notes, checkpoints[0].name)
     configs = [checkpoint.config for checkpoint in checkpoints]
     names = [checkpoint.name for checkpoint in checkpoints]
     tables, config, lines = ties.resolve(tables, configs, names)
