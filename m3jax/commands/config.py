@@ -7,6 +7,7 @@ import difflib
 import json
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.groups import group
-from m3jax.recipe.recipe import FLAT
+from m3jax.recipe.recipe import FLAT, renaming
 
 if TYPE_CHECKING:
     from m3jax.moe.document import Mixture
@@ -96,16 +97,25 @@ def prepare(arguments: list[str]) -> list[str]:
     return rest
 
 
-def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked:
+def asked(
+    base: str | None,
+    models: list[str] | None,
+    seed: int | None,
+    rename: Sequence[str] = (),
+) -> Asked:
     """The recipe, and what else the flags say; for the rest, the m3jax.json's word.
 
     Args:
       base, models, seed: of the command's own flags, None where they are not given.
+      rename: more rules for the recipe's `rename`.
 
     Raises:
       RecipeError: the recipe, or documents that a record has.
     """
-    recipe = Recipe.from_dict(_holder.value.to_dict())
+    fields = _holder.value.to_dict()
+    if rename:
+        fields["rename"] = (*renaming(fields["rename"]), *rename)
+    recipe = Recipe.from_dict(fields)
     documents, names = [], {}
     for own in _record.get("documents", []):
         own = {"path": None, **own}

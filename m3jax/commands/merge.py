@@ -72,6 +72,14 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
 _COPY_TOKENIZER = flags.DEFINE_bool(
     "copy_tokenizer", True, "Write the tokenizer and chat template beside the model."
 )
+_STRICT = flags.DEFINE_bool(
+    "strict", False, "Refuse models that differ in more than their weights."
+)
+_RENAME = flags.DEFINE_multi_string(
+    "rename",
+    None,
+    "REGEX=REPLACEMENT for models' names that the base does not have; repeatable.",
+)
 _THREADS = flags.DEFINE_integer("threads", None, "Reading, computing, writing threads.")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "Elements worked on at a time.")
 _OUTPUT_FORMAT = flags.DEFINE_enum(
@@ -107,7 +115,9 @@ def named() -> tuple[str | None, list[str]]:
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
+    asked = config.asked(
+        _BASE.value, names(_MODELS), _SEED.value, rename=_RENAME.value or ()
+    )
     recipe, base, models, seed = _recipe(asked), asked.base, asked.models, asked.seed
     statistics = names(_STATISTICS) or asked.statistics
     if asked.mixture is not None:
@@ -137,6 +147,7 @@ def main(positional: list[str]) -> int:
         resume=_RESUME.value,
         allow_nonfinite=_ALLOW_NONFINITE.value,
         fsync=_FSYNC.value,
+        strict=_STRICT.value,
         tokenizer_from=_TOKENIZER_FROM.value or asked.tokenizer_from,
         output_format=_OUTPUT_FORMAT.value,
         executor=_EXECUTOR.value,
@@ -157,6 +168,7 @@ def main(positional: list[str]) -> int:
             count = len(error.mismatches)
             raise CheckpointError(
                 f"the checkpoints do not fit: {count} mismatch{'es' * (count > 1)}"
+                + (f"; {error.hint}" if error.hint else "")
             ) from None
         return 0
 
