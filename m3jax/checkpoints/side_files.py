@@ -203,7 +203,7 @@ def _modules(folder: Location) -> list[str]:
             f"{folder / MODULES}: is not valid JSON; fetch it again, or mend it"
         ) from None
     paths = [m.get("path") for m in modules if isinstance(m, dict)][:_FEW]
-    return [path for path in paths if is_plain_name(path)]
+    return [str(path) for path in paths if is_plain_name(path)]
 
 
 def _within(folder: Location, inner: str, suffixes: tuple[str, ...]) -> set[str]:
