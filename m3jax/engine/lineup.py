@@ -184,7 +184,13 @@ def _check_related(checkpoints: list[Checkpoint]) -> None:
     first, *others = checkpoints
     for other in others:
         a, b = first.tensors, other.tensors
-        if a and b and not set(a) & set(b):
+        if bool(a) != bool(b):
+            empty = other if a else first
+            raise CheckpointError(
+                f"{empty.name} ({empty.format}) holds no tensors; fetch it again, or "
+                "save it again"
+            )
+        if a and not set(a) & set(b):
             raise CheckpointError(
                 f"{first.name} ({first.format}) and {other.name} ({other.format}) have "
                 f"no tensor name in common: {shown(min(a))} stands in one and "
@@ -247,7 +253,14 @@ def _differ(
         f"{value} in {checkpoint.name}"
         for checkpoint, value in zip(checkpoints, values, strict=True)
     )
-    return f"tensor {shown(name)} has {what} {each}"
+    empty = [
+        c.name for c, value in zip(checkpoints, values, strict=True) if value == [0]
+    ]
+    hint = (
+        f" ({', '.join(empty)} was saved with empty tensors, as DeepSpeed's ZeRO-3 does "
+        "without gathering them: make its weights with zero_to_fp32.py)"
+    )
+    return f"tensor {shown(name)} has {what} {each}{hint if empty else ''}"
 
 
 def _output_dtype(sources: list[Source], recipe: Recipe) -> Dtype:
