@@ -1,6 +1,7 @@
 """Opens a checkpoint: a folder, a single file or a Hugging Face id.
 
-Its tensors are safetensors, PyTorch's pickles, Flax's msgpack, GGUF or an Orbax pytree.
+Its tensors are safetensors, PyTorch's pickles, Flax's msgpack, GGUF or an Orbax pytree;
+a PEFT adapter stands for its base with the adapter on it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from m3jax.checkpoints import side_files, weights
+from m3jax.checkpoints import adapters, side_files, weights
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.formats import flax_msgpack, gguf, orbax, torch_file
 from m3jax.checkpoints.formats.index import check_index
@@ -40,6 +41,8 @@ class Checkpoint:
       paths: of each tensor in the pytree; None where names split at "." say it.
       cache_bytes: that opening it and reading hold beside the caller's buffers, at
         most.
+      changes: fields of config.json that `config` has and its file has not; a value of
+        None removes the field.
       notes: what was done to open it that a user may not expect, one line each.
       dequantised: the kinds of codes whose weights stand in `tensors`.
     """
@@ -54,6 +57,7 @@ class Checkpoint:
     format: str = "safetensors"
     paths: Mapping[str, KeyPath] | None = None
     cache_bytes: int = 0
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dequantised: tuple[str, ...] = ()
 
@@ -72,21 +76,33 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
+def open_checkpoint(
+    name: str, *, mergeable: bool = True, base: str | None = None
+) -> Checkpoint:
     """Opens the checkpoint that `name` stands for and checks its files.
 
     Args:
       name: a folder with ``model.safetensors`` or an index and its shards, with an
-        Orbax pytree or a ``.msgpack`` file of Flax, a single file, the URL of one of
-        these in an object store, or a Hugging Face id ``org/name[@revision]``.
-      mergeable: dequantise, and refuse what cannot be; False leaves `tensors` as
-        they are stored.
+        Orbax pytree or a ``.msgpack`` file of Flax, with a PEFT adapter, a single file,
+        the URL of one of these in an object store, a Hugging Face id
+        ``org/name[@revision]``, or ``BASE+ADAPTER`` of these.
+      mergeable: dequantise, refuse what cannot be, and put an adapter on its base;
+        False leaves `tensors` as they are stored.
+      base: what an adapter is put on; None: the base that it names itself.
 
     Raises:
       CheckpointError: one line that names the file, the tensor and the flaw.
       OSError: a file cannot be read; it names the file.
     """
+    together = None if hub.is_here(name) else adapters.parts(name)
+    if together is not None:
+        return _adapted(name, together[0], hub.locate(together[1])[0])
     location, revision = hub.locate(name)
+    adapter = adapters.alone(location)
+    if adapter is not None:
+        if mergeable:
+            return _adapted(name, base, adapter)
+        return _adapter_alone(name, adapter, revision)
     is_folder = location.is_dir()
     config = side_files.read_config(location if is_folder else location.parent)
     item = _orbax_item(location) if is_folder else None
@@ -117,8 +133,8 @@ def open_checkpoint(name: str, *, mergeable: bool = True) -> Checkpoint:
         opened.format,
         opened.paths,
         opened.cache_bytes + weighed.memory,
-        opened.notes,
-        weighed.kinds,
+        notes=opened.notes,
+        dequantised=weighed.kinds,
     )
 
 
@@ -131,6 +147,42 @@ class _Opened(NamedTuple):
     cache_bytes: int
     files: tuple[InputFile, ...]
     notes: tuple[str, ...] = ()
+
+
+def _adapted(name: str, base: str | None, folder: Location) -> Checkpoint:
+    """The base with the adapter of a folder on it; both names are the user's."""
+    own = name.rpartition("+")[2]
+    with contextlib.ExitStack() as stack:
+        adapter = stack.enter_context(adapters.open_adapter(own, folder))
+        base = base or adapter.config.base
+        if base is None:
+            raise CheckpointError(
+                f"{own}: an adapter (LoRA) that does not say what it was trained on; "
+                f"give BASE+{own}, or --base"
+            )
+        try:
+            under = stack.enter_context(open_checkpoint(base))
+        except CheckpointError as error:
+            error.add_note(f"it is the base of the adapter {own}")
+            raise
+        made = adapters.adapted(name, under, adapter)
+        stack.pop_all()
+    return made
+
+
+def _adapter_alone(name: str, folder: Location, revision: str | None) -> Checkpoint:
+    """The adapter's own tensors, to look at."""
+    adapter = adapters.open_adapter(name, folder)
+    return Checkpoint(
+        name,
+        folder,
+        revision,
+        adapter.tensors,
+        adapter.tensors,
+        (adapter.file,),
+        None,
+        "adapter",
+    )
 
 
 def _orbax_item(folder: Location) -> Location | None:

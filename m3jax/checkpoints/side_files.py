@@ -202,8 +202,9 @@ def _modules(folder: Location) -> list[str]:
         raise CheckpointError(
             f"{folder / MODULES}: is not valid JSON; fetch it again, or mend it"
         ) from None
-    paths = [m.get("path") for m in modules if isinstance(m, dict)][:_FEW]
-    return [str(path) for path in paths if is_plain_name(path)]
+    listed = modules if isinstance(modules, list) else []
+    paths: list[Any] = [m.get("path") for m in listed if isinstance(m, dict)][:_FEW]
+    return [path for path in paths if is_plain_name(path)]
 
 
 def _within(folder: Location, inner: str, suffixes: tuple[str, ...]) -> set[str]:

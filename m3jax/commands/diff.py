@@ -49,7 +49,7 @@ def main(positional: list[str]) -> int:
         count = len(positional)
         raise UsageError(f"needs two checkpoints, not {count}; usage: {USAGE}")
     if _PLOT.value is not None:
-        _check_plot(local(_PLOT.value))
+        check_plot(local(_PLOT.value))
     with (
         open_checkpoint(positional[0], mergeable=False) as a,
         open_checkpoint(positional[1], mergeable=False) as b,
@@ -67,7 +67,7 @@ def main(positional: list[str]) -> int:
     return DIFFERENT if _EXIT_CODE.value and not comparison.same else 0
 
 
-def _check_plot(path: Path) -> None:
+def check_plot(path: Path) -> None:
     """Finds out before a long comparison that its picture could not be drawn."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"--plot={path} needs the name of a .png file")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
-from m3jax.checkpoints.source import Converted, Source
-from m3jax.engine import vocabulary
+from m3jax.checkpoints.source import Converted, Repeated, Source
+from m3jax.engine import layer_config, vocabulary
 from m3jax.engine.inputs import (
     MergeInputs,
     MismatchError,
@@ -17,6 +18,7 @@ from m3jax.engine.inputs import (
     Part,
     TensorInputs,
 )
+from m3jax.engine.slices import stacked
 from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
 
@@ -41,35 +43,48 @@ def align(
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = dict(checkpoints[0].changes)
     notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
     tables = _untie(checkpoints, changes, notes)
     _check_related(checkpoints)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
-    for name in _names(checkpoints, tables, recipe, problems):
+    if recipe.slices:
+        has_base = recipe.slices[0].base is not None
+        given = base is not None
+        slots, stacks = stacked(checkpoints, tables, recipe, given, problems)
+        names = sorted(slots[0])
+        layer_config.follow(checkpoints[0], stacks, changes, notes)
+    else:
+        has_base = base is not None
+        names = _names(checkpoints, tables, recipe, problems)
+        slots = [
+            {name: Origin(owner, name, table[name]) for name in names if name in table}
+            for owner, table in zip(checkpoints, tables, strict=True)
+        ]
+    for name in names:
         if recipe.excludes(name):
-            origin = Origin(checkpoints[0], name, tables[0][name])
+            origin = slots[0][name]
             dtype = _output_dtype([origin.source], recipe)
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
-        sources = [table[name] for table in tables]
+        found = [slot[name] for slot in slots]
+        owners = [origin.owner for origin in found]
+        sources = [origin.source for origin in found]
         kinds = {source.dtype.kind for source in sources}
         exact = kinds == {"exact"}
         if len(kinds) > 1 or (exact and len({s.dtype.code for s in sources}) > 1):
             problems.append(
-                _differ(name, "dtype", checkpoints, [s.dtype.code for s in sources])
+                _differ(name, "dtype", owners, [s.dtype.code for s in sources])
             )
             continue
         if len({source.shape for source in sources}) > 1:
-            fitted = vocabulary.fit(name, sources, checkpoints, recipe.vocabulary)
+            fitted = vocabulary.fit(name, sources, owners, recipe.vocabulary)
             if fitted is None:
                 problems.append(
-                    _differ(
-                        name, "shape", checkpoints, [list(s.shape) for s in sources]
-                    )
-                    + vocabulary.hint(name, sources, checkpoints)
+                    _differ(name, "shape", owners, [list(s.shape) for s in sources])
+                    + vocabulary.hint(name, sources, owners)
                 )
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
@@ -77,15 +92,16 @@ def align(
         own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
-            Origin(owner, name, source)
-            for owner, source in zip(
-                checkpoints, _alike(sources, base is not None), strict=True
+            dataclasses.replace(origin, source=source)
+            for origin, source in zip(
+                found, _alike(sources, has_base, recipe), strict=True
             )
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(own_recipe, sources[0].shape, dtype, len(models))
-        own = origins.pop(0) if base is not None else None
+            count = len(slots) - has_base
+            parts = _parts(own_recipe, sources[0].shape, dtype, count)
+        own = origins.pop(0) if has_base else None
         kept = own if own_recipe.needs_base or exact else None
         beside = (
             {}
@@ -99,6 +115,7 @@ def align(
         raise MismatchError(problems)
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
+    used = {recipe.variant_of(tensor.name) for tensor in tensors if tensor.merged}
     for pattern in recipe.exclude:
         if not any(re.match(pattern, name) for name in tables[0]):
             notes.append(f"exclude: {pattern!r} matches no tensor")
@@ -109,7 +126,7 @@ def align(
     notes += [
         f"rules: {pattern!r} matches no tensor that is merged, or others come first"
         for place, (pattern, _) in enumerate(recipe.rules, start=1)
-        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+        if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
@@ -136,17 +153,30 @@ def _beside(
     whole = recipe.method.unit == "matrix"
     for own in statistics:
         found = own.tensors[name]
-        if not whole and found.shape != source.shape:
+        repeats = recipe.method.beside_repeats and repeatable(found.shape, source.shape)
+        if not whole and found.shape != source.shape and not repeats:
             problems.append(
                 f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
                 f"where {recipe.method.name} needs {list(source.shape)}"
             )
             return {}
     (key,) = recipe.method.beside
-    made = [
-        Origin(own, name, _converted(own.tensors[name], FLOAT32)) for own in statistics
-    ]
+
+    def fitted(found: Source) -> Source:
+        found = _converted(found, FLOAT32)
+        if whole or found.shape == source.shape:
+            return found
+        return Repeated(found, source.shape)
+
+    made = [Origin(own, name, fitted(own.tensors[name])) for own in statistics]
     return {key: tuple(made)}
+
+
+def repeatable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has as many axes, each as long or of one element."""
+    return len(shape) == len(wanted) and all(
+        own in (1, other) for own, other in zip(shape, wanted, strict=True)
+    )
 
 
 def _parts(
@@ -164,10 +194,12 @@ def _parts(
     }
 
 
-def _alike(sources: list[Source], has_base: bool) -> list[Source]:
+def _alike(sources: list[Source], has_base: bool, recipe: Recipe) -> list[Source]:
     """The sources of a tensor as a kernel takes them: the models of one dtype, and all
-    of them float64 where one is."""
-    if any(source.dtype == FLOAT64 for source in sources):
+    of them float64 where one is or the recipe says so."""
+    if sources[0].dtype.kind == "exact":
+        return sources
+    if recipe.compute == "float64" or any(own.dtype == FLOAT64 for own in sources):
         return [_converted(source, FLOAT64) for source in sources]
     base, models = sources[:has_base], sources[has_base:]
     if len({source.dtype.code for source in models}) > 1:
@@ -253,12 +285,11 @@ def _differ(
         f"{value} in {checkpoint.name}"
         for checkpoint, value in zip(checkpoints, values, strict=True)
     )
-    empty = [
-        c.name for c, value in zip(checkpoints, values, strict=True) if value == [0]
-    ]
+    pairs = zip(checkpoints, values, strict=True)
+    empty = ", ".join(checkpoint.name for checkpoint, value in pairs if value == [0])
     hint = (
-        f" ({', '.join(empty)} was saved with empty tensors, as DeepSpeed's ZeRO-3 does "
-        "without gathering them: make its weights with zero_to_fp32.py)"
+        f" ({empty} was saved with empty tensors, as DeepSpeed's ZeRO-3 does without "
+        "gathering them: make its weights with zero_to_fp32.py)"
     )
     return f"tensor {shown(name)} has {what} {each}{hint if empty else ''}"
 

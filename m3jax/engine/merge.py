@@ -22,7 +22,7 @@ from m3jax.checkpoints.output.destination import (
 from m3jax.checkpoints.output.folder import OutputError, OutputFolder
 from m3jax.checkpoints.output.part import OutputPart, described
 from m3jax.checkpoints.output.shards import ShardWriter, write_index
-from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
@@ -40,6 +40,7 @@ from m3jax.engine.sharded import Sharded
 from m3jax.engine.share import Share
 from m3jax.engine.streamed import Stream
 from m3jax.recipe import Recipe
+from m3jax.recipe.documents import Document
 
 Measured = tuple[tuple[Job, Numbers], ...]  # the numbers of each job
 
@@ -76,6 +77,7 @@ def merge(
     execution: Execution | None = None,
     progress: Progress | None = None,
     statistics: Sequence[str | PathLike[str]] = (),
+    documents: Mapping[str, Document] | None = None,
 ) -> MergeResult:
     """Merges checkpoints into a new checkpoint folder that transformers loads.
 
@@ -94,6 +96,8 @@ def merge(
       progress: is told what happens.
       statistics: one checkpoint per model, for a method that reads what was measured
         (Fisher information, Gram matrices): its tensors have the names of the weights.
+      documents: by path, how inputs were made that go with this merge, for the record;
+        `m3jax.engine.documents` makes them.
 
     Raises:
       RecipeError: the recipe does not fit the models.
@@ -123,9 +127,13 @@ def merge(
             check_apart(final, prepared.checkpoints)
             for note in prepared.inputs.notes:
                 progress.note(note)
+            if (reading := caching.choose(prepared.files)) is not None:
+                progress.note(reading)
             with _output(final, execution, processes, progress) as folder:
                 try:
-                    result = _execute(prepared, processes, folder, progress, started)
+                    result = _execute(
+                        prepared, processes, folder, progress, started, documents or {}
+                    )
                     return dataclasses.replace(result, output=final)
                 except (CheckpointError, ProcessError):
                     _check_unchanged(prepared, folder)  # which would be the reason
@@ -167,6 +175,7 @@ def _execute(
     folder: OutputFolder | OutputPart,
     progress: Progress,
     started: float,
+    documents: Mapping[str, Document],
 ) -> MergeResult:
     journal = Journal(prepared, folder, progress)
     if isinstance(folder, OutputFolder):
@@ -218,7 +227,7 @@ def _execute(
         recorder.add(records)
     if isinstance(folder, OutputFolder):
         with stream.clock.stage("committing"):
-            _complete(prepared, recorder, folder, _recorded(numbers))
+            _complete(prepared, recorder, folder, _recorded(numbers), documents)
     processes.from_first("the output has its name")
     return MergeResult(
         output=folder.final,
@@ -252,10 +261,12 @@ def _measured(
         total = share.processes.sum(own)
         return dict(zip(names[0], total or (), strict=True))
 
-    return tuple(
-        (job, measured_by(stream, job, prepared.numbers(job), kept, gathered))
-        for job in prepared.jobs
-    )
+    def measured(job: Job) -> Numbers:
+        keep = kept if job.places else lambda name, find: find()
+        return measured_by(stream, job, prepared.numbers(job), keep, gathered)
+
+    pairs = zip(prepared.jobs, prepared.measured, strict=True)
+    return tuple((job, measured(own)) for job, own in pairs)
 
 
 def _merge_share(
@@ -275,11 +286,12 @@ def _merge_share(
 
     def merge(job: Job, order: list[int], own: Numbers) -> None:
         def numbers(drawn: bool) -> Numbers:
-            counts = len(prepared.models), len(prepared.items)
+            counts = prepared.num_models, len(prepared.items)
             return completed(job.program, own if drawn else early(own, *counts))
 
         finite = not prepared.execution.allow_nonfinite
-        stream.merge(job.program, order, numbers, recorder, check_finite=finite)
+        whole = prepared.whole(job)
+        stream.merge(job, order, whole, numbers, own, recorder, check_finite=finite)
 
     jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
     others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))
@@ -318,6 +330,7 @@ def _complete(
     recorder: Recorder,
     folder: OutputFolder,
     measured: dict[str, list[float]],
+    documents: Mapping[str, Document],
 ) -> None:
     """Writes what goes with the tensors, and gives the folder its name."""
     write_index(folder, prepared.shards)
@@ -331,6 +344,7 @@ def _complete(
             models=prepared.models,
             statistics=prepared.statistics,
             measured=measured,
+            documents=[{**d.to_dict(), "path": path} for path, d in documents.items()],
             input_checksums=recorder.input_checksums(),
             shards=prepared.shards,
             checksums=recorder.named_checksums(),

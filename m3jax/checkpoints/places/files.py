@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.places import direct
 from m3jax.checkpoints.places.durable import naming
 from m3jax.checkpoints.places.store import Location, StorePath, asked
 
@@ -139,6 +140,7 @@ class InputFile:
         """Opens a regular file; see `open_regular` for the errors."""
         self.path = path
         self._fd = open_regular(path)
+        self._direct: direct.DirectInput | None = None
         self._state = self._look()
 
     @property
@@ -162,6 +164,9 @@ class InputFile:
           CheckpointError: the file ends before that.
           OSError: the disk; it names the file.
         """
+        if self._direct is not None and len(out) >= direct.LEAST:
+            count = self._direct.read_into(out, offset)
+            out, offset = out[count:], offset + count
         with naming(self.path):
             while len(out):
                 count = os.preadv(self._fd, [out], offset)
@@ -171,6 +176,24 @@ class InputFile:
                         "the file became shorter while it was read: fetch it again"
                     )
                 out, offset = out[count:], offset + count
+
+    def read_directly(self, buffers: direct.Buffers) -> bool:
+        """Has large reads go past the page cache; False where that cannot be done."""
+        assert isinstance(self.path, Path)
+        self._direct = direct.DirectInput(self.path, self._fd, buffers)
+        return self._direct.works
+
+    def is_cached(self, offset: int) -> bool | None:
+        """Whether a byte could be read without the disk; None: the system keeps mum."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return None
+        try:
+            os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # this file system cannot say
+            return None
+        return True
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on, which the caller knows to be there."""
@@ -188,6 +211,8 @@ class InputFile:
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
         fd, self._fd = self._fd, -1
+        if self._direct is not None:
+            self._direct.close()
         if fd >= 0:
             os.close(fd)
 

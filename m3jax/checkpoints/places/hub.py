@@ -45,6 +45,11 @@ _HINTS = {
 }
 
 
+def is_here(path: str) -> bool:
+    """Whether a file or folder of this machine has exactly this name."""
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111
+
+
 def locate(path: str) -> tuple[Location, str | None]:
     """A path or URL, or a Hugging Face id ``org/name`` or ``org/name@revision``.
 
