@@ -36,7 +36,8 @@ MORE_HELP = [
 _BASE = flags.DEFINE_string(
     "base",
     None,
-    "The base model: a folder, a file or org/name; safetensors, Orbax or Flax msgpack.",
+    "The base model: a folder, a file or org/name; safetensors, .bin, GGUF, Orbax, "
+    "Flax msgpack.",
 )
 _MODELS = define_names("models", "The fine-tuned models, comma-separated.")
 _STATISTICS = define_names(

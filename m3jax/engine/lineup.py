@@ -275,7 +275,13 @@ def _check_related(checkpoints: list[Checkpoint], tables: list[Table]) -> None:
     first, *others = checkpoints
     for other, b in zip(others, tables[1:], strict=True):
         a = tables[0]
-        if a and b and not set(a) & set(b):
+        if bool(a) != bool(b):
+            empty = other if a else first
+            raise CheckpointError(
+                f"{empty.name} ({empty.format}) holds no tensors; fetch it again, or "
+                "save it again"
+            )
+        if a and not set(a) & set(b):
             raise CheckpointError(
                 f"{first.name} ({first.format}) and {other.name} ({other.format}) have "
                 f"no tensor name in common: {shown(min(a))} stands in one and "
@@ -291,7 +297,13 @@ def _differ(
         f"{value} in {checkpoint.name}"
         for checkpoint, value in zip(checkpoints, values, strict=True)
     )
-    return f"tensor {shown(name)} has {what} {each}"
+    pairs = zip(checkpoints, values, strict=True)
+    empty = ", ".join(checkpoint.name for checkpoint, value in pairs if value == [0])
+    hint = (
+        f" ({empty} was saved with empty tensors, as DeepSpeed's ZeRO-3 does without "
+        "gathering them: make its weights with zero_to_fp32.py)"
+    )
+    return f"tensor {shown(name)} has {what} {each}{hint if empty else ''}"
 
 
 def _output_dtype(sources: list[Source], recipe: Recipe) -> Dtype:
