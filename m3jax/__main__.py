@@ -12,6 +12,7 @@ COMMANDS = {
     "diff": "compare two checkpoints tensor by tensor",
     "verify": "check a merged checkpoint against its record, m3jax.json",
     "evaluate": "score a checkpoint at tasks",
+    "convert": "write a mergekit YAML as an m3jax recipe, or the other way",
     "methods": "list the merging methods and their parameters",
     "explore": "merge many draws in memory, evaluate each, find the best",
     "demo": "merge small built-in models, to see how it works",

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ class Asked:
       tokenizer_from: of the record, None without one.
       statistics: beside the models, of the record.
       documents: merges that give some of the models, in order.
+      notes: what of the file has no effect.
     """
 
     recipe: Recipe
@@ -57,6 +57,7 @@ class Asked:
     tokenizer_from: str | None
     statistics: list[str]
     documents: tuple[Document, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 _holder: Any = None
@@ -122,6 +123,7 @@ def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked
         tokenizer_from=_record.get("tokenizer_from"),
         statistics=[own["path"] for own in _record.get("statistics", [])],
         documents=tuple(own.renamed(names) for own in documents),
+        notes=tuple(_record.get("notes", ())),
     )
 
 
@@ -187,8 +189,6 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found = mergekit.parse(path.read_text("utf-8"))
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
-    for note in found.notes:
-        print(f"{source}: {note}", file=sys.stderr)
     result = found.result
     return result.recipe.to_dict(), {
         "base": {"path": result.base},
@@ -196,6 +196,7 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": result.seed or 0,
         "vocabulary": result.recipe.vocabulary,
         "documents": [own.to_dict() for own in found.named],
+        "notes": [f"{source}: {note}" for note in found.notes],
     }
 
 
