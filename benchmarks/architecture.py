@@ -17,6 +17,7 @@ _OUTPUT = flags.DEFINE_string("output", "docs/architecture.png", "The picture.")
 _PACKAGE = Path(__file__).parent.parent / "m3jax"
 _WHAT = {
     "commands": "flags in, lines out",
+    "measuring": "Fisher, Gram, on tasks",
     "exploration": "many draws, the best one",
     "learn": "coefficients by gradient",
     "search": "other systems' searches",

@@ -25,15 +25,24 @@ _HOMES = {
     "load": "m3jax.engine.load",
     "merge": "m3jax.engine.merge",
     "merge_params": "m3jax.engine.in_memory",
+    "modulate": "m3jax.modulation",
     "save": "m3jax.engine.save",
     "verify": "m3jax.engine.verify",
 }
-_MODULES = ("align", "keymap", "learn", "multitask", "programs", "search")
+_MODULES = (
+    "align",
+    "keymap",
+    "learn",
+    "modulation",
+    "multitask",
+    "programs",
+    "search",
+)
 __all__ = sorted((*_HOMES, *_MODULES))
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
-    from m3jax import align, keymap, learn, multitask, programs, search
+    from m3jax import align, keymap, learn, modulation, multitask, programs, search
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.engine.in_memory import merge_params
     from m3jax.engine.load import load
@@ -48,6 +57,7 @@ if TYPE_CHECKING:
     from m3jax.methods.linear import Average, TaskArithmetic
     from m3jax.methods.ties import Ties
     from m3jax.models.module import Decoder
+    from m3jax.modulation import modulate
     from m3jax.recipe import Mixup, Recipe, RecipeError
 
 

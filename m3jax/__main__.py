@@ -12,8 +12,11 @@ COMMANDS = {
     "diff": "compare two checkpoints tensor by tensor",
     "verify": "check a merged checkpoint against its record, m3jax.json",
     "evaluate": "score a checkpoint at tasks",
+    "measure": "measure models: Fisher information, Gram matrices, similarity",
+    "modulate": "make a task's model of what EMR-Merging wrote",
     "convert": "write a mergekit YAML as an m3jax recipe, or the other way",
     "methods": "list the merging methods and their parameters",
+    "lora": "extract a LoRA adapter from a model, or merge adapters",
     "explore": "merge many draws in memory, evaluate each, find the best",
     "demo": "merge small built-in models, to see how it works",
 }

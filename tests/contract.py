@@ -41,6 +41,7 @@ NOT_IDEMPOTENT: dict[str, str] = {
     "star": "keeps the large singular values",
     "localize_and_stitch": "keeps the largest entries alone",
     "pcb": "keeps the entries that weigh most",
+    "coefficients": "has those of its files",
 }
 
 Check = Callable[..., None]

@@ -24,7 +24,11 @@ import m3jax
 from m3jax.recipe import mergekit
 
 GOLDEN = Path(__file__).parent / "golden_mergekit"
-CASES = json.loads((GOLDEN / "cases.json").read_text())
+CASES = [
+    case
+    for path in sorted(GOLDEN.glob("cases*.json"))
+    for case in json.loads(path.read_text())
+]
 
 
 def _cases(kind: str) -> list[Any]:
@@ -241,6 +245,10 @@ SLICES = (
             "one of the three is needed, not models and slices",
         ),
         (DOCUMENT + "m3jax: {sede: 1}", "unknown key m3jax.sede; did you mean 'seed'"),
+        (
+            DOCUMENT.replace("model: a", "model: {model: a, lroa: b}"),
+            "did you mean 'lora'",
+        ),
         (DOCUMENT + "---\n" + DOCUMENT, "2 of 2 documents have no name"),
         (
             f"name: ../a\n{DOCUMENT}---\n{DOCUMENT}",
@@ -262,7 +270,6 @@ SLICES = (
         ),
         (DOCUMENT + "modules: {default: {}}", "not models and modules"),
         ("merge_method: linear\nmodules: {default: {}}", "needs models or slices"),
-        (DOCUMENT.replace("model: a", "model: a+b"), "adapters"),
         (DOCUMENT.replace("1}", "[0, x]}"), "weight='x' needs a number"),
         (DOCUMENT.replace("1}", "[{filter: mlp}]}"), "a filter has no value"),
         (DOCUMENT.replace("1}", "[{fliter: mlp}]}"), "did you mean 'filter'"),

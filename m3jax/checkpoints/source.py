@@ -177,6 +177,24 @@ class WithMeanRows(_Rows):
 
 
 @dataclasses.dataclass(frozen=True)
+class Repeated(Derived):
+    """A tensor repeated along the axes in which it has one element."""
+
+    repeated: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.repeated
+
+    @functools.cached_property
+    def _values(self) -> np.ndarray:
+        return np.broadcast_to(read_whole(self.source), self.repeated)
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        out[:] = self._values.flat[start : start + len(out)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Converted(Derived):
     """A tensor in another float dtype than its own: that in which it is merged."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import config_dict, config_flags
 
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, local
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
@@ -152,7 +152,7 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
       The fields, and what the file says beside: as a record does.
     """
-    path = Path(source)
+    path = local(source)
     if not path.suffix:
         import m3jax.configs
 
@@ -178,7 +178,14 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"--config={source}: {type(error).__name__}: {error}; a config is a Python "
             "file whose get_config() returns a ConfigDict"
         ) from None
-    return config.to_dict(), {}
+    if hasattr(config, "to_dict"):
+        return config.to_dict(), {}
+    if isinstance(config, dict):
+        return config, {}
+    raise UsageError(
+        f"--config={source}: get_config() returns {type(config).__name__}, needs a "
+        "ConfigDict or a dict"
+    )
 
 
 def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

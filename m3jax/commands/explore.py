@@ -6,26 +6,29 @@ picture, and the winner as a recipe: `m3jax merge --config=OUTPUT/winner.json`.
 
 The objective is the weighted mean of the validation scores, a loss counting
 negative. Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
-`tpe` and `cmaes` set what --search names, each with a range where it has one:
+`random`, `tpe`, `cmaes`, `gp` and `nsga2` (which weighs no task against another) set
+what --search names, each with a range, or words, where it has some:
 
-    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9  seed
+    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9
+    method=ties|slerp|task_arithmetic  dare.strategy=random|magnitude  seed
 
-(drop_rate is one for all models, drop_rates one for each, seed a new one a draw).
-With --halving=3 all draws are evaluated on few examples, the best third of them on
-three times as many, and so on; the last one is evaluated on all.
+(drop_rate is one for all models, drop_rates one for each, seed a new one a draw; a
+method's numbers count where it is chosen). With --groups=4 each quarter of the layers
+has values of its own. With --halving=3 all draws are evaluated on few examples, the
+best third of them on three times as many, and so on; the last one is evaluated on all.
+--hyperband=3 does that several times, from many draws on little to few on all.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from m3jax.commands import config, scoring
-from m3jax.commands.cli import UsageError, leave_at_once
+from m3jax.commands.cli import UsageError, define_names, leave_at_once, local, names
 from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
@@ -53,35 +56,37 @@ MORE_HELP = [
 _BASE = flags.DEFINE_string(
     "base", None, "The base model: folder, file or org/name.", allow_override=True
 )
-_MODELS = flags.DEFINE_list(
-    "models", None, "The fine-tuned models, comma-separated.", allow_override=True
+_MODELS = define_names(
+    "models", "The fine-tuned models, comma-separated.", allow_override=True
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for trials, table and winner.", allow_override=True
 )
-_VALIDATION = flags.DEFINE_list(
-    "validation_tasks", None, "JSON files of tasks to choose on."
-)
-_TEST = flags.DEFINE_list("test_tasks", None, "JSON files of tasks to report.")
-_OOD = flags.DEFINE_list(
-    "ood_tasks", None, "JSON files of tasks out of distribution, to report."
-)
+_VALIDATION = define_names("validation_tasks", "JSON files of tasks to choose on.")
+_TEST = define_names("test_tasks", "JSON files of tasks to report.")
+_OOD = define_names("ood_tasks", "JSON files of tasks out of distribution, to report.")
 _DRAWS = flags.DEFINE_integer("draws", 32, "How many.")
 _SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=True)
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
     "recipe",
-    ["recipe", "grid", "sobol", "tpe", "cmaes"],
+    ["recipe", "grid", "sobol", "random", "tpe", "cmaes", "gp", "nsga2"],
     "Where draws come from.",
 )
 _SEARCH = flags.DEFINE_list(
     "search", None, "What samplers other than `recipe` set. [ratios]"
+)
+_GROUPS = flags.DEFINE_integer(
+    "groups", None, "Groups of layers that have values of their own. [all together]"
 )
 _WEIGHTS = flags.DEFINE_list(
     "weights", None, "TASK=WEIGHT,... in the objective; 1 where none is given."
 )
 _HALVING = flags.DEFINE_integer(
     "halving", None, "Keep one of so many draws for a budget so many times larger."
+)
+_HYPERBAND = flags.DEFINE_integer(
+    "hyperband", None, "Halving at this rate, from several numbers of draws."
 )
 _TEST_ALL = flags.DEFINE_bool(
     "test_all_draws", False, "Report mean and deviation over draws on test, too."
@@ -92,7 +97,7 @@ _AT_ONCE = flags.DEFINE_integer(
     "Draws at a time, each with its own merged copy. [one on each accelerator]",
 )
 _GENERATION = flags.DEFINE_integer(
-    "generation", 1, "Draws that tpe and cmaes propose before they are told of one."
+    "generation", 1, "Draws that an optimiser proposes before it is told of one."
 )
 _EXPORT = flags.DEFINE_string("export", None, "Folder for the winner's checkpoint.")
 _RESUME = flags.DEFINE_bool(
@@ -110,13 +115,13 @@ prepare = config.prepare  # --config, whose fields depend on the file it names
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     for name, value in (
         ("models", models),
         ("output", _OUTPUT.value),
-        ("validation_tasks", _VALIDATION.value),
-        ("test_tasks", _TEST.value),
+        ("validation_tasks", names(_VALIDATION)),
+        ("test_tasks", names(_TEST)),
     ):
         if not value:
             raise UsageError(f"--{name} is missing; usage: {USAGE}")
@@ -131,10 +136,10 @@ def main(positional: list[str]) -> int:
     from m3jax.exploration.explore import explore
 
     if _EXPORT.value is not None:
-        check_free(Path(_EXPORT.value), overwrite=_OVERWRITE.value)
+        check_free(local(_EXPORT.value), overwrite=_OVERWRITE.value)
     make = _task_evaluators(base, models)
-    validation, test = make(_VALIDATION.value or []), make(_TEST.value or [])
-    ood = make(_OOD.value) if _OOD.value else None
+    validation, test = make(names(_VALIDATION) or []), make(names(_TEST) or [])
+    ood = make(ood_names) if (ood_names := names(_OOD)) else None
     found = explore(
         base,
         models,
@@ -146,9 +151,11 @@ def main(positional: list[str]) -> int:
         seed=seed,
         sampler=_SAMPLER.value,
         search=_SEARCH.value or ["ratios"],
+        groups=_GROUPS.value,
         weights=weights,
         budget=scoring.LIMIT.value,
         halving=_HALVING.value,
+        hyperband=_HYPERBAND.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),
@@ -177,7 +184,7 @@ def main(positional: list[str]) -> int:
         )
         print(f"\nthe winner's checkpoint is {_EXPORT.value}")
     else:
-        path = Path(_OUTPUT.value or "") / "winner.json"
+        path = local(_OUTPUT.value or "") / "winner.json"
         print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
     return 0
 

@@ -111,6 +111,8 @@ def _kind(checkpoint: Checkpoint) -> str:
     count = len(checkpoint.files)
     if checkpoint.format == "orbax":
         return "folder with an Orbax pytree"
+    if checkpoint.format == "adapter":
+        return "an adapter (LoRA), to be put on its base: BASE+ADAPTER"
     if checkpoint.location.is_file():
         return f"a single {checkpoint.format} file"
     if checkpoint.format == "msgpack":

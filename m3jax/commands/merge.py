@@ -13,7 +13,7 @@ from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, distributed, mesh, process, reporting
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define_names, names
 from m3jax.recipe.documents import Document, renamed
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
@@ -31,10 +31,9 @@ _BASE = flags.DEFINE_string(
     None,
     "The base model: a folder, a file or org/name; safetensors, Orbax or Flax msgpack.",
 )
-_MODELS = flags.DEFINE_list("models", None, "The fine-tuned models, comma-separated.")
-_STATISTICS = flags.DEFINE_list(
+_MODELS = define_names("models", "The fine-tuned models, comma-separated.")
+_STATISTICS = define_names(
     "statistics",
-    None,
     "One checkpoint per model of what was measured (Fisher, Gram), for methods that "
     "read it.",
 )
@@ -85,9 +84,9 @@ prepare = config.prepare  # --config, whose fields depend on the file it names
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
-    statistics = _STATISTICS.value or asked.statistics
+    statistics = names(_STATISTICS) or asked.statistics
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value

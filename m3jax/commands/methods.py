@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from absl import flags
 
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import table
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step
 from m3jax.methods.fields import Weights
+from m3jax.recipe import values
 
 USAGE = "m3jax methods [NAME ...] [--markdown]"
 
@@ -43,7 +46,7 @@ def summary(cls: type[Step]) -> str:
 def described(cls: type[Step]) -> list[str]:
     """The parameters of a step, as lines of a table."""
     rows = [
-        (f"{cls.name}.{name}", str(field.default), field.allowed, field.help)
+        (f"{cls.name}.{name}", shown(field.default), field.allowed, field.help)
         for name, field in cls.fields().items()
     ]
     return table(("parameter", "default", "allowed", "meaning"), rows, "<<<<")
@@ -61,8 +64,8 @@ def markdown() -> str:
     ]
     for cls in (*METHODS.values(), *TRANSFORMS.values()):
         lines += [
-            f"| `{cls.name}.{name}` | `{field.default}` | {field.allowed} | "
-            f"{_escaped(field.help)} |"
+            f"| `{cls.name}.{name}` | `{_escaped(shown(field.default))}` | "
+            f"{field.allowed} | {_escaped(field.help)} |"
             for name, field in cls.fields().items()
         ]
     return "\n".join(lines)
@@ -75,6 +78,11 @@ def _row(name: str, step: Method) -> str:
         f"{'yes' if step.needs_base else 'no'} | {'yes' if weighs else 'no'} | "
         f"{step.unit} | {_SCOPES.get(step.scope, '1 + whole model')} |"
     )
+
+
+def shown(default: Any) -> str:
+    """A default as a recipe says it."""
+    return str(values.as_json(default))
 
 
 def _escaped(text: str) -> str:

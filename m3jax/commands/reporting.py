@@ -35,14 +35,16 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     merged = prepared.merged
     elements = sum(item.size for item in prepared.items)
     read = size(prepared.read_bytes(range(len(prepared.items))))
-    before = size(prepared.read_bytes(merged))
+    before = [i for job in prepared.measured for i in job.places]
     files = len(prepared.shards)
     facts = {
         "method": "; ".join(_method(job) for job in prepared.jobs),
         "tensors": f"{len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
         "passes": f"{len(prepared.passes)}: {'; '.join(prepared.passes)}",
-        "read": f"{read} in the last pass, {before} in each pass before"
+        "read": f"{read} in the last pass"
+        + f", {size(prepared.read_bytes(before))} in each pass before"
+        * (len(prepared.passes) > 1)
         if streamed
         else f"{read} once; all passes are over device memory",
         "written": f"{size(prepared.written_bytes)} in {files} file"
@@ -163,10 +165,14 @@ def summary(result: MergeResult, *, profile: bool) -> str:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar on a terminal, lines otherwise; both on standard error."""
+def progress(unit: str = "") -> Iterator[Progress]:
+    """A bar on a terminal, lines otherwise; both on standard error.
+
+    Args:
+      unit: of what is counted, in the plural; "": bytes.
+    """
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield _Lines(unit)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -174,8 +180,11 @@ def progress() -> Iterator[Progress]:
     with rich.Progress(
         rich.TextColumn("{task.description:>20}"),
         rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
+        *(
+            (rich.MofNCompleteColumn(), rich.TextColumn(unit))
+            if unit
+            else (rich.DownloadColumn(), rich.TransferSpeedColumn())
+        ),
         rich.TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as bars:
@@ -202,10 +211,16 @@ class _Bars(Progress):
 class _Lines(Progress):
     _label, _total, _done, _last = "", 0, 0, 0.0
 
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+
+    def _amount(self, count: float) -> str:
+        return f"{count:,.0f} {self._unit}" if self._unit else size(count)
+
     def stage(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, total, 0
         self._start = self._last = time.monotonic()
-        self._print(f"{label}: {size(total)}")
+        self._print(f"{label}: {self._amount(total)}")
 
     def advance(self, count: int) -> None:
         self._done += count
@@ -214,7 +229,8 @@ class _Lines(Progress):
             self._last = now
             rate = self._done / (now - self._start)
             self._print(
-                f"{self._label}: {self._done / self._total:.0%}, {size(rate)}/s, "
+                f"{self._label}: {self._done / self._total:.0%}, "
+                f"{self._amount(rate)}/s, "
                 f"{(self._total - self._done) / rate:.0f} s left"
             )
 

@@ -119,6 +119,7 @@ class Leaves:
         self.sizes = [leaf.size for leaf in leaves]
         arrays = [a for leaf in leaves if leaf.merged for a in leaf.arrays]
         self.traced = any(map(is_traced, arrays))
+        self.few = 0
 
     @property
     def merged(self) -> list[int]:
@@ -159,7 +160,7 @@ class Leaves:
                 leaf.base,
                 leaf.beside,
                 take(numbers.first(depth), i, axes, leaf.compute_dtype),
-                self._draw(program, depth, numbers, i, placement),
+                self.draw(program, depth, numbers, i, placement),
                 take(arguments, g, axes),
                 program=program,
                 depth=depth,
@@ -205,7 +206,7 @@ class Leaves:
             )
         return [None if own is None else tuple(own) for own in found]
 
-    def _draw(
+    def draw(
         self,
         program: Program,
         depth: int | None,
@@ -237,7 +238,7 @@ class Leaves:
             leaf.base,
             leaf.beside,
             take(own, i, len(placement.shape), leaf.compute_dtype),
-            self._draw(program, None, numbers, i, placement),
+            self.draw(program, None, numbers, i, placement),
             program=program,
             dtypes=leaf.kernel_dtypes,
             placement=placement,

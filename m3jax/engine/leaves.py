@@ -123,7 +123,7 @@ def _merge(
     """
 
     def merge(models: Any, base: Any, beside: Any, numbers: Any, draw: Any) -> Any:
-        x = _operands(base, models, beside)
+        x = operands(base, models, beside)
         return kernel.merge(x, numbers, draw, program=program, dtypes=dtypes)
 
     spec = placement.spec
@@ -190,7 +190,7 @@ def reduce_leaf(
     def reduce(
         models: Any, base: Any, beside: Any, numbers: Any, draw: Any, arguments: Any
     ) -> Any:
-        x: Any = (_operands(base, models, beside), draw)
+        x: Any = (operands(base, models, beside), draw)
         if not whole:
             x = jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - axes], -1), x)
         size = x[0].models.shape[-1]
@@ -245,7 +245,7 @@ def _on_shards(
     )
 
 
-def _operands(
+def operands(
     base: jax.Array | None,
     models: Sequence[jax.Array],
     beside: Mapping[str, Sequence[jax.Array]],

@@ -9,7 +9,7 @@ from typing import Any
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
-from m3jax.checkpoints.source import Converted, Source
+from m3jax.checkpoints.source import Converted, Repeated, Source
 from m3jax.engine import layer_config, vocabulary
 from m3jax.engine.inputs import (
     MergeInputs,
@@ -43,8 +43,8 @@ def align(
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    changes: dict[str, Any] = {}
-    notes: list[str] = []
+    changes: dict[str, Any] = dict(checkpoints[0].changes)
+    notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
     tables = _untie(checkpoints, changes, notes)
     _check_related(checkpoints)
     problems: list[str] = []
@@ -115,6 +115,7 @@ def align(
         raise MismatchError(problems)
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
+    used = {recipe.variant_of(tensor.name) for tensor in tensors if tensor.merged}
     for pattern in recipe.exclude:
         if not any(re.match(pattern, name) for name in tables[0]):
             notes.append(f"exclude: {pattern!r} matches no tensor")
@@ -125,7 +126,7 @@ def align(
     notes += [
         f"rules: {pattern!r} matches no tensor that is merged, or others come first"
         for place, (pattern, _) in enumerate(recipe.rules, start=1)
-        if place not in {recipe.variant_of(t.name) for t in tensors if t.merged}
+        if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
@@ -152,17 +153,30 @@ def _beside(
     whole = recipe.method.unit == "matrix"
     for own in statistics:
         found = own.tensors[name]
-        if not whole and found.shape != source.shape:
+        repeats = recipe.method.beside_repeats and repeatable(found.shape, source.shape)
+        if not whole and found.shape != source.shape and not repeats:
             problems.append(
                 f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
                 f"where {recipe.method.name} needs {list(source.shape)}"
             )
             return {}
     (key,) = recipe.method.beside
-    made = [
-        Origin(own, name, _converted(own.tensors[name], FLOAT32)) for own in statistics
-    ]
+
+    def fitted(found: Source) -> Source:
+        found = _converted(found, FLOAT32)
+        if whole or found.shape == source.shape:
+            return found
+        return Repeated(found, source.shape)
+
+    made = [Origin(own, name, fitted(own.tensors[name])) for own in statistics]
     return {key: tuple(made)}
+
+
+def repeatable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has as many axes, each as long or of one element."""
+    return len(shape) == len(wanted) and all(
+        own in (1, other) for own, other in zip(shape, wanted, strict=True)
+    )
 
 
 def _parts(
@@ -288,11 +302,14 @@ def _note_changes(
     notes: list[str],
 ) -> None:
     config = first.config or {}
-    if "quantization_config" in config and any(
-        entry.dtype.kind == "float8" for entry in first.stored.values()
-    ):
-        changes["quantization_config"] = None
-        notes.append("float8 weights are dequantised; the output is bfloat16")
+    for own in {"quantization_config", "compression_config"} & config.keys():
+        changes[own] = None
+        notes.append(
+            f"{' and '.join(first.dequantised)} weights are dequantised; the output is "
+            "bfloat16"
+            if first.dequantised
+            else f"config.json's {own} is left out: no tensor is quantised"
+        )
     floats = {t.dtype for t in tensors if t.dtype.kind == "float"}
     if recipe.dtype != "input" and len(floats) == 1:
         for field in ("dtype", "torch_dtype"):

@@ -22,10 +22,11 @@ from m3jax.checkpoints.output.destination import (
 from m3jax.checkpoints.output.folder import OutputError, OutputFolder
 from m3jax.checkpoints.output.part import OutputPart, described
 from m3jax.checkpoints.output.shards import ShardWriter, write_index
-from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
+from m3jax.engine.arguments import paths, recipe_of
 from m3jax.engine.draws import early
 from m3jax.engine.jobs import Job
 from m3jax.engine.journal import Journal
@@ -68,9 +69,9 @@ class MergeResult:
 
 def merge(
     base: str | PathLike[str] | None,
-    models: Sequence[str | PathLike[str]],
+    models: Sequence[str | PathLike[str]] | str | PathLike[str],
     output: str | PathLike[str],
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
     execution: Execution | None = None,
@@ -89,7 +90,7 @@ def merge(
       base: the base model, a path or Hugging Face id; None if the recipe needs none.
       models: the fine-tuned models; their order is that of the ratios.
       output: the folder to make, or its URL; `store_output` says what differs there.
-      recipe: what to do; the default is M3's average.
+      recipe: what to do, or its fields as a dict; the default is M3's average.
       seed: of ratios and masks, 0 <= seed < 2**32.
       execution: how to run it.
       progress: is told what happens.
@@ -106,10 +107,10 @@ def merge(
       ProcessError: another process failed or died; it is an OSError.
       UnequalProcessesError: the processes were given different merges.
     """
-    recipe, execution = recipe or Recipe(), execution or Execution()
+    recipe, execution = recipe_of(recipe), execution or Execution()
     progress = progress or Progress()
     final = store.parse(fspath(output))
-    names = [fspath(model) for model in models]
+    names = paths(models, "models")
     started = time.perf_counter()
     with joined() as processes:
         check_free(final, overwrite=execution.overwrite, resume=execution.resume)
@@ -119,13 +120,15 @@ def merge(
             recipe,
             seed,
             execution,
-            [fspath(own) for own in statistics],
+            paths(statistics, "statistics"),
         ) as prepared:
             if processes.count > 1:
                 processes.same(agreement.facts(prepared))
             check_apart(final, prepared.checkpoints)
             for note in prepared.inputs.notes:
                 progress.note(note)
+            if (reading := caching.choose(prepared.files)) is not None:
+                progress.note(reading)
             with _output(final, execution, processes, progress) as folder:
                 try:
                     result = _execute(
@@ -258,10 +261,12 @@ def _measured(
         total = share.processes.sum(own)
         return dict(zip(names[0], total or (), strict=True))
 
-    return tuple(
-        (job, measured_by(stream, job, prepared.numbers(job), kept, gathered))
-        for job in prepared.jobs
-    )
+    def measured(job: Job) -> Numbers:
+        keep = kept if job.places else lambda name, find: find()
+        return measured_by(stream, job, prepared.numbers(job), keep, gathered)
+
+    pairs = zip(prepared.jobs, prepared.measured, strict=True)
+    return tuple((job, measured(own)) for job, own in pairs)
 
 
 def _merge_share(
@@ -285,7 +290,8 @@ def _merge_share(
             return completed(job.program, own if drawn else early(own, *counts))
 
         finite = not prepared.execution.allow_nonfinite
-        stream.merge(job.program, order, numbers, recorder, check_finite=finite)
+        whole = prepared.whole(job)
+        stream.merge(job, order, whole, numbers, own, recorder, check_finite=finite)
 
     jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
     others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))
@@ -344,6 +350,7 @@ def _complete(
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            side_files=prepared.side_files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

@@ -17,9 +17,11 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards
-from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.places import caching, direct
+from m3jax.checkpoints.places.files import InputFile, Location
+from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
-from m3jax.engine import draws, plan
+from m3jax.engine import draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
 from m3jax.engine.inputs import MergeInputs, TensorInputs
 from m3jax.engine.jobs import Job, jobs
@@ -108,6 +110,7 @@ class Prepared:
       places: the shard of each part of each tensor.
       tiles: of a chunk.
       devices, execution: how it is run.
+      side_files: the folder that each of them comes from, by name.
     """
 
     base: Checkpoint | None
@@ -123,11 +126,19 @@ class Prepared:
     tiles: int
     devices: tuple[jax.Device, ...]
     execution: Execution
+    side_files: Mapping[str, Location] = dataclasses.field(default_factory=dict)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         base = () if self.base is None else (self.base,)
         return (*base, *self.models, *self.statistics)
+
+    @property
+    def files(self) -> list[InputFile]:
+        """Those that the passes read."""
+        origins = (o for tensor in self.inputs.tensors for o in tensor.origins)
+        owners = {id(origin.owner): origin.owner for origin in origins}
+        return [file for owner in owners.values() for file in owner.files]
 
     @property
     def num_models(self) -> int:
@@ -150,15 +161,35 @@ class Prepared:
         """Positions of the tensors that are merged rather than copied."""
         return [i for i, item in enumerate(self.items) if item.merged]
 
+    def whole(self, job: Job) -> list[int]:
+        """The job's tensors that are measured and merged at one reading."""
+        if self.execution.executor != "streamed" or not resident.possible(self.devices):
+            return []
+        own = buffer_bytes(self.inputs.tensors, self.items, self.tiles, self.units)
+        count = resident.buffer_count(sum(own), self.execution.num_threads)
+        return resident.places(job, self.items, self.tiles, count)
+
+    @functools.cached_property
+    def measured(self) -> tuple[Job, ...]:
+        """The jobs, with those of their tensors that are measured before any merge."""
+        found = []
+        for job in self.jobs:
+            whole = set(self.whole(job))
+            left = tuple(i for i in job.places if i not in whole)
+            # Which they are depends on how a merge is run, and it may go on otherwise.
+            label = f"{job.label}{len(left)} left: " if whole else job.label
+            found.append(dataclasses.replace(job, places=left, label=label))
+        return tuple(found)
+
     @property
     def passes(self) -> list[str]:
         """The reading passes, named; a sample is not counted."""
         each = {"tensor": "per tensor", "layer": "per layer", "model": "whole model"}
-        steps = [step for job in self.jobs if job.places for step in job.recipe.steps]
         names = [
             f"what {step.name} measures, {each[step.scope]}"
-            for step in steps
-            if step.scope
+            for job in self.measured
+            for step in job.recipe.steps
+            if step.scope and job.places
         ]
         return [*names, "merge"]
 
@@ -183,14 +214,21 @@ class Prepared:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all buffers: inputs, results, float32 intermediates and caches."""
+        """Bytes of all buffers: inputs, results, float32 intermediates and caches, and
+        what is copied to or from on the way past the page cache."""
         own = buffer_bytes(self.inputs.tensors, self.items, self.tiles, self.units)
         caches = sum(checkpoint.cache_bytes for checkpoint in self.checkpoints)
         if "matrix" in self.units:
             largest = max((self.items[i].size for i in self.merged), default=0)
             return sum(own) + 4 * largest * (self.num_models + 2) + caches
+        threads = self.execution.num_threads
         result = self.tiles * plan.TILE * 4
-        return self.execution.num_threads * (sum(own) + result) + caches
+        written = any(shard.largest >= direct.LEAST_FILE for shard in self.shards)
+        past_cache = direct.BUFFER * (written + (not caching.fit(self.files)))
+        held = threads
+        if resident.possible(self.devices):
+            held = resident.held(self.jobs, self.items, self.tiles, sum(own), threads)
+        return held * sum(own) + threads * (result + past_cache) + caches
 
     def numbers(self, job: Job) -> Numbers:
         """The tables of a job's numbers over all tensors."""
@@ -236,7 +274,9 @@ def prepare(
         opened_base = (
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
-        opened = [stack.enter_context(open_checkpoint(model)) for model in models]
+        opened = [
+            stack.enter_context(open_checkpoint(model, base=base)) for model in models
+        ]
         names = [model.name for model in opened]
         if execution.tokenizer_from not in (None, "base", *names):
             raise CheckpointError(
@@ -245,10 +285,16 @@ def prepare(
             )
         first = opened_base or opened[0]
         of_name = dict(zip(names, opened, strict=True))
-        for owner in (first, of_name.get(execution.tokenizer_from or "", first)):
-            check_side_files(owner.folder)
+        tokenizer = of_name.get(execution.tokenizer_from or "", first)
         beside = [stack.enter_context(open_checkpoint(own)) for own in statistics]
-        yield _plan(opened_base, opened, beside, recipe, seed, execution)
+        planned = _plan(opened_base, opened, beside, recipe, seed, execution)
+        # Now, before a long merge begins: some may be no files that can be read.
+        chosen = companions.choose(first, tokenizer, opened)
+        check_side_files(chosen.owners)
+        inputs = dataclasses.replace(
+            planned.inputs, notes=(*planned.inputs.notes, *chosen.notes)
+        )
+        yield dataclasses.replace(planned, inputs=inputs, side_files=chosen.owners)
 
 
 def _plan(

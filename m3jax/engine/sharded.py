@@ -147,7 +147,7 @@ class Sharded:
             if item in items:
                 self._processes.check()
                 inputs = [source.checksum() for source in watched]
-                recorder.keep(item, recorder.checksums_on_disk(item), inputs)
+                recorder.keep([(item, recorder.checksums_on_disk(item), inputs)])
 
     def _write(self, n: int, parts: dict[str, Any], recorder: Recorder) -> None:
         """Writes this process's share of a tensor; all of it, if there is only one."""
@@ -158,7 +158,7 @@ class Sharded:
         }
         if self._processes.count == 1:  # then the pieces are all there is, in order
             inputs = [watched.checksum() for watched in self._watched[n]]
-            recorder.keep(item, checksums, inputs)
+            recorder.keep([(item, checksums, inputs)])
 
     def _write_part(
         self, item: int, part_name: str, array: jax.Array, recorder: Recorder

@@ -150,10 +150,13 @@ def tiles_of(chunk: Chunk, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     item = np.zeros(rows, np.int64)
     tile = np.zeros(rows, np.uint64)
     counts = np.zeros((rows, 1), np.int32)
-    for run in chunk.runs:
-        last = run.row + run.rows
-        item[run.row : last] = run.item
-        tile[run.row : last] = np.arange(run.rows) + run.start // TILE
-        counts[run.row : last] = TILE
-        counts[last - 1] = run.count - (run.rows - 1) * TILE
+    runs = np.array([(run.item, run.start, run.count) for run in chunk.runs], np.int64)
+    own, starts, sizes = runs.T
+    each = -(-sizes // TILE)
+    ends = np.cumsum(each)  # runs follow each other
+    filled = int(ends[-1])
+    item[:filled] = np.repeat(own, each)
+    tile[:filled] = np.arange(filled) + np.repeat(starts // TILE + each - ends, each)
+    counts[:filled] = TILE
+    counts[ends - 1, 0] = sizes - (each - 1) * TILE
     return item, tile, counts

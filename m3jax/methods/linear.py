@@ -27,6 +27,7 @@ class Average(Method):
     weights: Any = weights(equal=lambda num_models: 1 / num_models, mean=True)
     needs_base = False
     shows_nonfinite = True
+    differentiable = True
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         return sum_over_models(rounded_product(x.models, p["weights"]))
@@ -43,6 +44,7 @@ class Linear(Method):
     normalize: Any = switch(default=True, help="divide by the sum of the weights")
     needs_base = False
     shows_nonfinite = True
+    differentiable = True
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
         total = numbers["weights"].sum(axis=0)
@@ -66,6 +68,7 @@ class TaskArithmetic(Method):
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     shows_nonfinite = True
+    differentiable = True
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         total = sum_over_models(rounded_product(x.deltas, p["weights"]))

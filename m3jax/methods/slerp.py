@@ -25,6 +25,7 @@ class Slerp(FromGram):
 
     weights: Any = weights(equal=lambda num_models: 1 / num_models)
     num_models = 2
+    differentiable = True
 
     def coefficients(self, numbers: Numbers, products: Any, xp: Any) -> Any:
         cosine = cosine_of(products[0, 0], products[0, 1], products[1, 1], xp)

@@ -9,7 +9,7 @@ import numpy as np
 
 from m3jax.lazy import jnp
 from m3jax.methods.fields import choice, number
-from m3jax.methods.selection import kth_smallest, magnitude_codes, magnitudes
+from m3jax.methods.selection import kth_smallest, magnitudes
 from m3jax.methods.step import (
     Info,
     Numbers,
@@ -19,7 +19,7 @@ from m3jax.methods.step import (
     Transform,
     register,
 )
-from m3jax.methods.sums import exact_sums
+from m3jax.methods.sums import deltas, exact_sums
 from m3jax.prng import RATE_STEPS, drop_thresholds
 
 _WHOLE = "whole"  # the task vectors as they were, beside the models
@@ -102,7 +102,7 @@ class Sparsify(Transform):
         rank = xp.concatenate([n - top - kept + 1, n - top])
         both = dataclasses.replace(problem, num_models=2 * count)
         rates = xp.minimum((rank + 0.5) / n, 1.0)
-        found = yield from kth_smallest(_two_codes, rates, both)
+        found = yield from kth_smallest(deltas, rates, both)
         low, high = found[:count], found[count:]
         low = xp.where(density >= 1, 0.0, xp.where(kept > 0, low, xp.inf))
         high = xp.where((density >= 1) | (top == 0), xp.inf, high)
@@ -163,10 +163,6 @@ class Rescale(Transform):
         # A select between product and sum: see `rounded_product`.
         scaled = jnp.where(tau == 0, 0 * tau, tau * info["scale"])
         return x._replace(models=x.base[None] + scaled)
-
-
-def _two_codes(x: Operands, window: Numbers) -> tuple[Any]:
-    return (magnitude_codes(jnp.concatenate([x.deltas, x.deltas]), window),)
 
 
 def _norms(x: Operands) -> Any:

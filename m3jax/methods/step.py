@@ -58,8 +58,10 @@ class Reduction:
       arguments: arrays () or (J,) by name; `function` gets them ready to broadcast.
       combine: for each array of the tuple, what the engine makes of it over a group.
         ``sum``: of integers of at most 2**20, exact, as int64. ``max``. ``histogram``:
-        of uint16 codes, counted up to `selection.BINS`. ``float``: a plain float32 sum,
-        under a transformation of the caller's alone, where int64 may be missing.
+        of uint16 codes, counted up to `selection.BINS`. ``values``: the numbers
+        themselves, (J, n) in any order, if the problem has `few`. ``float``: a plain
+        float32 sum, under a transformation of the caller's alone, where int64 may be
+        missing.
       sample: a pass over a fixed sample of the elements is enough. The engine
         answers None where reading everything costs as little.
     """
@@ -81,12 +83,14 @@ class Problem:
         between the tensors of the group is an error.
       traced: the arrays are those of a `jax.jit`, `grad` or `vmap` around the merge:
         Python cannot look at what a pass finds.
+      few: the elements are so few that a pass may ask for ``values``.
     """
 
     num_models: int
     size: int
     numbers: Numbers
     traced: bool = False
+    few: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +163,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform(Step):
-    """Changes the models before the method sees them.
+    """Changes the models before the method sees them, or afterwards what it has made.
 
     Attributes:
+      after: it is for what the method has made: `finish` in place of `apply`, and
+        nothing is measured.
       draws: the random numbers it takes: "", ``mask`` (True where the 16-bit lane of
         an element is below `derive`'s ``threshold``, uint32 per model) or ``lanes``
         (the lanes themselves, uint16).
     """
 
+    after: ClassVar[bool] = False
     draws: ClassVar[Any] = ""
 
     @property
@@ -176,6 +183,10 @@ class Transform(Step):
 
     def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
         """The operands with other models; `draw` is (K, ...), or None."""
+        raise NotImplementedError
+
+    def finish(self, x: Operands, merged: Any, p: Numbers, info: Numbers) -> Any:
+        """The merged part, changed; `x` is what the method has seen."""
         raise NotImplementedError
 
 
@@ -189,12 +200,17 @@ class Method(Step):
       num_models: how many models it merges; None: any number.
       records: what of `info` goes to m3jax.json, found for the whole model.
       weighs_statistics: what `measure` finds depends on the weights or the scaling.
+      differentiable: in the weights, with what `measure` finds held fixed, and by
+        element, so that `m3jax learn` can learn them.
+      beside_repeats: what comes beside the models may have 1 element along an axis.
     """
 
     shows_nonfinite: ClassVar[bool] = False
     num_models: ClassVar[int | None] = None
     records: ClassVar[tuple[str, ...]] = ()
     weighs_statistics: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+    beside_repeats: ClassVar[bool] = False
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         """The merged part, float32; a dict of them if `outputs` names several.

@@ -8,7 +8,7 @@ import numpy as np
 
 from m3jax.lazy import jax, jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.selection import delta_codes, kth_smallest_and, magnitudes
+from m3jax.methods.selection import Codes, kth_smallest_and, magnitudes
 from m3jax.methods.step import (
     Method,
     Numbers,
@@ -19,6 +19,7 @@ from m3jax.methods.step import (
     register,
     sum_over_models,
 )
+from m3jax.methods.sums import deltas
 
 # Stands for a coefficient of 0: too small to weigh against any other, and large
 # enough that what survives alone keeps its whole value.
@@ -56,9 +57,10 @@ class Ties(Method):
         search=(0.2, 0.9),
     )
     scope = "model"
+    differentiable = True
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        trimmed = _trim(x.deltas, info["thresholds"])
+        trimmed = trim(x.deltas, info["thresholds"])
         total = sum_over_models(trimmed)
         elected = jnp.where(total == 0, info["majority"], jnp.sign(total))
         survives = trimmed * elected[None] > 0
@@ -70,32 +72,48 @@ class Ties(Method):
         return x.base + jnp.where(weight > 0, p["scaling"] * merged, 0.0)
 
     def measure(self, problem: Problem) -> Statistics:
-        count = problem.num_models
-        votes = _codes_and_signs if count > 1 else None
-        thresholds, beside = yield from kth_smallest_and(
-            delta_codes, votes, problem.numbers["trim_rate"], problem
+        found = yield from thresholds_and_majority(
+            problem.numbers["trim_rate"], problem
         )
-        majority: Any = 0.0
-        if count > 1:  # one model: a sum of 0 has no survivors
-            # An entry that only the exact threshold trims, or spares, changes its sign
-            # by 2 at most. If they cannot turn the majority, it is known already.
-            if beside is not None and abs(beside.counts) > 2 * beside.between:
-                majority = beside.counts
-            else:
-                (majority,) = yield Reduction(_signs, {"thresholds": thresholds})
-        xp = jnp if problem.traced else np
-        return {"thresholds": thresholds, "majority": xp.sign(majority)}
+        return found
+
+
+def thresholds_and_majority(rates: Any, problem: Problem) -> Statistics:
+    """The k-th smallest |τ_i| of a group, k = int(n · r), and the sign that most of the
+    entries of Σ x_i have, x_i being τ_i where it is at least that large.
+
+    Args:
+      rates: r, () or (K,).
+      problem: the group.
+
+    Returns:
+      ``thresholds`` (K,) and ``majority`` (), −1, 0 or 1.
+    """
+    count = problem.num_models
+    votes = _codes_and_signs if count > 1 else None
+    thresholds, beside = yield from kth_smallest_and(deltas, votes, rates, problem)
+    majority: Any = 0.0
+    if count > 1:  # one model: a sum of 0 has no survivors
+        # An entry that only the exact threshold trims, or spares, changes its sign by 2
+        # at most. If they cannot turn the majority, it is known already.
+        if beside is not None and abs(beside.counts) > 2 * beside.between:
+            majority = beside.counts
+        else:
+            (majority,) = yield Reduction(_signs, {"thresholds": thresholds})
+    xp = jnp if problem.traced else np
+    return {"thresholds": thresholds, "majority": xp.sign(majority)}
 
 
 def _codes_and_signs(x: Operands, arguments: Numbers) -> tuple[jax.Array, jax.Array]:
-    return *delta_codes(x, arguments), *_signs(x, {"thresholds": arguments["guess"]})
+    return *Codes(deltas)(x, arguments), *_signs(x, {"thresholds": arguments["guess"]})
 
 
 def _signs(x: Operands, arguments: Numbers) -> tuple[jax.Array]:
-    total = sum_over_models(_trim(x.deltas, arguments["thresholds"]))
+    total = sum_over_models(trim(x.deltas, arguments["thresholds"]))
     return (jnp.where(total > 0, 1, jnp.where(total < 0, -1, 0)),)
 
 
-def _trim(task_vectors: jax.Array, thresholds: jax.Array) -> jax.Array:
+def trim(task_vectors: jax.Array, thresholds: jax.Array) -> jax.Array:
+    """The entries whose magnitude is at least the threshold; 0 elsewhere."""
     kept = magnitudes(task_vectors) >= thresholds.astype(jnp.float32)
     return jnp.where(kept, task_vectors, 0.0)

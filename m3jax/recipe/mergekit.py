@@ -160,15 +160,27 @@ def _loaded(text: str) -> list[dict[str, Any]]:
 
 
 def _model_name(model: Any, key: str) -> str | None:
+    """`PATH`, `PATH@REVISION`, either with `+ADAPTER`, or a mapping of the same."""
+    if isinstance(model, dict) and "model" in model:
+        check_keys(f"{key}.", model, ("lora", "model"))
+        names = [
+            _place(model[part], f"{key}.{part}")
+            for part in ("model", "lora")
+            if model.get(part) is not None
+        ]
+        return "+".join(names)
+    return None if model is None else _place(model, key)
+
+
+def _place(model: Any, key: str) -> str:
     if isinstance(model, dict):
-        path = model.get("model", model)
-        if set(model) <= {"model", "path"}:
-            model = path.get("path") if isinstance(path, dict) else path
-    if model is not None and (not isinstance(model, str) or not model or "+" in model):
-        raise RecipeError(
-            f"{key}={model!r} needs a folder, a file or org/name; adapters (+, lora) "
-            "are not supported"
-        )
+        check_keys(f"{key}.", model, ("path", "revision"))
+        revision = model.get("revision")
+        model = model.get("path")
+        if isinstance(model, str) and revision is not None:
+            model = f"{model}@{revision}"
+    if not isinstance(model, str) or not model:
+        raise RecipeError(f"{key}={model!r} needs a folder, a file or org/name")
     return model
 
 

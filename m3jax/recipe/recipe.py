@@ -15,6 +15,7 @@ from typing import Any
 
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
+from m3jax.methods.step import Spec
 from m3jax.recipe import slices as layers
 from m3jax.recipe import values
 from m3jax.recipe.groups import as_groups, check_known, from_groups, parsed_rules
@@ -141,6 +142,13 @@ class Recipe:
             problems.add("transforms", names, "each transform once")
         if sum(bool(step.draws) for step in self.transforms) > 1:
             problems.add("transforms", names, "one transform that draws, at most")
+        after = [step.name for step in self.transforms if step.after]
+        if after and isinstance(self.method, Method):
+            parts = self.method.outputs(Spec((1,)), 1)
+            if set(parts) != {""}:
+                allowed = f"none of {', '.join(after)}: they change one model, and "
+                allowed += f"method {self.method.name} makes several tensors of each"
+                problems.add("transforms", names, allowed)
         problems.patterns("exclude", self.exclude)
         try:
             parse_size(self.max_shard_size)

@@ -13,62 +13,19 @@ to tables of numbers, one per tensor, before anything is read.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3jax.methods.fields import Field, Number
+from m3jax.methods.fields import Field, Gradient, Number, Rules, Runs
 from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.traced import is_traced
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)
 BEFORE = re.compile(r"embed|wte|wpe|(?:^|\.)shared\.", re.IGNORECASE)  # T5: shared
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient:
-    """Values at equal distances from the first layer to the last, linear in between.
-
-    Embeddings count as the first layer, what stands behind the layers as the last.
-    """
-
-    points: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """A value for the tensors whose name a regular expression is found in.
-
-    Attributes:
-      rules: (pattern, value); the first that fits counts.
-      otherwise: the value where none fits.
-      shift: added to the number of the name's layer before the patterns look at it:
-        where a slice takes the layer from, in the model.
-    """
-
-    rules: tuple[tuple[str, Any], ...]
-    otherwise: Any
-    shift: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """A value for each run of layers, one run behind the other.
-
-    A `Gradient` in it goes from the first layer of its run to the last; a run of one
-    layer has its end. What stands before the layers has the beginning of the first
-    run, what stands behind them that of the last.
-
-    Attributes:
-      runs: (stop, value): for the layers before `stop` that no earlier run has; None:
-        for all that are left, of each stack of layers on its own.
-    """
-
-    runs: tuple[tuple[int | None, Any], ...]
 
 
 class Place(NamedTuple):

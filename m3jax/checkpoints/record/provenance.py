@@ -16,6 +16,7 @@ from m3jax.checkpoints import side_files
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.output.folder import MANIFEST, MODEL_CARD, OutputFolder
 from m3jax.checkpoints.output.shards import Shard
+from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import model_card
 
 FORMAT = 1  # of m3jax.json; `record` reads it
@@ -35,6 +36,7 @@ class Facts:
       checksums: of each tensor written.
       config_changes: fields of config.json to set, or to remove (None).
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
+      side_files: the folder that each of them comes from, by name.
     """
 
     recipe: Mapping[str, Any]
@@ -50,13 +52,14 @@ class Facts:
     checksums: Mapping[str, str]
     config_changes: Mapping[str, Any]
     tokenizer_from: str | None
+    side_files: Mapping[str, Location]
 
 
 def write(folder: OutputFolder, facts: Facts) -> None:
     """Writes the side files, the model card and m3jax.json."""
     base = [facts.base] if facts.base else []
     checkpoints = [*base, *facts.models, *facts.statistics]
-    files = _side_files(facts, checkpoints[0])
+    files = _side_files(facts)
     files[MODEL_CARD] = model_card.render(
         facts.recipe, facts.seed, facts.ratios, facts.base, facts.models
     ).encode()
@@ -65,13 +68,10 @@ def write(folder: OutputFolder, facts: Facts) -> None:
     folder.write(MANIFEST, _manifest(facts, checkpoints, files))
 
 
-def _side_files(facts: Facts, first: Checkpoint) -> dict[str, bytes]:
-    by_name = {model.name: model for model in facts.models}
-    tokenizer = by_name.get(facts.tokenizer_from or "", first)
+def _side_files(facts: Facts) -> dict[str, bytes]:
     files = {}
-    for name in side_files.SIDE_FILES:
-        owner = first if name == side_files.CONFIG else tokenizer
-        content = side_files.read_side_file(owner.folder, name)
+    for name, folder in facts.side_files.items():
+        content = side_files.read_side_file(folder, name)
         if content is not None:
             files[name] = content
     if facts.config_changes and side_files.CONFIG in files:
@@ -111,18 +111,29 @@ def _manifest(
             name: xxhash.xxh3_128(content).hexdigest()
             for name, content in sorted(files.items())
         },
-        "tensors": {
-            name: {
+    }
+    # A line for each tensor: thousands are written, and read, ten times as fast.
+    tensors = [
+        _json(name)
+        + ": "
+        + _json(
+            {
                 "file": shard.name,
                 "dtype": entry.dtype.code,
-                "shape": list(entry.shape),
+                "shape": entry.shape,
                 "checksum": facts.checksums[name],
             }
-            for shard in facts.shards
-            for name, entry in shard.entries.items()
-        },
-    }
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+        for shard in facts.shards
+        for name, entry in shard.entries.items()
+    ]
+    text = json.dumps(manifest, indent=1, ensure_ascii=False).removesuffix("\n}")
+    lines = ",\n  ".join(tensors)
+    return f'{text},\n "tensors": {{\n  {lines}\n }}\n}}\n'.encode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _describe(checkpoint: Checkpoint, checksum: str | None) -> dict[str, Any]:
