@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +52,7 @@ class Asked:
       statistics: beside the models, of the record.
       documents: merges that give some of the models, in order.
       mixture: of experts, that is built in the place of the models; None: none.
+      notes: what of the file has no effect.
     """
 
     recipe: Recipe
@@ -63,6 +63,7 @@ class Asked:
     statistics: list[str]
     mixture: Mixture | None = None
     documents: tuple[Document, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 _holder: Any = None
@@ -138,6 +139,7 @@ def asked(
         statistics=[own["path"] for own in _record.get("statistics", [])],
         documents=tuple(own.renamed(names) for own in documents),
         mixture=_mixture(),
+        notes=tuple(_record.get("notes", ())),
     )
 
 
@@ -215,8 +217,6 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found = mergekit.parse(text)
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
-    for note in found.notes:
-        print(f"{source}: {note}", file=sys.stderr)
     result = found.result
     return result.recipe.to_dict(), {
         "base": {"path": result.base},
@@ -224,6 +224,7 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": result.seed or 0,
         "vocabulary": result.recipe.vocabulary,
         "documents": [own.to_dict() for own in found.named],
+        "notes": [f"{source}: {note}" for note in found.notes],
     }
 
 

@@ -62,6 +62,12 @@ class Sparsify(Transform):
     gamma: Any = number(
         default=0.01, help="γ, share of the outliers", low=0.0, high=1.0, per_model=True
     )
+    over: Any = choice(
+        default="tensor",
+        help="by magnitude or outliers: of each `tensor`, or of the whole `model`, as "
+        "one",
+        options=("tensor", "model"),
+    )
     epsilon: Any = number(
         default=0.15,
         help="ε, by how much the largest entry of a row is likelier than d",
@@ -80,7 +86,7 @@ class Sparsify(Transform):
 
     @property
     def scope(self) -> str:
-        return "" if self.draws else "tensor"
+        return "" if self.draws else str(self.over)
 
     @property
     def unit(self) -> str:
