@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "score a checkpoint at tasks",
     "methods": "list the merging methods and their parameters",
     "explore": "merge many draws in memory, evaluate each, find the best",
+    "learn": "learn the coefficients of a merge from tasks, by gradient",
     "demo": "merge small built-in models, to see how it works",
 }
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from m3jax.commands import mesh
 from m3jax.commands.cli import UsageError
-from m3jax.commands.tables import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,8 +82,3 @@ def evaluator(
         allow_code_execution=ALLOW_CODE_EXECUTION.value,
         **options(),
     )
-
-
-def say(line: str) -> None:
-    """Tells the user how far it is, on standard error."""
-    print(f"m3jax: {clean(line)}", file=sys.stderr, flush=True)

@@ -17,7 +17,13 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats import tree
 from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
-from m3jax.checkpoints.source import Converted, FirstRows, Repeated, Source, WithMeanRows
+from m3jax.checkpoints.source import (
+    Converted,
+    FirstRows,
+    Repeated,
+    Source,
+    WithMeanRows,
+)
 from m3jax.engine.inputs import Part, TensorInputs
 from m3jax.engine.lineup import align
 from m3jax.recipe import Recipe, RecipeError

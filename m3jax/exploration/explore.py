@@ -6,20 +6,17 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import jax
 
 import m3jax
 from m3jax import prng
-from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.places import store
 from m3jax.engine.load import load
 from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.tasks.apart import check_apart
+from m3jax.exploration.inputs import described, is_path, local, names_of
 from m3jax.exploration.report import folder as files
 from m3jax.exploration.report.log import Log
 from m3jax.exploration.run import Run, Say, nothing
@@ -143,8 +140,8 @@ def explore(
         "m3jax": m3jax.__version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "base": _describe(base),
-        "models": [_describe(model) for model in models],
+        "base": described(base),
+        "models": [described(model) for model in models],
         "recipe": recipe.to_dict(),
         "seed": seed,
         "sampler": sampler,
@@ -159,7 +156,7 @@ def explore(
         "mesh": mesh and dict(mesh),  # sums round by it
         **{name: describe(own) for name, own in lists.items()},
     }
-    path = None if output is None else _local(fspath(output))
+    path = None if output is None else local(fspath(output))
     with contextlib.ExitStack() as stack:
         if path is not None:
             claim = files.claimed(path, overwrite=overwrite, resume=resume)
@@ -182,10 +179,10 @@ def explore(
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
         trees = [
-            load(model, sharding) if _is_path(model) else model
+            load(model, sharding) if is_path(model) else model
             for model in (base, *models)
         ]
-        found = run(trees, _names(models), proposals, schedule)
+        found = run(trees, names_of(models), proposals, schedule)
         replay = _replay(found, base, models, tokenizer_from)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
@@ -206,45 +203,6 @@ def _full(evaluator: Evaluator, budget: int | None, halving: int | None) -> int 
     return budget
 
 
-def _local(output: str) -> Path:
-    path = store.parse(output)
-    if not isinstance(path, Path):
-        raise CheckpointError(
-            f"{output}: explorations are written to folders of this machine; choose "
-            "another --output, and copy it afterwards"
-        )
-    return path
-
-
-def _is_path(model: Any) -> bool:
-    return isinstance(model, str | PathLike)
-
-
-def _names(models: Sequence[Any]) -> list[str]:
-    """Short names of the models, all different."""
-    paths = [fspath(m) if _is_path(m) else f"model {i}" for i, m in enumerate(models)]
-    names = [Path(path).name or path for path in paths]
-    return names if len({"base", *names}) == len(names) + 1 else paths
-
-
-def _describe(model: Any) -> Any:
-    """What tells an input from another one, without reading all of it."""
-    if model is None:
-        return None
-    if not _is_path(model):
-        leaves = jax.tree.leaves_with_path(model)
-        return [
-            [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape)]
-            for path, leaf in leaves
-        ]
-    with open_checkpoint(fspath(model)) as checkpoint:
-        files = [
-            [str(file.path.resolve()), file.size, file.version]
-            for file in checkpoint.files
-        ]
-    return {"path": fspath(model), "files": files}
-
-
 def _replay(
     found: Exploration, base: Any, models: Sequence[Any], tokenizer_from: str | None
 ) -> dict[str, Any]:
@@ -256,7 +214,7 @@ def _replay(
         "ratios": winner.ratios,
         "tokenizer_from": tokenizer_from,
     }
-    if all(map(_is_path, models)):
+    if all(map(is_path, models)):
         replay["base"] = base if base is None else {"path": fspath(base)}
         replay["models"] = [{"path": fspath(model)} for model in models]
     return replay
