@@ -19,6 +19,7 @@ COMMANDS = {
     "lora": "extract a LoRA adapter from a model, or merge adapters",
     "moe": "build a mixture of experts from dense models",
     "explore": "merge many draws in memory, evaluate each, find the best",
+    "learn": "learn the coefficients of a merge from tasks, by gradient",
     "demo": "merge small built-in models, to see how it works",
 }
 

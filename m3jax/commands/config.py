@@ -39,7 +39,7 @@ def default() -> config_dict.ConfigDict:
 
     Fields take any Python literal: `None`, a number or a tuple. `Recipe` checks them.
     """
-    return _as_config(RECIPE_FIELDS)
+    return as_config(RECIPE_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +83,10 @@ def prepare(arguments: list[str]) -> list[str]:
       UsageError, RecipeError: the file cannot be used or a field is unknown.
     """
     global _holder, _record
-    source, rest = _take("--config", arguments)
+    source, rest = take("--config", arguments)
     fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
-    config = _as_config(all_fields(Recipe.from_dict(fields)))
-    known = _dotted(RECIPE_FIELDS)
+    config = as_config(all_fields(Recipe.from_dict(fields)))
+    known = dotted(RECIPE_FIELDS)
     for argument in rest:
         name = argument.partition("=")[0].lstrip("-")
         field = name.removeprefix("config.")
@@ -143,7 +143,7 @@ def asked(
     )
 
 
-def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+def take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Takes `--flag=VALUE` or `--flag VALUE` out; the last one counts."""
     found: str | None = None
     rest: list[str] = []
@@ -269,22 +269,22 @@ def _hint(field: str, known: list[str]) -> str:
     return f"known: {listed}{more}{meant}"
 
 
-def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
+def as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
     """Every field may hold any literal, so that `None` and tuples parse everywhere."""
     config = config_dict.ConfigDict()
     for name, value in fields.items():
         if isinstance(value, dict):
-            config[name] = _as_config(value)
+            config[name] = as_config(value)
         else:
             config[name] = config_dict.FieldReference(value, field_type=object)
     return config
 
 
-def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
+def dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
     names = []
     for name, value in fields.items():
         if isinstance(value, dict):
-            names += _dotted(value, f"{prefix}{name}.")
+            names += dotted(value, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names
@@ -292,4 +292,4 @@ def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
 
 def field_names() -> list[str]:
     """The recipe's fields, dotted."""
-    return _dotted(RECIPE_FIELDS)
+    return dotted(RECIPE_FIELDS)
