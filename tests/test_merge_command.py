@@ -136,7 +136,11 @@ class TestRecipes:
                 "chat_template": "chatml",
                 "copy": True,
             },
+            "rename": [],
+            "unmatched": "error",
             "rules": [],
+            "compute": "float32",
+            "slices": [],
             "dtype": "float32",
             "max_shard_size": "500B",
         }
@@ -250,7 +254,9 @@ class TestDryRun:
         for name in extra:
             assert f"tensor '{name}' is missing in base, a" in ran.out
         assert len(ran.out.splitlines()) == 9
-        assert ran.error == "m3jax merge: the checkpoints do not fit: 9 mismatches"
+        assert ran.error.startswith(
+            "m3jax merge: the checkpoints do not fit: 9 mismatches; --config.unmatched"
+        )
 
 
 class TestMisuse:

@@ -30,7 +30,11 @@ DEFAULTS = {
     },
     "dtype": "input",
     "max_shard_size": "5GB",
+    "rename": (),
+    "unmatched": "error",
     "rules": (),
+    "compute": "float32",
+    "slices": (),
 }
 # As version 0.1 wrote it.
 VERSION_0_1 = {
@@ -192,7 +196,10 @@ def test_numbers_of_numpy_and_jax(made):
             {"dare": {"drop_rate": {"gradient": [0.1, 2]}}},
             "dare.drop_rate.gradient[1]=2 needs a number from 0 to 1",
         ),
-        ({"dare": {"drop_rate": {"slope": 1}}}, "{'slope': 1} needs 'gradient', or"),
+        (
+            {"dare": {"drop_rate": {"slope": 1}}},
+            "{'slope': 1} needs 'gradient', 'runs', or",
+        ),
         ({"mixup": {"alpha": -0.1}}, "mixup.alpha=-0.1 needs a finite number, 0 or"),
         ({"mixup": {"alpha": float("inf")}}, "mixup.alpha=inf needs a finite number"),
         ({"mixup": {"ratios": 0.5}}, "mixup.ratios=0.5 needs a tuple of numbers"),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -18,6 +19,9 @@ from m3jax.commands.cli import UsageError, define_names, names
 from m3jax.recipe import Recipe
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.tokenizer import check_vocabulary
+
+if TYPE_CHECKING:
+    from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
 SHARED = [distributed]
@@ -32,7 +36,8 @@ MORE_HELP = [
 _BASE = flags.DEFINE_string(
     "base",
     None,
-    "The base model: a folder, a file or org/name; safetensors, Orbax or Flax msgpack.",
+    "The base model: a folder, a file or org/name; safetensors, .bin, GGUF, Orbax, "
+    "Flax msgpack.",
 )
 _MODELS = define_names("models", "The fine-tuned models, comma-separated.")
 _STATISTICS = define_names(
@@ -68,6 +73,14 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
 _COPY_TOKENIZER = flags.DEFINE_bool(
     "copy_tokenizer", True, "Write the tokenizer and chat template beside the model."
 )
+_STRICT = flags.DEFINE_bool(
+    "strict", False, "Refuse models that differ in more than their weights."
+)
+_RENAME = flags.DEFINE_multi_string(
+    "rename",
+    None,
+    "REGEX=REPLACEMENT for models' names that the base does not have; repeatable.",
+)
 _THREADS = flags.DEFINE_integer("threads", None, "Reading, computing, writing threads.")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "Elements worked on at a time.")
 _OUTPUT_FORMAT = flags.DEFINE_enum(
@@ -95,12 +108,21 @@ _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
+def named() -> tuple[str | None, list[str]]:
+    """What --base and --models name."""
+    return _BASE.value, names(_MODELS) or []
+
+
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
+    asked = config.asked(
+        _BASE.value, names(_MODELS), _SEED.value, rename=_RENAME.value or ()
+    )
     recipe, base, models, seed = _recipe(asked), asked.base, asked.models, asked.seed
     statistics = names(_STATISTICS) or asked.statistics
+    if asked.mixture is not None:
+        base, models = None, [asked.mixture.base]
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value
@@ -126,6 +148,7 @@ def main(positional: list[str]) -> int:
         resume=_RESUME.value,
         allow_nonfinite=_ALLOW_NONFINITE.value,
         fsync=_FSYNC.value,
+        strict=_STRICT.value,
         tokenizer_from=_TOKENIZER_FROM.value or asked.tokenizer_from,
         output_format=_OUTPUT_FORMAT.value,
         executor=_EXECUTOR.value,
@@ -136,13 +159,17 @@ def main(positional: list[str]) -> int:
         return 0
     if _DRY_RUN.value:
         try:
-            with prepare(base, models, recipe, seed, execution, statistics) as prepared:
+            with (
+                _built(asked.mixture, models, seed) as given,
+                prepare(base, given, recipe, seed, execution, statistics) as prepared,
+            ):
                 print(reporting.plan(prepared, output))
         except MismatchError as error:
             print("\n".join(error.mismatches))
             count = len(error.mismatches)
             raise CheckpointError(
                 f"the checkpoints do not fit: {count} mismatch{'es' * (count > 1)}"
+                + (f"; {error.hint}" if error.hint else "")
             ) from None
         return 0
 
@@ -177,17 +204,18 @@ def main(positional: list[str]) -> int:
             named = {
                 paths[own.name or ""]: own.renamed(paths) for own in asked.documents
             }
-        result = merge(
-            base,
-            models,
-            output,
-            recipe,
-            seed=seed,
-            execution=execution,
-            progress=progress,
-            statistics=statistics,
-            documents=named,
-        )
+        with _built(asked.mixture, models, seed) as given:
+            result = merge(
+                base,
+                given,
+                output,
+                recipe,
+                seed=seed,
+                execution=execution,
+                progress=progress,
+                statistics=statistics,
+                documents=named,
+            )
     if prints:
         print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
@@ -220,6 +248,18 @@ def _text(file: str) -> str:
 def failed(code: int) -> None:
     """See `cli.run`."""
     distributed.leave_after_failure(code)
+
+
+@contextlib.contextmanager
+def _built(mixture: Mixture | None, models: list[str], seed: int) -> Iterator[Any]:
+    """The models, or in their place the mixture of experts that is asked for."""
+    if mixture is None:
+        yield models
+        return
+    from m3jax.moe.build import opened
+
+    with opened(mixture, seed) as checkpoint:
+        yield checkpoint
 
 
 @contextlib.contextmanager

@@ -21,11 +21,11 @@ from m3jax.checkpoints.places import caching, direct
 from m3jax.checkpoints.places.files import InputFile, Location
 from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
-from m3jax.engine import draws, plan, resident
+from m3jax.engine import differences, draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
 from m3jax.engine.by_token import by_token
 from m3jax.engine.by_token import compared as compare_by_row
-from m3jax.engine.inputs import MergeInputs, TensorInputs
+from m3jax.engine.inputs import MergeInputs, MismatchError, TensorInputs
 from m3jax.engine.jobs import Job, jobs
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.lineup import align
@@ -60,6 +60,8 @@ class Execution:
       tokenizer_from: the model whose tokenizer goes along; None: the base's.
       output_format: ``safetensors`` or ``orbax``; None: ``orbax`` if the base (the
         first model without one) is an Orbax checkpoint.
+      strict: refuse models that differ from the first in more than their weights, such
+        as in their rope, their end token or where they come from.
       executor: ``streamed``, or ``sharded``: in the memory of all devices.
       mesh: sizes of ``rows`` and ``columns`` of the devices of the sharded executor,
         by which it splits tensors; None: all are rows.
@@ -74,6 +76,7 @@ class Execution:
     fsync: bool = True
     tokenizer_from: str | None = None
     output_format: str | None = None
+    strict: bool = False
     executor: str = "streamed"
     mesh: Mapping[str, int] | None = None
 
@@ -260,7 +263,7 @@ def written_name(name: str, part: str) -> str:
 @contextlib.contextmanager
 def prepare(
     base: str | None,
-    models: Sequence[str],
+    models: Sequence[str] | Checkpoint,
     recipe: Recipe,
     seed: int,
     execution: Execution,
@@ -277,16 +280,21 @@ def prepare(
     Raises:
       RecipeError, SeedError, CheckpointError: one line each.
     """
-    recipe.check(num_models=len(models), has_base=base is not None)
-    recipe.check_statistics(len(statistics), len(models))
+    given = [models] if isinstance(models, Checkpoint) else models
+    recipe.check(num_models=len(given), has_base=base is not None)
+    recipe.check_statistics(len(statistics), len(given))
     prng.check_seed(seed)
-    check_vocabulary(recipe.vocabulary, [*([] if base is None else [base]), *models])
+    known = [own.name if isinstance(own, Checkpoint) else own for own in given]
+    check_vocabulary(recipe.vocabulary, [*([] if base is None else [base]), *known])
     with contextlib.ExitStack() as stack:
         opened_base = (
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
         opened = [
-            stack.enter_context(open_checkpoint(model, base=base)) for model in models
+            own
+            if isinstance(own, Checkpoint)
+            else stack.enter_context(open_checkpoint(own, base=base))
+            for own in given
         ]
         beside = [stack.enter_context(open_checkpoint(own)) for own in statistics]
         yield _plan(opened_base, opened, beside, recipe, seed, execution)
@@ -303,6 +311,7 @@ def _plan(
     tokens = by_token(recipe, base, models)
     compared = compare_by_row(recipe, base, models) if tokens is None else tokens
     inputs = align(base, models, recipe, statistics, compared)
+    inputs = _compared(inputs, base, models, execution)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
@@ -381,6 +390,22 @@ def _new_rows(inputs: MergeInputs, first: Checkpoint) -> int | None:
             rows = tensor.shape[0]
             return None if rows == first.tensors[tensor.name].shape[0] else rows
     return None
+
+
+def _compared(
+    inputs: MergeInputs,
+    base: Checkpoint | None,
+    models: list[Checkpoint],
+    execution: Execution,
+) -> MergeInputs:
+    """The inputs, with a note for each thing in which the checkpoints differ."""
+    checkpoints = models if base is None else [base, *models]
+    named = {own.name: own for own in checkpoints}
+    owner = named.get(execution.tokenizer_from or "", checkpoints[0])
+    lines = differences.found(checkpoints, inputs.tensors, owner)
+    if lines and execution.strict:
+        raise MismatchError(lines, "refused, since --strict is set")
+    return dataclasses.replace(inputs, notes=(*inputs.notes, *lines))
 
 
 def _shards(

@@ -18,11 +18,18 @@ from m3jax.methods.fields import Weights
 from m3jax.methods.step import Spec
 from m3jax.recipe import slices as layers
 from m3jax.recipe import values
-from m3jax.recipe.groups import as_groups, check_known, from_groups, parsed_rules
+from m3jax.recipe.groups import (
+    as_groups,
+    check_known,
+    from_groups,
+    group,
+    parsed_rules,
+)
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.recipe.tokenizer import VOCABULARIES, TokenizerConfig
 
+UNMATCHED = ("error", "base", "skip")
 COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
@@ -45,6 +52,11 @@ class Recipe:
         ``mean`` (append mean rows) or ``truncate``; by tokens: ``union``, ``base``, or
         the name of the model whose vocabulary the output has.
       tokenizer: the rows of single tokens, padding, chat template.
+      rename: rules ``REGEX=REPLACEMENT`` (`re.sub`), in this order, for names of the
+        models that the base (the first model without one) does not have.
+      unmatched: what to do about tensors that some checkpoints lack: ``error``,
+        ``base`` (a model without one counts as having the base's; what the base lacks
+        is passed over) or ``skip`` (leave them out).
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
       compute: dtype of the arithmetic; it is float64 too where an input is.
@@ -55,7 +67,8 @@ class Recipe:
         counts. What is measured over the whole model is then measured over them.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.
-      without_effect: fields that were given and that the method does not have.
+      without_effect: fields that were given and that change nothing: the method does
+        not have them, or what they belong to is off.
 
     Raises:
       RecipeError: naming each wrong field, its value and what is allowed.
@@ -67,6 +80,8 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    rename: tuple[str, ...] = ()
+    unmatched: str = "error"
     dtype: str = "input"
     compute: str = "float32"
     slices: tuple[layers.Slice, ...] = ()
@@ -87,12 +102,14 @@ class Recipe:
         steps: Any = (*self.transforms, *(() if dare is None else (dare,)))
         if all(isinstance(step, Transform) for step in steps):
             steps = tuple(map(_parsed, steps))
+            self._note_idle(steps)
             self._set("transforms", tuple(step for step in steps if step.on))
         else:
             problems.add("transforms", steps, "transforms, such as m3jax.Dare()")
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
+        self._set("rename", renaming(self.rename))
         self._set("slices", layers.parse(self.slices))
         self._check_fields(problems, (*steps, self.method), flat)
         self._check_rules(problems)
@@ -119,6 +136,33 @@ class Recipe:
         self._set("without_effect", tuple(idle))
         return _parsed(dataclasses.replace(method, **own))
 
+    def _note_idle(self, steps: tuple[Transform, ...]) -> None:
+        """Notes the fields that were set of what is off."""
+        idle = list(self.without_effect)
+        for step in steps:
+            if not step.on:
+                plain_step = group(type(step)())
+                own = group(step)
+                idle += [f"{step.name}.{n}" for n in own if own[n] != plain_step[n]]
+        mixup = self.mixup
+        if isinstance(mixup, Mixup) and mixup.granularity != Mixup.granularity:
+            drawn = mixup.alpha is not None and mixup.ratios is None
+            idle += [] if drawn else ["mixup.granularity"]
+        self._set("without_effect", tuple(idle))
+
+    def idle_fields(self) -> dict[str, str]:
+        """Why each field of `without_effect` changes nothing."""
+        why = {}
+        for field in self.without_effect:
+            home = field.rpartition(".")[0]
+            if home == "mixup":
+                why[field] = "no ratio is drawn"
+            elif home:
+                why[field] = f"{home} is off"
+            else:
+                why[field] = f"method {self.method.name} has none"
+        return why
+
     def _check_fields(
         self, problems: Problems, steps: tuple[Any, ...], flat: dict[str, Any]
     ) -> None:
@@ -131,6 +175,7 @@ class Recipe:
             self.tokenizer.check(problems, self.vocabulary)
         else:
             problems.add("tokenizer", self.tokenizer, "an m3jax.TokenizerConfig")
+        problems.choice("unmatched", self.unmatched, UNMATCHED)
         problems.choice("dtype", self.dtype, DTYPES)
         problems.choice("compute", self.compute, COMPUTE)
         for step in steps:
@@ -156,6 +201,7 @@ class Recipe:
                 allowed += f"method {self.method.name} makes several tensors of each"
                 problems.add("transforms", names, allowed)
         problems.patterns("exclude", self.exclude)
+        problems.renaming("rename", self.rename)
         try:
             parse_size(self.max_shard_size)
         except ValueError:
@@ -257,6 +303,8 @@ class Recipe:
         self._check_ratios(problems)
         if not has_base and self.exclude:
             problems.add("exclude", self.exclude, "a base: give --base")
+        if not has_base and self.unmatched == "base":
+            problems.add("unmatched", self.unmatched, "a base: give --base")
         problems.raise_if_any()
 
     def _check_steps(self, problems: Problems, num_models: int, has_base: bool) -> None:
@@ -338,6 +386,8 @@ class Recipe:
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
             "tokenizer": self.tokenizer.to_dict(),
+            "rename": self.rename,
+            "unmatched": self.unmatched,
             "dtype": self.dtype,
             "compute": self.compute,
             "slices": tuple(map(dataclasses.asdict, self.slices)),
@@ -374,6 +424,15 @@ class Recipe:
                 "rules": parsed_rules(fields.get("rules", ())),
             }
         )
+
+
+def renaming(given: Any) -> Any:
+    """Rules of renaming as a tuple; a text is one rule, a mapping has one each."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Mapping):
+        return tuple(f"{pattern}={new}" for pattern, new in given.items())
+    return plain(given)
 
 
 def parse_size(size: int | str) -> int:

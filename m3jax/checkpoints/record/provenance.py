@@ -36,6 +36,7 @@ class Facts:
       checksums: of each tensor written.
       config_changes: fields of config.json to set, or to remove (None); dotted names.
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
+      notes: what the user was told, a line each.
       side_files: the folder that each of them comes from, by name.
       other_files: contents of those that are not as they stand there; None for one
         that is left out.
@@ -54,6 +55,7 @@ class Facts:
     checksums: Mapping[str, str]
     config_changes: Mapping[str, Any]
     tokenizer_from: str | None
+    notes: Sequence[str]
     side_files: Mapping[str, Location]
     other_files: Mapping[str, bytes | None]
 
@@ -106,7 +108,9 @@ def _manifest(
         "statistics": described[len(described) - len(facts.statistics) :],
         "measured": dict(facts.measured),
         **({"documents": list(facts.documents)} if facts.documents else {}),
+        **{key: own for model in facts.models for key, own in model.built.items()},
         "tokenizer_from": facts.tokenizer_from,
+        "notes": list(facts.notes),
         "versions": {
             "m3jax": m3jax.__version__,
             "python": platform.python_version(),
