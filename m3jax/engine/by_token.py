@@ -13,7 +13,6 @@ from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.side_files import VOCABULARY_FILES
 from m3jax.checkpoints.source import Source
 from m3jax.checkpoints.tokens import union
 from m3jax.checkpoints.tokens.alignment import Alignment, Row, align
@@ -155,9 +154,9 @@ def _vocabulary(checkpoint: Checkpoint, policy: str) -> Vocabulary:
     found = read_vocabulary(checkpoint.name, checkpoint.folder)
     if found is None:
         raise CheckpointError(
-            f"{checkpoint.name}: has no tokenizer (none of "
-            f"{', '.join(VOCABULARY_FILES)}), which vocabulary={policy!r} needs; copy "
-            "the model's tokenizer files into the folder"
+            f"{checkpoint.name}: has no tokenizer (tokenizer.json, tokenizer.model, "
+            f"vocab.json or vocab.txt), which vocabulary={policy!r} needs; copy the "
+            "model's tokenizer files into the folder"
         )
     return found
 
