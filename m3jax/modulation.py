@@ -249,10 +249,10 @@ def _masks(
                     f"tensor {shown(own)} has shape {list(source.shape)} in "
                     f"{unified.name}; the base {base.name} {there}"
                 )
-    for name, masks in found.items():
-        if len(masks) != count:
+    for name, own_masks in found.items():
+        if len(own_masks) != count:
             raise CheckpointError(
-                f"{unified.name}: tensor {shown(name)} has {len(masks)} masks for "
+                f"{unified.name}: tensor {shown(name)} has {len(own_masks)} masks for "
                 f"{count} tasks; merge again"
             )
     return {name: tuple(masks) for name, masks in found.items()}

@@ -135,9 +135,20 @@ def open_checkpoint(
         opened.format,
         opened.paths,
         opened.cache_bytes + weighed.memory,
-        opened.notes,
-        weighed.kinds,
+        notes=opened.notes,
+        dequantised=weighed.kinds,
     )
+
+
+class _Opened(NamedTuple):
+    """What the files hold; see `Checkpoint`."""
+
+    format: str
+    stored: Mapping[str, Stored]
+    paths: Mapping[str, KeyPath] | None
+    cache_bytes: int
+    files: tuple[InputFile, ...]
+    notes: tuple[str, ...] = ()
 
 
 def _adapted(name: str, base: str | None, folder: Location) -> Checkpoint:
@@ -174,17 +185,6 @@ def _adapter_alone(name: str, folder: Location, revision: str | None) -> Checkpo
         None,
         "adapter",
     )
-
-
-class _Opened(NamedTuple):
-    """What the files hold; see `Checkpoint`."""
-
-    format: str
-    stored: Mapping[str, Stored]
-    paths: Mapping[str, KeyPath] | None
-    cache_bytes: int
-    files: tuple[InputFile, ...]
-    notes: tuple[str, ...] = ()
 
 
 def _orbax_item(folder: Location) -> Location | None:

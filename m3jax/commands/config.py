@@ -15,6 +15,7 @@ from ml_collections import config_dict, config_flags
 from m3jax.commands.cli import UsageError, local
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.groups import group
 from m3jax.recipe.recipe import FLAT
 
@@ -50,6 +51,7 @@ class Asked:
       tokenizer_from: of the record, None without one.
       statistics: beside the models, of the record.
       mixture: of experts, that is built in the place of the models; None: none.
+      documents: merges that give some of the models, in order.
     """
 
     recipe: Recipe
@@ -58,7 +60,8 @@ class Asked:
     seed: int
     tokenizer_from: str | None
     statistics: list[str]
-    mixture: Mixture | None
+    mixture: Mixture | None = None
+    documents: tuple[Document, ...] = ()
 
 
 _holder: Any = None
@@ -98,15 +101,33 @@ def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked
 
     Args:
       base, models, seed: of the command's own flags, None where they are not given.
+
+    Raises:
+      RecipeError: the recipe, or documents that a record has.
     """
+    recipe = Recipe.from_dict(_holder.value.to_dict())
+    documents, names = [], {}
+    for own in _record.get("documents", []):
+        own = {"path": None, **own}
+        names[str(own.pop("path") or own["name"])] = str(own["name"])
+        document = Document.from_dict(own)
+        # What the flags say of vocabularies is said of all documents.
+        changed = dataclasses.replace(document.recipe, vocabulary=recipe.vocabulary)
+        flagged = recipe.vocabulary != _record.get("vocabulary", recipe.vocabulary)
+        documents.append(
+            dataclasses.replace(document, recipe=changed) if flagged else document
+        )
+    own_base = (_record.get("base") or {}).get("path")
+    own_models = [model["path"] for model in _record.get("models", [])]
     return Asked(
-        recipe=Recipe.from_dict(_holder.value.to_dict()),
-        base=base or (_record.get("base") or {}).get("path"),
-        models=models or [model["path"] for model in _record.get("models", [])],
+        recipe=recipe,
+        base=base or (own_base and renamed(own_base, names)),
+        models=models or [renamed(model, names) for model in own_models],
         seed=_record.get("seed", 0) if seed is None else seed,
         tokenizer_from=_record.get("tokenizer_from"),
         statistics=[own["path"] for own in _record.get("statistics", [])],
         mixture=_mixture(),
+        documents=tuple(own.renamed(names) for own in documents),
     )
 
 
@@ -181,15 +202,18 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         keys = moe.loaded(text)
         if keys is not None:
             return mixture_fields(moe.parse(keys))
-        document = mergekit.parse(text)
+        found = mergekit.parse(text)
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
-    for note in document.notes:
+    for note in found.notes:
         print(f"{source}: {note}", file=sys.stderr)
-    return document.recipe.to_dict(), {
-        "base": {"path": document.base},
-        "models": [{"path": model} for model in document.models],
-        "seed": document.seed or 0,
+    result = found.result
+    return result.recipe.to_dict(), {
+        "base": {"path": result.base},
+        "models": [{"path": model} for model in result.models],
+        "seed": result.seed or 0,
+        "vocabulary": result.recipe.vocabulary,
+        "documents": [own.to_dict() for own in found.named],
     }
 
 

@@ -6,13 +6,17 @@ picture, and the winner as a recipe: `m3jax merge --config=OUTPUT/winner.json`.
 
 The objective is the weighted mean of the validation scores, a loss counting
 negative. Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
-`tpe` and `cmaes` set what --search names, each with a range where it has one:
+`random`, `tpe`, `cmaes`, `gp` and `nsga2` (which weighs no task against another) set
+what --search names, each with a range, or words, where it has some:
 
-    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9  seed
+    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9
+    method=ties|slerp|task_arithmetic  dare.strategy=random|magnitude  seed
 
-(drop_rate is one for all models, drop_rates one for each, seed a new one a draw).
-With --halving=3 all draws are evaluated on few examples, the best third of them on
-three times as many, and so on; the last one is evaluated on all.
+(drop_rate is one for all models, drop_rates one for each, seed a new one a draw; a
+method's numbers count where it is chosen). With --groups=4 each quarter of the layers
+has values of its own. With --halving=3 all draws are evaluated on few examples, the
+best third of them on three times as many, and so on; the last one is evaluated on all.
+--hyperband=3 does that several times, from many draws on little to few on all.
 """
 
 from __future__ import annotations
@@ -66,17 +70,23 @@ _SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=T
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
     "recipe",
-    ["recipe", "grid", "sobol", "tpe", "cmaes"],
+    ["recipe", "grid", "sobol", "random", "tpe", "cmaes", "gp", "nsga2"],
     "Where draws come from.",
 )
 _SEARCH = flags.DEFINE_list(
     "search", None, "What samplers other than `recipe` set. [ratios]"
+)
+_GROUPS = flags.DEFINE_integer(
+    "groups", None, "Groups of layers that have values of their own. [all together]"
 )
 _WEIGHTS = flags.DEFINE_list(
     "weights", None, "TASK=WEIGHT,... in the objective; 1 where none is given."
 )
 _HALVING = flags.DEFINE_integer(
     "halving", None, "Keep one of so many draws for a budget so many times larger."
+)
+_HYPERBAND = flags.DEFINE_integer(
+    "hyperband", None, "Halving at this rate, from several numbers of draws."
 )
 _TEST_ALL = flags.DEFINE_bool(
     "test_all_draws", False, "Report mean and deviation over draws on test, too."
@@ -87,7 +97,7 @@ _AT_ONCE = flags.DEFINE_integer(
     "Draws at a time, each with its own merged copy. [one on each accelerator]",
 )
 _GENERATION = flags.DEFINE_integer(
-    "generation", 1, "Draws that tpe and cmaes propose before they are told of one."
+    "generation", 1, "Draws that an optimiser proposes before it is told of one."
 )
 _EXPORT = flags.DEFINE_string("export", None, "Folder for the winner's checkpoint.")
 _RESUME = flags.DEFINE_bool(
@@ -141,9 +151,11 @@ def main(positional: list[str]) -> int:
         seed=seed,
         sampler=_SAMPLER.value,
         search=_SEARCH.value or ["ratios"],
+        groups=_GROUPS.value,
         weights=weights,
         budget=scoring.LIMIT.value,
         halving=_HALVING.value,
+        hyperband=_HYPERBAND.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -14,6 +15,7 @@ from absl import flags
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, distributed, mesh, process, reporting
 from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.recipe.documents import Document, renamed
 
 if TYPE_CHECKING:
     from m3jax.moe.document import Mixture
@@ -41,6 +43,12 @@ _STATISTICS = define_names(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
 _SEED = flags.DEFINE_integer("seed", None, "Of ratios and masks. [0]")
+_DOCUMENTS = flags.DEFINE_string(
+    "documents",
+    None,
+    "Of a --config of several documents: the folder for the results of those with a "
+    "name, which stay. [OUTPUT.documents]",
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a previous m3jax output.")
 _RESUME = flags.DEFINE_bool("resume", False, "Continue an interrupted merge.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
@@ -95,7 +103,8 @@ def main(positional: list[str]) -> int:
     output = _OUTPUT.value
     if output is None and not _DRY_RUN.value:
         raise UsageError(f"--output is missing; usage: {USAGE}")
-    recipe.check(num_models=len(models), has_base=base is not None)
+    for own in (*asked.documents, Document(base, tuple(models), recipe)):
+        own.recipe.check(num_models=len(own.models), has_base=own.base is not None)
 
     allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
@@ -118,6 +127,9 @@ def main(positional: list[str]) -> int:
         executor=_EXECUTOR.value,
         mesh=mesh.sizes(_MESH.value),
     )
+    if _DRY_RUN.value and asked.documents:
+        print(reporting.documents(asked.documents))
+        return 0
     if _DRY_RUN.value:
         try:
             with (
@@ -133,25 +145,48 @@ def main(positional: list[str]) -> int:
             ) from None
         return 0
 
+    from m3jax.checkpoints.output.destination import check_free
+    from m3jax.checkpoints.places import store
+    from m3jax.engine.documents import check_inputs, merge_named
     from m3jax.engine.merge import merge
+    from m3jax.engine.progress import Progress
 
     assert output is not None
     shown = reporting.progress() if prints else contextlib.nullcontext()
-    with (
-        _profiled(_PROFILE.value),
-        shown as progress,
-        _built(asked.mixture, models, seed) as given,
-    ):
-        result = merge(
-            base,
-            given,
-            output,
-            recipe,
-            seed=seed,
-            execution=execution,
-            progress=progress,
-            statistics=statistics,
-        )
+    with _profiled(_PROFILE.value), shown as progress:
+        named = {}
+        if asked.documents:
+            folder = Path(_DOCUMENTS.value or f"{output}.documents")
+            check_inputs([*asked.documents, Document(base, tuple(models), recipe)])
+            check_free(
+                store.parse(output),
+                overwrite=execution.overwrite,
+                resume=execution.resume,
+            )
+            paths = merge_named(
+                asked.documents,
+                folder,
+                seed=seed,
+                execution=execution,
+                progress=progress or Progress(),
+            )
+            base = base and renamed(base, paths)
+            models = [renamed(model, paths) for model in models]
+            named = {
+                paths[own.name or ""]: own.renamed(paths) for own in asked.documents
+            }
+        with _built(asked.mixture, models, seed) as given:
+            result = merge(
+                base,
+                given,
+                output,
+                recipe,
+                seed=seed,
+                execution=execution,
+                progress=progress,
+                statistics=statistics,
+                documents=named,
+            )
     if prints:
         print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from m3jax.engine.progress import Progress
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from m3jax.engine.jobs import Job
     from m3jax.engine.merge import MergeResult
     from m3jax.engine.prepare import Prepared
+    from m3jax.recipe.documents import Document
 
 _SECONDS_BETWEEN_LINES = 10.0
 _FEW_GROUPS = 8
@@ -55,6 +56,15 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     }
     notes = [("note", note) for note in prepared.inputs.notes]
     return "\n".join(f"{name:11}{fact}" for name, fact in [*facts.items(), *notes])
+
+
+def documents(named: Sequence[Document]) -> str:
+    """What --dry_run prints of several documents: their order."""
+    lines = [
+        f"{own.name}: {own.recipe.method.name} of {', '.join(own.inputs)}"
+        for own in named
+    ]
+    return "\n".join(["in this order, and then the output:", *lines])
 
 
 def _method(job: Job) -> str:

@@ -101,7 +101,7 @@ def merge_params(
             _check_distinct(leaves)
         if not allow_nonfinite:
             check_inputs(leaves)
-        bench = Leaves(leaves, len(models))
+        bench = Leaves(leaves, recipe.num_inputs(len(models)))
         numbers = measured(bench, recipe, key)
     merged = combine(bench, numbers, donate=donate)
     if not allow_nonfinite:

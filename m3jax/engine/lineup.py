@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.source import Converted, Repeated, Source
-from m3jax.engine import vocabulary
+from m3jax.engine import layer_config, vocabulary
 from m3jax.engine.inputs import (
     MergeInputs,
     MismatchError,
@@ -17,6 +18,7 @@ from m3jax.engine.inputs import (
     Part,
     TensorInputs,
 )
+from m3jax.engine.slices import stacked
 from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
 
@@ -47,29 +49,42 @@ def align(
     _check_related(checkpoints)
     problems: list[str] = []
     tensors: list[TensorInputs] = []
-    for name in _names(checkpoints, tables, recipe, problems):
+    if recipe.slices:
+        has_base = recipe.slices[0].base is not None
+        given = base is not None
+        slots, stacks = stacked(checkpoints, tables, recipe, given, problems)
+        names = sorted(slots[0])
+        layer_config.follow(checkpoints[0], stacks, changes, notes)
+    else:
+        has_base = base is not None
+        names = _names(checkpoints, tables, recipe, problems)
+        slots = [
+            {name: Origin(owner, name, table[name]) for name in names if name in table}
+            for owner, table in zip(checkpoints, tables, strict=True)
+        ]
+    for name in names:
         if recipe.excludes(name):
-            origin = Origin(checkpoints[0], name, tables[0][name])
+            origin = slots[0][name]
             dtype = _output_dtype([origin.source], recipe)
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
-        sources = [table[name] for table in tables]
+        found = [slot[name] for slot in slots]
+        owners = [origin.owner for origin in found]
+        sources = [origin.source for origin in found]
         kinds = {source.dtype.kind for source in sources}
         exact = kinds == {"exact"}
         if len(kinds) > 1 or (exact and len({s.dtype.code for s in sources}) > 1):
             problems.append(
-                _differ(name, "dtype", checkpoints, [s.dtype.code for s in sources])
+                _differ(name, "dtype", owners, [s.dtype.code for s in sources])
             )
             continue
         if len({source.shape for source in sources}) > 1:
-            fitted = vocabulary.fit(name, sources, checkpoints, recipe.vocabulary)
+            fitted = vocabulary.fit(name, sources, owners, recipe.vocabulary)
             if fitted is None:
                 problems.append(
-                    _differ(
-                        name, "shape", checkpoints, [list(s.shape) for s in sources]
-                    )
-                    + vocabulary.hint(name, sources, checkpoints)
+                    _differ(name, "shape", owners, [list(s.shape) for s in sources])
+                    + vocabulary.hint(name, sources, owners)
                 )
                 continue
             changes["vocab_size"] = fitted[0].shape[0]
@@ -77,15 +92,16 @@ def align(
         own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
-            Origin(owner, name, source)
-            for owner, source in zip(
-                checkpoints, _alike(sources, base is not None), strict=True
+            dataclasses.replace(origin, source=source)
+            for origin, source in zip(
+                found, _alike(sources, has_base, recipe), strict=True
             )
         ]
         parts = {"": Part(dtype, sources[0].shape)}
         if not exact:
-            parts = _parts(own_recipe, sources[0].shape, dtype, len(models))
-        own = origins.pop(0) if base is not None else None
+            count = len(slots) - has_base
+            parts = _parts(own_recipe, sources[0].shape, dtype, count)
+        own = origins.pop(0) if has_base else None
         kept = own if own_recipe.needs_base or exact else None
         beside = (
             {}
@@ -178,10 +194,12 @@ def _parts(
     }
 
 
-def _alike(sources: list[Source], has_base: bool) -> list[Source]:
+def _alike(sources: list[Source], has_base: bool, recipe: Recipe) -> list[Source]:
     """The sources of a tensor as a kernel takes them: the models of one dtype, and all
-    of them float64 where one is."""
-    if any(source.dtype == FLOAT64 for source in sources):
+    of them float64 where one is or the recipe says so."""
+    if sources[0].dtype.kind == "exact":
+        return sources
+    if recipe.compute == "float64" or any(own.dtype == FLOAT64 for own in sources):
         return [_converted(source, FLOAT64) for source in sources]
     base, models = sources[:has_base], sources[has_base:]
     if len({source.dtype.code for source in models}) > 1:

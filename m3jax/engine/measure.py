@@ -40,7 +40,9 @@ class Bench(Protocol):
     sizes: list[int]
     num_models: int
     traced: bool
-    few: int
+
+    @property
+    def few(self) -> int: ...
 
     def own(self, places: Sequence[int]) -> list[int]:
         """Those of the tensors that this process looks at."""

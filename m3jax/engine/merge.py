@@ -41,6 +41,7 @@ from m3jax.engine.sharded import Sharded
 from m3jax.engine.share import Share
 from m3jax.engine.streamed import Stream
 from m3jax.recipe import Recipe
+from m3jax.recipe.documents import Document
 
 Measured = tuple[tuple[Job, Numbers], ...]  # the numbers of each job
 
@@ -77,6 +78,7 @@ def merge(
     execution: Execution | None = None,
     progress: Progress | None = None,
     statistics: Sequence[str | PathLike[str]] = (),
+    documents: Mapping[str, Document] | None = None,
 ) -> MergeResult:
     """Merges checkpoints into a new checkpoint folder that transformers loads.
 
@@ -96,6 +98,8 @@ def merge(
       progress: is told what happens.
       statistics: one checkpoint per model, for a method that reads what was measured
         (Fisher information, Gram matrices): its tensors have the names of the weights.
+      documents: by path, how inputs were made that go with this merge, for the record;
+        `m3jax.engine.documents` makes them.
 
     Raises:
       RecipeError: the recipe does not fit the models.
@@ -129,7 +133,9 @@ def merge(
                 progress.note(reading)
             with _output(final, execution, processes, progress) as folder:
                 try:
-                    result = _execute(prepared, processes, folder, progress, started)
+                    result = _execute(
+                        prepared, processes, folder, progress, started, documents or {}
+                    )
                     return dataclasses.replace(result, output=final)
                 except (CheckpointError, ProcessError):
                     _check_unchanged(prepared, folder)  # which would be the reason
@@ -171,6 +177,7 @@ def _execute(
     folder: OutputFolder | OutputPart,
     progress: Progress,
     started: float,
+    documents: Mapping[str, Document],
 ) -> MergeResult:
     journal = Journal(prepared, folder, progress)
     if isinstance(folder, OutputFolder):
@@ -222,7 +229,7 @@ def _execute(
         recorder.add(records)
     if isinstance(folder, OutputFolder):
         with stream.clock.stage("committing"):
-            _complete(prepared, recorder, folder, _recorded(numbers))
+            _complete(prepared, recorder, folder, _recorded(numbers), documents)
     processes.from_first("the output has its name")
     return MergeResult(
         output=folder.final,
@@ -281,7 +288,7 @@ def _merge_share(
 
     def merge(job: Job, order: list[int], own: Numbers) -> None:
         def numbers(drawn: bool) -> Numbers:
-            counts = len(prepared.models), len(prepared.items)
+            counts = prepared.num_models, len(prepared.items)
             return completed(job.program, own if drawn else early(own, *counts))
 
         finite = not prepared.execution.allow_nonfinite
@@ -325,6 +332,7 @@ def _complete(
     recorder: Recorder,
     folder: OutputFolder,
     measured: dict[str, list[float]],
+    documents: Mapping[str, Document],
 ) -> None:
     """Writes what goes with the tensors, and gives the folder its name."""
     write_index(folder, prepared.shards)
@@ -338,6 +346,7 @@ def _complete(
             models=prepared.models,
             statistics=prepared.statistics,
             measured=measured,
+            documents=[{**d.to_dict(), "path": path} for path, d in documents.items()],
             input_checksums=recorder.input_checksums(),
             shards=prepared.shards,
             checksums=recorder.named_checksums(),

@@ -141,6 +141,11 @@ class Prepared:
         return [file for owner in owners.values() for file in owner.files]
 
     @property
+    def num_models(self) -> int:
+        """How many the steps see: K."""
+        return self.recipe.num_inputs(len(self.models))
+
+    @property
     def ratios(self) -> dict[str, tuple[float, ...]] | None:
         """Drawn or given, per group of tensors; None where M3 is off."""
         return self.drawn.result()
@@ -215,7 +220,7 @@ class Prepared:
         caches = sum(checkpoint.cache_bytes for checkpoint in self.checkpoints)
         if "matrix" in self.units:
             largest = max((self.items[i].size for i in self.merged), default=0)
-            return sum(own) + 4 * largest * (len(self.models) + 2) + caches
+            return sum(own) + 4 * largest * (self.num_models + 2) + caches
         threads = self.execution.num_threads
         result = self.tiles * plan.TILE * 4
         written = any(shard.largest >= direct.LEAST_FILE for shard in self.shards)
@@ -231,7 +236,7 @@ class Prepared:
         return draws.tables(
             job,
             names,
-            len(self.models),
+            self.num_models,
             self.seed,
             lambda: self.ratios,
         )
@@ -341,7 +346,11 @@ def _plan(
         seed=seed,
         inputs=inputs,
         drawn=_in_background(
-            mixup.draw_ratios, recipe.mixup, len(models), merged_names, seed
+            mixup.draw_ratios,
+            recipe.mixup,
+            recipe.num_inputs(len(models)),
+            merged_names,
+            seed,
         ),
         items=items,
         shards=tuple(shards),

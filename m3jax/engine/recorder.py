@@ -79,7 +79,8 @@ class Recorder(Emit):
         """
         tensors = self._prepared.inputs.tensors
         with self._lock:
-            self._journal.keep_tensors([(tensors[i].name, *own) for i, *own in done])
+            named = [(tensors[i].name, own, digests) for i, own, digests in done]
+            self._journal.keep_tensors(named)
             for item, checksums, inputs in done:
                 self._finish(item, checksums, inputs)
 

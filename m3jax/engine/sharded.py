@@ -119,7 +119,7 @@ class Sharded:
         left = [n for n, i in enumerate(self._items) if i not in done]
         if not left:
             return ()
-        bench = in_memory.Leaves(self._leaves, len(self._prepared.models))
+        bench = in_memory.Leaves(self._leaves, self._prepared.num_models)
         x64 = jax.enable_x64(self._wide)
         with _explained(), self._clock.stage("computing"), x64:
             numbers = in_memory.measured(bench, recipe, seed)

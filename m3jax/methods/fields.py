@@ -142,13 +142,32 @@ class Rules:
     Attributes:
       rules: (pattern, value); the first that fits counts.
       otherwise: the value where none fits.
+      shift: added to the number of the name's layer before the patterns look at it:
+        where a slice takes the layer from, in the model.
     """
 
     rules: tuple[tuple[str, Any], ...]
     otherwise: Any
+    shift: int = 0
 
 
-def number(*, default: float | None, help: str, **settings: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """A value for each run of layers, one run behind the other.
+
+    A `Gradient` in it goes from the first layer of its run to the last; a run of one
+    layer has its end. What stands before the layers has the beginning of the first
+    run, what stands behind them that of the last.
+
+    Attributes:
+      runs: (stop, value): for the layers before `stop` that no earlier run has; None:
+        for all that are left, of each stack of layers on its own.
+    """
+
+    runs: tuple[tuple[int | None, Any], ...]
+
+
+def number(*, default: Any, help: str, **settings: Any) -> Any:
     """A field of a step that holds a number; the settings are those of `Number`."""
     return _field(Number(help, default, **settings))
 

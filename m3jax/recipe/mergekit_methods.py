@@ -57,10 +57,21 @@ class MergekitMethod:
     base: str = "task"
     others: tuple[int, float] = (0, float("inf"))
 
+    @property
+    def takes_weight_0(self) -> bool:
+        """Whether a model of weight 0 is as good as none."""
+        return self.native in ("linear", "generalized_task_arithmetic")
+
     def arranged(
-        self, name: str, base: str | None, entries: Entries
+        self, name: str, base: str | None, entries: Entries, sliced: bool = False
     ) -> tuple[str | None, Entries]:
         """The base and the models as our method takes them.
+
+        Args:
+          name: of the method.
+          base: of the document or slice.
+          entries: its models.
+          sliced: in a slice a model is merged only if it stands there.
 
         Raises:
           RecipeError: there is no base, or there are too many models or too few.
@@ -83,7 +94,9 @@ class MergekitMethod:
         own = {base: entries.get(base, {})}
         if self.base == "first":
             return base, {**own, **others}
-        return base, entries if base in entries else {**entries, **own}
+        if sliced or base in entries:
+            return base if base in entries else None, entries
+        return base, {**entries, **own}
 
 
 def _one(native: str, **renamed: str) -> Callable[[Fields, bool], Steps]:

@@ -16,12 +16,14 @@ from typing import Any
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
 from m3jax.methods.step import Spec
+from m3jax.recipe import slices as layers
 from m3jax.recipe import values
 from m3jax.recipe.groups import as_groups, check_known, from_groups, parsed_rules
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
 
 VOCABULARIES = ("error", "mean", "truncate")
+COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
@@ -43,6 +45,8 @@ class Recipe:
         ``mean`` (append mean rows) or ``truncate``.
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
+      compute: dtype of the arithmetic; it is float64 too where an input is.
+      slices: which layers of which models make the output's; none: layer by layer.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
       rules: (pattern, steps): the tensors in whose name the regular expression is found
         are merged by these transforms and this method instead; the first that fits
@@ -61,6 +65,8 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
     dtype: str = "input"
+    compute: str = "float32"
+    slices: tuple[layers.Slice, ...] = ()
     max_shard_size: int | str = "5GB"
     rules: tuple[tuple[str, tuple[Step, ...]], ...] = ()
     scaling: InitVar[Any] = None
@@ -84,6 +90,7 @@ class Recipe:
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
+        self._set("slices", layers.parse(self.slices))
         self._check_fields(problems, (*steps, self.method), flat)
         self._check_rules(problems)
         problems.raise_if_any()
@@ -119,6 +126,7 @@ class Recipe:
             problems.add("mixup", self.mixup, "an m3jax.Mixup")
         problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
         problems.choice("dtype", self.dtype, DTYPES)
+        problems.choice("compute", self.compute, COMPUTE)
         for step in steps:
             if not isinstance(step, Step):
                 continue  # noted by `_method`, and nothing is known of its fields
@@ -218,6 +226,14 @@ class Recipe:
         problems = Problems()
         if num_models < 1:
             problems.add("models", num_models, "at least one model")
+        if self.slices:
+            layers.check(self.slices, num_models, has_base)
+            has_base = all(own.base is not None for own in self.slices)
+            num_models = self.num_inputs(num_models)
+            readers = [own.method for own in self.variants if own.method.beside]
+            if readers:
+                allowed = f"none: method {readers[0].name} reads statistics"
+                problems.add("slices", "…", allowed)
         each = f"one number per model, {num_models} here"
         if values.wrong_length(self.mixup.ratios, num_models):
             problems.add("mixup.ratios", self.mixup.ratios, each)
@@ -242,6 +258,10 @@ class Recipe:
             if step.needs_base and not has_base:
                 what = "method" if step is self.method else "transforms"
                 problems.add(what, step.name, "a base: give --base")
+
+    def num_inputs(self, num_models: int) -> int:
+        """How many models the steps see, of that many checkpoints."""
+        return len(self.slices[0].models) if self.slices else num_models
 
     def check_statistics(self, count: int, num_models: int) -> None:
         """Raises RecipeError unless there are as many as the methods read."""
@@ -303,6 +323,8 @@ class Recipe:
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
             "dtype": self.dtype,
+            "compute": self.compute,
+            "slices": tuple(map(dataclasses.asdict, self.slices)),
             "max_shard_size": self.max_shard_size,
             "rules": tuple(
                 {"tensors": pattern, **as_groups(steps)}
@@ -319,12 +341,12 @@ class Recipe:
         """
         own = [field.name for field in dataclasses.fields(cls) if field.init]
         check_known("", fields, [*own, *FLAT, *TRANSFORMS, *METHODS])
-        known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
+        known = {*own, *FLAT} - {"method", "transforms", "mixup", "rules"}
         mixup = fields.get("mixup", {})
         check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
         *transforms, method = from_groups(fields)
         return cls(
-            **{name: plain(own) for name, own in fields.items() if name in known}
+            **{name: plain(given) for name, given in fields.items() if name in known}
             | {
                 "method": method,
                 "transforms": tuple(transforms),

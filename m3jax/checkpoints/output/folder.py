@@ -86,7 +86,7 @@ class OutputFolder:
         """
         check_name(final)
         self.final = final
-        self._work = final.parent / f".{final.name}.m3jax-partial"
+        self._work = work_folder(final)
         self.path = self._work / _CHECKPOINT
         self._overwrite = overwrite
         self._note = note
@@ -299,6 +299,11 @@ def check_name(final: Location) -> None:
     """Raises OutputError unless `final` ends with the name of a folder."""
     if final.name in ("", ".."):
         raise OutputError(f"{final}: needs to end with the name of the folder to make")
+
+
+def work_folder(final: Path) -> Path:
+    """Where an output is while it is made, and what an interruption leaves of it."""
+    return final.parent / f".{final.name}.m3jax-partial"
 
 
 def check_free(final: Path, *, overwrite: bool) -> None:

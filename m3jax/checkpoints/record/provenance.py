@@ -31,6 +31,7 @@ class Facts:
       recipe: its fields, as JSON values.
       statistics: checkpoints beside the models, of a method that reads them.
       measured: what the method says of the whole model, by name.
+      documents: how inputs were made that go with the merge, as JSON values.
       input_checksums: per checkpoint (base first), over what was read from it.
       checksums: of each tensor written.
       config_changes: fields of config.json to set, or to remove (None).
@@ -45,6 +46,7 @@ class Facts:
     models: Sequence[Checkpoint]
     statistics: Sequence[Checkpoint]
     measured: Mapping[str, list[float]]
+    documents: Sequence[Mapping[str, Any]]
     input_checksums: Sequence[str | None]
     shards: Sequence[Shard]
     checksums: Mapping[str, str]
@@ -98,6 +100,7 @@ def _manifest(
         "statistics": described[len(described) - len(facts.statistics) :],
         "measured": dict(facts.measured),
         **{key: own for model in facts.models for key, own in model.built.items()},
+        **({"documents": list(facts.documents)} if facts.documents else {}),
         "tokenizer_from": facts.tokenizer_from,
         "versions": {
             "m3jax": m3jax.__version__,

@@ -154,7 +154,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     return wanted(value) if callable(wanted) else value == wanted
 
 
-def _is_plain(value: Any, depth: int = 8) -> bool:
+def _is_plain(value: Any, depth: int = 24) -> bool:
     """Whether there are only sane numbers, texts and nulls, not nested too deeply."""
     if isinstance(value, dict | list):
         entries = value.values() if isinstance(value, dict) else value

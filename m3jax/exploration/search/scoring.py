@@ -60,12 +60,18 @@ class Objective:
           RecipeError: a weight's task is not among the scores.
         """
         self.check(list(scores))
-        signed = [
+        return sum(self.parts(scores)) / math.fsum(map(abs, self._signed(scores)))
+
+    def parts(self, scores: Mapping[str, Any]) -> list[Any]:
+        """What each task adds, w_t s_t; more is better."""
+        signed = self._signed(scores)
+        return [w * s for w, s in zip(signed, scores.values(), strict=True)]
+
+    def _signed(self, scores: Mapping[str, Any]) -> list[float]:
+        return [
             self.weights.get(name, 1.0) * (-1 if name in self.losses else 1)
             for name in scores
         ]
-        parts = [w * s for w, s in zip(signed, scores.values(), strict=True)]
-        return sum(parts) / math.fsum(map(abs, signed))
 
     def check(self, names: list[str]) -> None:
         for name, weight in self.weights.items():
