@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         with signals.handled_by(signals.leave):
-            process.begin()
+            process.begin(sys.argv[1] if len(sys.argv) > 1 else "")
             return process.end(main(sys.argv[1:]))
     name = argv[0] if argv else "--help"
     if name in ("--help", "-h", "-help", "--helpfull", "help"):
