@@ -26,8 +26,11 @@ fuzz: .venv/installed-dev ## the readers, coverage-guided, ten minutes
 	$(BIN)/python -m pip install --quiet atheris
 	$(BIN)/python tests/fuzz/run.py --seconds=200
 
-bench: .venv/installed-dev ## beside mergekit; see benchmarks/README.md
-	$(BIN)/python benchmarks/end_to_end.py --size=1.1b --mergekit=install
+SIZE ?= 1.1b
+bench: .venv/installed-dev ## beside mergekit, 20 minutes; see benchmarks/README.md
+	$(BIN)/python benchmarks/end_to_end.py --size=$(SIZE) --recipes=table --fsync \
+		--rounds=3 --mergekit_rounds=1 --mergekit=install
+	$(BIN)/python benchmarks/startup.py --rounds=3
 
 clean:
 	rm -rf .venv build dist *.egg-info m3jax-demo

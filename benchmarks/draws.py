@@ -10,6 +10,7 @@ Writes draws-cpu.json and .md, or those of another backend.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import bench
 import jax
+import llamas
 import programs
 import recipes
 from absl import app, flags
@@ -26,6 +28,9 @@ from m3jax.exploration.merger import Merger
 
 _SIZE = flags.DEFINE_string("size", "1.1b", "Of the models; see make_checkpoints.py.")
 _DRAWS = flags.DEFINE_integer("draws", 8, "Of each recipe, beside the first.", 1)
+_ON_DEVICE = flags.DEFINE_bool(
+    "on_device", False, "Make the models in the device's memory, not from files."
+)
 _DATA = flags.DEFINE_string("data", "/tmp/m3jax-benchmarks", "For the models.")
 _RESULTS = flags.DEFINE_string(
     "results", str(bench.BENCHMARKS / "results"), "Where results go."
@@ -70,11 +75,35 @@ def peak_models(model_bytes: int) -> float | None:
     return told["peak_bytes_in_use"] / model_bytes if told else None
 
 
+def made(size: str) -> list[dict[str, jax.Array]]:
+    """A base and two models like those of make_checkpoints.py, made on the device."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def trio(key: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+        keys = jax.random.split(key, 3)
+        base, *steps = (jax.random.normal(own, shape) for own in keys)
+        base = (0.02 * base).astype("bfloat16")
+        models = [base.astype("float32") + 4e-5 * step for step in steps]
+        return [base, *(model.astype("bfloat16") for model in models)]
+
+    root = jax.random.key(0)
+    made: list[dict[str, jax.Array]] = [{}, {}, {}]
+    for i, (name, shape) in enumerate(llamas.shapes(size).items()):
+        own = trio(jax.random.fold_in(root, i), shape)
+        for tree, array in zip(made, own, strict=True):
+            tree[name] = array
+    return made
+
+
 def main(argv: list[str]) -> None:
     del argv
     data = Path(_DATA.value)
-    programs.make_models(data, [_SIZE.value])
-    base, *models = (m3jax.load(data / _SIZE.value / name) for name in recipes.MODELS)
+    if _ON_DEVICE.value:
+        base, *models = made(_SIZE.value)
+    else:
+        programs.make_models(data, [_SIZE.value])
+        folder = data / _SIZE.value
+        base, *models = (m3jax.load(folder / name) for name in recipes.MODELS)
     leaves = jax.tree.leaves(base)
     model_bytes = sum(leaf.nbytes for leaf in leaves)
     copy = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))

@@ -3,8 +3,9 @@
     python benchmarks/end_to_end.py --size=1.1b --mergekit=install
 
 Every merge is a process of its own. Inputs are in the page cache, and nothing of an
-earlier run is left to write when one starts. Writes results.json, table.md, profile.md
-(where m3jax's time goes) and picture.png. `--mergekit=PYTHON` names the Python of an
+earlier run is left to write when one starts. Writes results.json, table.md, targets.md
+(what was aimed at), profile.md (where m3jax's time goes) and picture.png. With `--cold`
+they are read from the disk instead. `--mergekit=PYTHON` names the Python of an
 environment that has mergekit; `install` makes one; without the flag and the environment
 its column stays empty.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import bench
 import programs
 import recipes
+import targets
 from absl import app, flags
 
 _SIZE = flags.DEFINE_string("size", "1.1b", "Of the models; see make_checkpoints.py.")
@@ -40,6 +42,7 @@ _MERGEKIT = flags.DEFINE_string("mergekit", "", "A Python with mergekit, or inst
 _MERGEKIT_FLAGS = flags.DEFINE_list(
     "mergekit_flags", list(programs.MERGEKIT_FLAGS), "How mergekit is run."
 )
+_COLD = flags.DEFINE_bool("cold", False, "Read every input from the disk.")
 _FSYNC = flags.DEFINE_bool(
     "fsync", False, "The floor and m3jax wait for the disk; mergekit cannot."
 )
@@ -61,7 +64,7 @@ def measure(
 
     def keep(program: str, name: str, run: bench.Run) -> bench.Run:
         runs[program, name].append(run)
-        late = run.disk_bytes > _CACHED * runner.size_bytes
+        late = not runner.cold and run.disk_bytes > _CACHED * runner.size_bytes
         print(
             f"{program:8} {name:28} {run.wall:8.2f} s {run.peak_bytes / 1e9:6.2f} GB"
             + (f", {run.disk_bytes / 1e9:.2f} GB from the disk" if late else ""),
@@ -102,6 +105,7 @@ def summarise(
                 "floor": _summary(floor),
                 "mergekit": mergekit and _summary(mergekit),
                 "times_faster": mergekit and _ratio(mergekit, merged, _wall),
+                "times_less_cpu": mergekit and _ratio(mergekit, merged, _cpu),
                 "streaming_to_floor": _ratio(merged, floor, programs.streaming),
             }
         )
@@ -111,6 +115,8 @@ def summarise(
 def _summary(runs: list[bench.Run]) -> dict[str, Any]:
     summary = {
         "wall": bench.spread([run.wall for run in runs]),
+        "cpu": bench.spread([_cpu(run) for run in runs]),
+        "system": bench.spread([run.system for run in runs]),
         "peak_bytes": max(run.peak_bytes for run in runs),
         "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs),
     }
@@ -132,6 +138,10 @@ def _wall(run: bench.Run) -> float:
     return run.wall
 
 
+def _cpu(run: bench.Run) -> float:
+    return run.user + run.system
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The table, and what one has to know to read it."""
     header = [
@@ -139,6 +149,10 @@ def markdown(results: dict[str, Any]) -> str:
         "m3jax, s",
         "mergekit, s",
         "times faster",
+        "CPU m3jax, s",
+        "of it system",
+        "CPU mergekit, s",
+        "times less CPU",
         "streaming, s",
         "floor, s",
         "of the floor",
@@ -154,6 +168,10 @@ def markdown(results: dict[str, Any]) -> str:
                 bench.seconds(merged["wall"]),
                 bench.seconds(mergekit and mergekit["wall"]),
                 bench.times(row["times_faster"], 1),
+                bench.seconds(merged["cpu"]),
+                f"{merged['system']['median']:.2f}",
+                bench.seconds(mergekit and mergekit["cpu"]),
+                bench.times(row["times_less_cpu"], 1),
                 bench.seconds(merged["streaming"]),
                 bench.seconds(floor["streaming"]),
                 bench.times(row["streaming_to_floor"]),
@@ -171,7 +189,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"A base and two models of {results['parameters'] / 1e9:.2f} G parameters, "
         f"bfloat16, {bench.gigabytes(results['model_bytes'])} GB each. Median "
         f"(least–greatest) of {results['rounds']} interleaved rounds{mergekit_part}. "
-        f"Whole processes, inputs in the page cache; programs {waits} for the disk. "
+        f"Whole processes, inputs {'on the disk' if results['cold'] else ''}"
+        f"{'' if results['cold'] else 'in the page cache'}; programs {waits} for the "
+        "disk. CPU seconds are user and system. "
         "“Streaming” is the time from m3jax's first read to its last write, less "
         "compilation; the floor is the same time of one pass without any arithmetic. "
         "Ratios are those within a round, and their median. "
@@ -222,7 +242,7 @@ def main(argv: list[str]) -> None:
         data / _WARM_UP, output, mergekit, _MERGEKIT_FLAGS.value, _FSYNC.value
     )
     measure(runner, chosen, 1, 1)
-    runner = dataclasses.replace(runner, data=data / _SIZE.value)
+    runner = dataclasses.replace(runner, data=data / _SIZE.value, cold=_COLD.value)
     rounds = _ROUNDS.value
     mergekit_rounds = min(rounds, _MERGEKIT_ROUNDS.value or rounds) if mergekit else 0
     runs = measure(runner, chosen, rounds, mergekit_rounds)
@@ -230,7 +250,9 @@ def main(argv: list[str]) -> None:
         "command": f"python benchmarks/end_to_end.py --size={_SIZE.value} "
         f"--recipes={','.join(_RECIPES.value)} --rounds={rounds}"
         + f" --mergekit_rounds={mergekit_rounds} --mergekit=install" * bool(mergekit)
+        + " --cold" * _COLD.value
         + " --fsync" * _FSYNC.value,
+        "cold": _COLD.value,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": bench.commit(),
         "size": _SIZE.value,
@@ -254,11 +276,13 @@ def main(argv: list[str]) -> None:
     }
     bench.write_json(folder / "results.json", results)
     (folder / "table.md").write_text(markdown(results))
+    (folder / "targets.md").write_text(targets.markdown(results["rows"]))
     (folder / "profile.md").write_text(profile(results))
     import picture  # only now matplotlib: see bench.py
 
     picture.draw(results, folder / "picture.png")
-    print(markdown(results), profile(results), sep="\n")
+    tables = markdown(results), profile(results), targets.markdown(results["rows"])
+    print(*tables, sep="\n")
 
 
 if __name__ == "__main__":

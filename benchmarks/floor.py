@@ -30,29 +30,32 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
 _THREADS = flags.DEFINE_integer("threads", 3, "Threads that read and write.")
 _BLOCK = flags.DEFINE_integer("block", 4 << 20, "Bytes read at a time from an input.")
 _DIRECT = flags.DEFINE_bool("direct", True, "Write past the page cache.")
+_DIRECT_READS = flags.DEFINE_bool(
+    "direct_reads", False, "Read past the page cache, too."
+)
 _FSYNC = flags.DEFINE_bool("fsync", False, "Wait until the disk has the output.")
 
 
 class Block(NamedTuple):
     """The same bytes of one file of every input, and where they go."""
 
-    inputs: tuple[int, ...]
+    inputs: tuple[tuple[int, int], ...]
     outputs: tuple[int, int]
     offset: int
     size: int
 
     @property
-    def output(self) -> int:
-        """Only whole pages can be written past the cache."""
-        return self.outputs[self.size % mmap.PAGESIZE == 0]
+    def whole(self) -> bool:
+        """Only whole pages can be read and written past the cache."""
+        return self.size % mmap.PAGESIZE == 0
 
 
 def open_files(
-    folders: list[Path], output: Path, *, direct: bool
-) -> list[tuple[list[int], tuple[int, int], int]]:
-    """Per weights file: descriptors of the inputs, two of the output, and its size.
+    folders: list[Path], output: Path, *, direct: bool, direct_reads: bool
+) -> list[tuple[list[tuple[int, int]], tuple[int, int], int]]:
+    """Per weights file: two descriptors of each input, two of the output, its size.
 
-    The second of the output's writes past the page cache, if `direct`, where it can.
+    The second ones go past the page cache, if that is asked for, where it can be.
 
     Raises:
       ValueError: if the folders do not hold files of the same names and sizes.
@@ -66,15 +69,21 @@ def open_files(
     output.mkdir(parents=True, exist_ok=True)
     files = []
     for name, size in sorted(listings[0].items()):
-        inputs = [os.open(folder / name, os.O_RDONLY) for folder in folders]
-        written = os.open(output / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.ftruncate(written, size)
-        uncached = written
-        if direct and hasattr(os, "O_DIRECT"):
-            with contextlib.suppress(OSError):  # this file system cannot
-                uncached = os.open(output / name, os.O_WRONLY | os.O_DIRECT)
-        files.append((inputs, (written, uncached), size))
+        inputs = [
+            _pair(folder / name, os.O_RDONLY, direct=direct_reads) for folder in folders
+        ]
+        with (output / name).open("wb") as file:
+            file.truncate(size)
+        files.append((inputs, _pair(output / name, os.O_WRONLY, direct=direct), size))
     return files
+
+
+def _pair(path: Path, mode: int, *, direct: bool) -> tuple[int, int]:
+    cached = uncached = os.open(path, mode)
+    if direct and hasattr(os, "O_DIRECT"):
+        with contextlib.suppress(OSError):  # this file system cannot
+            uncached = os.open(path, mode | os.O_DIRECT)
+    return cached, uncached
 
 
 def copy(blocks: list[Block], threads: int, block_size: int) -> float:
@@ -89,9 +98,11 @@ def copy(blocks: list[Block], threads: int, block_size: int) -> float:
                 block = next(pending, None)
             if block is None:
                 return
-            for fd, buffer in zip(block.inputs, buffers, strict=True):
-                _transfer(_read, fd, buffer[: block.size], block.offset)
-            _transfer(os.pwrite, block.output, buffers[-1][: block.size], block.offset)
+            whole, size = block.whole, block.size
+            for fds, buffer in zip(block.inputs, buffers, strict=True):
+                _transfer(_read, fds[whole], buffer[:size], block.offset)
+            fd = block.outputs[whole]
+            _transfer(os.pwrite, fd, buffers[-1][:size], block.offset)
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         start = time.perf_counter()
@@ -124,7 +135,12 @@ def _transfer(
 def main(argv: list[str]) -> None:
     del argv
     folders = [Path(name) for name in _INPUTS.value]
-    files = open_files(folders, Path(_OUTPUT.value), direct=_DIRECT.value)
+    files = open_files(
+        folders,
+        Path(_OUTPUT.value),
+        direct=_DIRECT.value,
+        direct_reads=_DIRECT_READS.value,
+    )
     block = _BLOCK.value + -_BLOCK.value % mmap.PAGESIZE
     blocks = [
         Block(tuple(inputs), outputs, offset, min(block, size - offset))

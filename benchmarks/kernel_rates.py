@@ -28,6 +28,7 @@ from absl import app, flags
 from m3jax import Dare, Mixup, Recipe
 from m3jax.commands import allocator
 from m3jax.engine import draws, plan, tiles
+from m3jax.engine.jobs import jobs
 from m3jax.engine.kernel import Numbers, Program, take
 from m3jax.engine.measure import completed, derived, int64_rows
 from m3jax.engine.pipeline import available_cores
@@ -138,7 +139,8 @@ def recipe_of(method: str, *, dare: bool = False) -> Recipe:
 def numbers_of(recipe: Recipe, seed: int, found: dict[str, Any]) -> Numbers:
     """The tables of a recipe over the one tensor of a chunk."""
     program = Program.of(recipe)
-    own = draws.tables(recipe, program, ["weight"], _MODELS, seed, lambda: None)
+    (job,) = jobs(recipe, [(0, "weight")])
+    own = draws.tables(job, ["weight"], _MODELS, seed, lambda: None)
     info: list[Any] = []
     for depth in range(len(program.transforms)):
         info.append(derived(program, depth, own._replace(info=tuple(info)), {}))

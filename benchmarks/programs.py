@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,25 @@ class Programs:
         return sum(path.stat().st_size for path in files)
 
     def m3jax(self, recipe: recipes.BenchmarkRecipe) -> bench.Run:
+        with self.m3jax_command(recipe, bench.BENCHMARKS / "observed_merge.py") as own:
+            return self._run(own, recipe)
+
+    @contextlib.contextmanager
+    def m3jax_command(
+        self, recipe: recipes.BenchmarkRecipe, *program: str | Path
+    ) -> Iterator[list[str | Path]]:
+        """The command of a merge by a program that takes `m3jax merge`'s flags."""
         models = ",".join(str(self.data / model) for model in recipes.MODELS[1:])
-        command: list[str | Path] = [
-            sys.executable,
-            bench.BENCHMARKS / "observed_merge.py",
-            f"--base={self.data / 'base'}",
-            f"--models={models}",
-            f"--output={self.output}",
-            "--fsync" if self.fsync else "--nofsync",
-            *recipe.flags,
-        ]
-        return self._run(command, recipe)
+        inputs = [f"--base={self.data / 'base'}", f"--models={models}"]
+        with self._yaml(recipe) as config:
+            yield [
+                sys.executable,
+                *program,
+                *([f"--config={config}"] if recipe.same_yaml else inputs),
+                f"--output={self.output}",
+                "--fsync" if self.fsync else "--nofsync",
+                *recipe.flags,
+            ]
 
     def floor(
         self, recipe: recipes.BenchmarkRecipe, merged: dict[str, Any]
@@ -73,19 +82,26 @@ class Programs:
             f"--threads={merged['threads']}",
             f"--block={merged['chunk_elements'] * 2}",  # bfloat16
             "--fsync" if self.fsync else "--nofsync",
+            "--direct_reads" if self.cold else "--nodirect_reads",
         ]
         return self._run(command, recipe)
 
     def run_mergekit(self, recipe: recipes.BenchmarkRecipe) -> bench.Run:
         """Merges with mergekit's counterpart of a recipe."""
         assert self.mergekit is not None
-        config = self.output.with_suffix(".yaml")
-        config.write_text(recipes.mergekit_yaml(recipe.mergekit, self.data))
         program = self.mergekit.parent / "mergekit-yaml"
-        try:
+        with self._yaml(recipe) as config:
             return self._run(
                 [program, config, self.output, *self.mergekit_flags], recipe
             )
+
+    @contextlib.contextmanager
+    def _yaml(self, recipe: recipes.BenchmarkRecipe) -> Iterator[Path]:
+        """The file of mergekit's recipe."""
+        config = self.output.with_suffix(".yaml")
+        config.write_text(recipes.mergekit_yaml(recipe.mergekit, self.data))
+        try:
+            yield config
         finally:
             config.unlink()
 

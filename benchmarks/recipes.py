@@ -2,6 +2,8 @@
 
 mergekit has no M3. Its weights are numbers in a recipe, drawn or not, so a recipe
 with M3 has the same counterpart as the one without.
+
+Those called mergekit's are the same YAML on both sides: equal work.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ class BenchmarkRecipe:
       fields: of m3jax's recipe, those that are not the default's.
       mergekit: the name of a file in mergekit/.
       reads_base: whether the merge reads the base's tensors; the floor does the same.
+      same_yaml: m3jax reads mergekit's recipe.
     """
 
     fields: dict[str, str]
     mergekit: str
     reads_base: bool = True
+    same_yaml: bool = False
 
     @property
     def flags(self) -> list[str]:
@@ -63,26 +67,48 @@ RECIPES = {
     "TIES + M3": BenchmarkRecipe(_TIES | _MIXUP, "ties"),
     "DARE + TIES": BenchmarkRecipe(_DARE | _TIES | _NO_MIXUP, "dare_ties"),
     "DARE + TIES + M3": BenchmarkRecipe(_DARE | _TIES | _MIXUP, "dare_ties"),
+    **{
+        f"mergekit's {name}": BenchmarkRecipe({}, name, reads_base, same_yaml=True)
+        for name, reads_base in (
+            ("linear", False),
+            ("task_arithmetic", True),
+            ("dare_linear", True),
+            ("ties", True),
+            ("dare_ties", True),
+            ("slerp", False),
+            ("model_stock", True),
+            ("karcher", False),
+        )
+    },
 }
+# What `make bench` measures: the paper's methods, and mergekit's own.
+TABLE = [
+    *("average + M3", "task arithmetic + M3", "DARE + average + M3"),
+    *("TIES + M3", "DARE + TIES + M3"),
+    *(name for name, recipe in RECIPES.items() if recipe.same_yaml),
+]
 
 
 def slug(name: str) -> str:
-    """A recipe's name for flags: `dare_ties_m3`."""
-    return name.lower().replace(" + ", "_").replace(" ", "_")
+    """A recipe's name for flags: `dare_ties_m3`, `mergekits_ties`."""
+    return name.lower().replace(" + ", "_").replace(" ", "_").replace("'", "")
 
 
 def select(slugs: list[str]) -> dict[str, BenchmarkRecipe]:
-    """Recipes by their names for flags; all of them for ["all"].
+    """Recipes by their names for flags; for ["all"] all, for ["table"] `TABLE`.
 
     Raises:
       ValueError: naming those that there are.
     """
     by_slug = {slug(name): name for name in RECIPES}
-    unknown = [each for each in slugs if each != "all" and each not in by_slug]
+    by_slug |= {"all": "", "table": ""}
+    unknown = [each for each in slugs if each not in by_slug]
     if unknown or not slugs:
-        raise ValueError(f"no recipe {unknown}; there are all, {', '.join(by_slug)}")
+        raise ValueError(f"no recipe {unknown}; there are {', '.join(by_slug)}")
     if "all" in slugs:
         return RECIPES
+    if "table" in slugs:
+        return {name: RECIPES[name] for name in TABLE}
     return {by_slug[each]: RECIPES[by_slug[each]] for each in slugs}
 
 

@@ -21,19 +21,30 @@ _HOMES = {
     "Recipe": "m3jax.recipe",
     "RecipeError": "m3jax.recipe",
     "TaskEvaluator": "m3jax.evaluation.evaluator",
+    "TokenRow": "m3jax.recipe",
+    "TokenizerConfig": "m3jax.recipe",
     "explore": "m3jax.exploration.explore",
     "load": "m3jax.engine.load",
     "merge": "m3jax.engine.merge",
     "merge_params": "m3jax.engine.in_memory",
+    "modulate": "m3jax.modulation",
     "save": "m3jax.engine.save",
     "verify": "m3jax.engine.verify",
 }
-_MODULES = ("align", "keymap", "learn", "multitask", "programs", "search")
+_MODULES = (
+    "align",
+    "keymap",
+    "learn",
+    "modulation",
+    "multitask",
+    "programs",
+    "search",
+)
 __all__ = sorted((*_HOMES, *_MODULES))
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
-    from m3jax import align, keymap, learn, multitask, programs, search
+    from m3jax import align, keymap, learn, modulation, multitask, programs, search
     from m3jax.checkpoints.errors import CheckpointError
     from m3jax.engine.in_memory import merge_params
     from m3jax.engine.load import load
@@ -48,7 +59,8 @@ if TYPE_CHECKING:
     from m3jax.methods.linear import Average, TaskArithmetic
     from m3jax.methods.ties import Ties
     from m3jax.models.module import Decoder
-    from m3jax.recipe import Mixup, Recipe, RecipeError
+    from m3jax.modulation import modulate
+    from m3jax.recipe import Mixup, Recipe, RecipeError, TokenizerConfig, TokenRow
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from m3jax.checkpoints.formats import tree
 from m3jax.engine.in_memory import Leaves, measured
 from m3jax.engine.trees import align_trees
 from m3jax.methods.consensus import masks
-from m3jax.methods.emr import elected
+from m3jax.methods.emr import elected, task_model
 from m3jax.methods.step import Operands, sum_over_models
 from m3jax.recipe import Recipe
 
@@ -55,7 +55,8 @@ def emr(base: Any, models: Sequence[Any], *, rescale: str = "sum") -> Multitask:
     recipe = _recipe("emr", emr={"rescale": rescale})
     leaves, structure = align_trees(base, models, recipe)
     bench = Leaves(leaves, len(models))
-    scales = measured(bench, recipe, 0).info[-1]["scales"][:, bench.merged[:1]]
+    ((_, numbers),) = measured(bench, recipe, 0)
+    scales = numbers.info[-1]["scales"][:, bench.merged[:1]]
     return _multitask(bench, structure, elected, jnp.asarray(scales[:, 0], jnp.float32))
 
 
@@ -111,11 +112,10 @@ def modulate(base: Any, result: Multitask, k: int) -> Any:
     made = []
     for name, leaf in leaves.items():
         if name in delta and jnp.issubdtype(leaf.dtype, jnp.floating):
-            own = jnp.where(
-                kept[name][k], delta[name], jnp.zeros((), delta[name].dtype)
-            )
-            wide = leaf.astype(own.dtype) + own * result.scales[k].astype(own.dtype)
-            leaf = wide.astype(leaf.dtype)
+            tau = delta[name]
+            scale = result.scales[k].astype(tau.dtype)
+            own = task_model(leaf.astype(tau.dtype), tau, kept[name][k], scale)
+            leaf = own.astype(leaf.dtype)
         made.append(leaf)
     return structure(made)
 

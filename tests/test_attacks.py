@@ -84,7 +84,7 @@ def test_damaged_shards_are_named(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["FIFO as weights", "index leads up", "pickles", "config is deep"]
+    "case", ["FIFO as weights", "index leads up", "pickle typed", "config is deep"]
 )
 def test_commands_end_with_one_line(case, tmp_path, run: Run):
     build, expected = ATTACKS[case]
@@ -202,7 +202,7 @@ def test_an_interrupt_closes_everything(tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("m3jax.checkpoints.folder.dequantise", interrupted)
+    monkeypatch.setattr("m3jax.checkpoints.sources.quantised.weights_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_checkpoint(str(tmp_path))
     monkeypatch.setattr(os, "fstat", interrupted)

@@ -38,7 +38,7 @@ def eager(monkeypatch):
     """Direct from the first whole block on, and in small pieces."""
     monkeypatch.setattr(direct, "LEAST", BLOCK)
     monkeypatch.setattr(direct, "LEAST_FILE", 0)
-    monkeypatch.setattr(direct, "_BUFFER", 3 * BLOCK)
+    monkeypatch.setattr(direct, "BUFFER", 3 * BLOCK)
 
 
 @pytest.fixture

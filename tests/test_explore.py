@@ -18,8 +18,8 @@ import m3jax.exploration.report
 from m3jax import prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.exploration.merger import Merger
-from m3jax.exploration.search.halving import Rung, rungs
 from m3jax.exploration.search.samplers import trial_seed
+from m3jax.exploration.search.searches import Rung, rungs
 from m3jax.exploration.space import Space
 
 SIZE = 1000
@@ -146,7 +146,7 @@ def test_search_sets_every_field():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "random"}, "sampler='random' needs one of recipe, grid"),
+        ({"sampler": "anneal"}, "sampler='anneal' needs one of recipe, grid"),
         ({"sampler": "grid", "search": ["wobble"]}, "search='wobble' needs each once"),
         ({"sampler": "grid", "search": ["scaling"]}, "scaling does nothing in .*avera"),
         ({"sampler": "grid", "search": ["ratios", "trim_rate"]}, "trim_rate does noth"),
@@ -159,7 +159,10 @@ def test_search_sets_every_field():
         ({"draws": 0}, "draws=0 needs 1 or more"),
         ({"at_once": 0}, "at_once=0 needs 1 or more"),
         ({"generation": 0}, "generation=0 needs 1 or more"),
-        ({"generation": 2}, "generation=2 is for the samplers tpe, cmaes; recipe is"),
+        (
+            {"generation": 2},
+            "generation=2 is for the samplers tpe, cmaes",
+        ),
         ({"weights": {"far": 1.0}}, "'far' is no validation task; those are near"),
         ({"weights": {"near": 0.0}}, "one of them needs to be other than 0"),
         ({"recipe": m3jax.Recipe(mixup=m3jax.Mixup(alpha=None))}, "nothing is drawn"),

@@ -240,11 +240,62 @@ def test_no_scalar_and_no_empty_tensor(shape):
         dequantised(np.zeros(shape, E4M3), np.ones((), np.float32))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4)])
-def test_blocks_of_three_dimensions_are_not_understood(shape):
-    for scales, config in (((2, 3), None), ((2, 3, 1), None), ((1, 2), deepseek(3, 2))):
+def by_hand(codes, scales, block):
+    """Scales of experts, each repeated over its block, expert by expert."""
+    grid = np.broadcast_to(scales.astype(np.float32), scales.shape)
+    whole = [expanded(own, codes.shape[1:], block) for own in grid]
+    return codes.astype(np.float32) * np.stack(whole)
+
+
+@pytest.mark.parametrize(
+    ("scales", "block", "config"),
+    [
+        ((3, 5, 1), (1, 7), None),  # one per row
+        ((3, 1, 7), (5, 1), None),  # one per column, as Llama 4's experts
+        ((3, 1, 1), (5, 7), None),
+        ((3,), (5, 7), None),
+        ((3, 2, 3), (4, 3), deepseek(4, 3)),
+        ((3, 3, 2), (2, 4), deepseek(2, 4)),
+    ],
+)
+@pytest.mark.parametrize("part", [1, 8, 1 << 18])
+def test_experts_of_three_dimensions(scales, block, config, part, monkeypatch):
+    monkeypatch.setattr(float8, "_PART", part)
+    codes, factors = codes_of((3, 5, 7)), scales_of(scales)
+    found = dequantised(codes, factors, config)
+    each = factors.reshape(3, 1, 1) if len(scales) == 1 else factors
+    expected = by_hand(codes, each, block)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_blocks_of_experts_that_nobody_speaks_of_are_refused():
+    for scales, config in (((2, 3), None), ((2, 2, 2), None), ((1, 2), deepseek(3, 2))):
         with pytest.raises(CheckpointError, match="needs one number"):
-            dequantised(np.zeros(shape, E4M3), np.ones(scales, np.float32), config)
+            dequantised(np.zeros((2, 3, 4), E4M3), np.ones(scales, np.float32), config)
+
+
+def test_scales_that_are_powers_of_two():
+    """DeepSeek's F8_E8M0, under the name that its own code gives them."""
+    codes = codes_of((6, 10))
+    powers = np.array([[120, 127, 130], [0, 254, 128]], np.uint8)
+    powers = powers.view(ml_dtypes.float8_e8m0fnu)
+    tensors = {"l.weight": InMemory(codes), "l.scale": InMemory(powers)}
+    result = dequantise(tensors, deepseek(4, 4))
+    assert list(result) == ["l.weight"]
+    factors = np.exp2(np.array([[-7, 0, 3], [-127, 127, 1]], np.float64))
+    with np.errstate(over="ignore"):
+        expected = codes.astype(np.float64) * np.repeat(
+            np.repeat(factors, 4, axis=0)[:6], 4, axis=1
+        )[:, :10].astype(np.float32)
+        np.testing.assert_array_equal(
+            read_whole(result["l.weight"]), expected.astype(np.float32)
+        )
+
+
+def test_powers_of_two_that_scale_nothing_are_refused():
+    powers = np.zeros(3, np.uint8).view(ml_dtypes.float8_e8m0fnu)
+    with pytest.raises(CheckpointError, match="is the scale of no float8 tensor"):
+        dequantise({"x": InMemory(powers)}, None)
 
 
 def test_many_problems_are_counted():

@@ -250,14 +250,16 @@ def closed_port():
 def test_a_model_is_fetched_and_then_cached(tmp_path):
     """What a merge needs and no more; then the network can go."""
     wanted = {**model(1), "tokenizer.json": b"{}", "README.md": b"# card"}
-    others = ("pytorch_model.bin", "consolidated.safetensors", "model.py", "x/a.json")
+    wanted |= {"modeling_x.py": b"", "LICENSE": b"", "2_Dense/config.json": b"{}"}
+    others = ("pytorch_model.bin", "consolidated.safetensors", "x/a.py", "x/a.json")
     others += ("original/model.safetensors",)
     files = wanted | dict.fromkeys(others, b"large")
     with hub_server.serve(files) as (endpoint, asked):
         said, _ = locate_elsewhere(tmp_path, endpoint, "org/name")
         folder = tmp_path / "hub/models--org--name/snapshots" / hub_server.COMMIT
         assert said == f"{folder} {hub_server.COMMIT}"
-        assert {path.name for path in folder.iterdir()} == set(wanted)
+        there = (path for path in folder.rglob("*") if not path.is_dir())
+        assert {str(path.relative_to(folder)) for path in there} == set(wanted)
         assert not any(path.endswith(others) for path in asked)
         missing, _ = locate_elsewhere(tmp_path, endpoint, "org/nothing")
         assert "or it is private: check the name, or run `hf auth login`" in missing
@@ -266,6 +268,16 @@ def test_a_model_is_fetched_and_then_cached(tmp_path):
     assert value_of(str(folder))[0] == 1
     said, _ = locate_elsewhere(tmp_path, endpoint, "org/name")
     assert said == f"{folder} {hub_server.COMMIT}"
+
+
+def test_of_several_formats_the_first_that_is_read_is_fetched():
+    names = ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "m.gguf"]
+    assert hub.wanted_of(names) == names[:1]
+    assert hub.wanted_of(names[1:]) == names[1:2]
+    assert hub.wanted_of([*names[2:], "optimizer.pt"]) == names[2:3]
+    assert hub.wanted_of(names[3:]) == names[3:]
+    with pytest.raises(CheckpointError, match="holds 2 files of GGUF"):
+        hub.wanted_of(["a.gguf", "b.gguf", "config.json"])
 
 
 @pytest.mark.parametrize("server", ["silent_server", "closed_port"])

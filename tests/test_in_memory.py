@@ -315,14 +315,14 @@ def test_gradients_of_coefficients_and_scaling(method: str, dare: str):
     recipe = m3jax.Recipe(method=method, dare=DARE[dare], trim_rate=0.3)
     leaves, _ = align_trees(trio[0], trio[1:], recipe)
     bench = in_memory.Leaves(leaves, 2)
-    numbers = in_memory.measured(bench, recipe, SEED)
+    ((job, numbers),) = in_memory.measured(bench, recipe, SEED)
     weights = [jnp.cos(jnp.arange(leaf.size * 1.0)) for leaf in leaves]
 
     def loss(given: tuple[jax.Array, jax.Array]) -> jax.Array:
         changed = dict(zip(("weights", "scaling"), given, strict=True))
         own = {name: changed.get(name, old) for name, old in numbers.p[-1].items()}
         p = (*numbers.p[:-1], own)
-        merged = in_memory.combine(bench, recipe, numbers._replace(p=p))
+        merged = in_memory.combine(bench, [(job, numbers._replace(p=p))])
         parts = [
             jnp.vdot(w, m[""].reshape(-1)) for w, m in zip(weights, merged, strict=True)
         ]
@@ -354,11 +354,11 @@ def test_gradients_go_through_an_outer_jit():
     recipe = m3jax.Recipe(method="ties")
     leaves, _ = align_trees(trio[0], trio[1:], recipe)
     bench = in_memory.Leaves(leaves, 2)
-    numbers = in_memory.measured(bench, recipe, SEED)
+    ((job, numbers),) = in_memory.measured(bench, recipe, SEED)
 
     def total(weights: jax.Array) -> jax.Array:
         changed = numbers._replace(p=({**numbers.p[0], "weights": weights},))
-        return in_memory.combine(bench, recipe, changed)[0][""].sum()
+        return in_memory.combine(bench, [(job, changed)])[0][""].sum()
 
     given = jnp.asarray(numbers.p[0]["weights"], jnp.float32)
     expected = jax.grad(total)(given)

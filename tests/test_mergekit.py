@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -23,7 +24,11 @@ import m3jax
 from m3jax.recipe import mergekit
 
 GOLDEN = Path(__file__).parent / "golden_mergekit"
-CASES = json.loads((GOLDEN / "cases.json").read_text())
+CASES = [
+    case
+    for path in sorted(GOLDEN.glob("cases*.json"))
+    for case in json.loads(path.read_text())
+]
 
 
 def _cases(kind: str) -> list[Any]:
@@ -83,7 +88,11 @@ def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("case", _cases("tensors"))
 def test_agrees_with_mergekit(case: dict[str, Any], tmp_path: Path, run: Run) -> None:
-    _check(case, _merged(run, GOLDEN / case["yaml"], tmp_path / "out"))
+    output = tmp_path / "out"
+    _check(case, _merged(run, GOLDEN / case["yaml"], output))
+    if "config" in case:
+        config = json.loads((output / "config.json").read_text())
+        assert {key: config[key] for key in case["config"]} == case["config"]
 
 
 SOME = (
@@ -96,6 +105,12 @@ SOME = (
     "breadcrumbs_ties_gamma",
     "gradient_ties",
     "none_mixed",
+    "slice_gradient",
+    "shifted_layers",
+    "mixed_slices",
+    "slice_base_model",
+    "gpt2_stack",
+    "float64_linear",
 )
 
 
@@ -104,10 +119,11 @@ def test_executors_agree(case: dict[str, Any], tmp_path: Path, run: Run) -> None
     config = GOLDEN / case["yaml"]
     got = _merged(run, config, tmp_path / "streamed")
     in_memory = _merged(run, config, tmp_path / "sharded", "--executor=sharded")
-    document = mergekit.parse(config.read_text())
+    document = mergekit.parse(config.read_text()).result
     trees = [_tree(model) for model in (document.base, *document.models) if model]
     base = trees.pop(0) if document.base else None
-    params = m3jax.merge_params(base, trees, document.recipe, 0)
+    with jax.enable_x64(document.recipe.compute == "float64"):
+        params = m3jax.merge_params(base, trees, document.recipe, 0)
     for name, own in got.items():
         assert own.tobytes() == in_memory[name].tobytes(), name
         assert own.tobytes() == np.asarray(params[name]).tobytes(), name
@@ -209,6 +225,12 @@ def test_our_own_part(tmp_path: Path, run: Run) -> None:
 DOCUMENT = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
 
 
+SLICES = (
+    "merge_method: linear\nparameters: {{weight: 1}}\n"
+    "slices: [{{sources: [{{model: a, layer_range: {}}}]}}]\n"
+)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -217,11 +239,36 @@ DOCUMENT = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\
             "base_modle; did you mean 'base_model'",
         ),
         (DOCUMENT.replace("linear", "linaer"), "'linaer'; did you mean 'linear'"),
-        (DOCUMENT + "tokenizer_source: base", "tokenizer_source is not supported"),
-        (DOCUMENT + "slices: []", "slices is not supported"),
+        (
+            DOCUMENT + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]",
+            "one of the three is needed, not models and slices",
+        ),
         (DOCUMENT + "m3jax: {sede: 1}", "unknown key m3jax.sede; did you mean 'seed'"),
-        (DOCUMENT + "---\n" + DOCUMENT, "2 documents"),
-        (DOCUMENT.replace("model: a", "model: a+b"), "adapters"),
+        (
+            DOCUMENT.replace("model: a", "model: {model: a, lroa: b}"),
+            "did you mean 'lora'",
+        ),
+        (DOCUMENT + "---\n" + DOCUMENT, "2 of 2 documents have no name"),
+        (
+            f"name: ../a\n{DOCUMENT}---\n{DOCUMENT}",
+            "name='../a' needs letters",
+        ),
+        (
+            f"name: a\n{DOCUMENT}---\n{DOCUMENT}",
+            "documents need each other in a circle: a -> a",
+        ),
+        (
+            SLICES.format("[2, 2]"),
+            "slices[0].sources[0].layer_range=[2, 2] needs [first, stop]",
+        ),
+        (SLICES.format("[2, x]"), "needs [first, stop]"),
+        (SLICES.format("[0, 1], parameter: 1"), "did you mean 'parameters'"),
+        (
+            DOCUMENT.replace("weight: 1", "weight: 1, wieght: 2"),
+            "parameters of a: unknown parameter 'wieght'; did you mean 'weight'?",
+        ),
+        (DOCUMENT + "modules: {default: {}}", "not models and modules"),
+        ("merge_method: linear\nmodules: {default: {}}", "needs models or slices"),
         (DOCUMENT.replace("1}", "[0, x]}"), "weight='x' needs a number"),
         (DOCUMENT.replace("1}", "[{filter: mlp}]}"), "a filter has no value"),
         (DOCUMENT.replace("1}", "[{fliter: mlp}]}"), "did you mean 'filter'"),
@@ -236,6 +283,7 @@ def test_errors_name_the_key(text: str, message: str) -> None:
 
 
 def test_notes_what_has_no_effect() -> None:
-    text = DOCUMENT + "parameters: {normalise: false, int8_mask: true}"
-    (note,) = mergekit.parse(text).notes
-    assert "'normalise' has no effect; did you mean 'normalize'?" in note
+    text = DOCUMENT + "parameters: {density: 0.3, int8_mask: true}"
+    assert mergekit.parse(text).notes == (
+        "parameters: linear has no parameter 'density' there: no effect",
+    )

@@ -11,11 +11,13 @@ from m3jax.engine.plan import (
     Chunk,
     Item,
     Run,
+    blocks,
     chunk_tiles,
     cut,
     natural_order,
     sample,
     split_shards,
+    whole,
 )
 
 BF16, F32 = ("BF16",), ("F32",)
@@ -47,6 +49,29 @@ def test_other_dtypes_and_copies_have_chunks_of_their_own():
         Chunk(F32, True, (Run(1, 0, 1, 0),)),
         Chunk(F32, False, (Run(2, 0, 1, 0),)),
     ]
+
+
+def test_groups_of_whole_tensors():
+    sizes = [3 * TILE, TILE, 1, 5 * TILE + 1, 2 * TILE, TILE, TILE]
+    items = [Item(size, ("F32",)) for size in sizes]
+    items[5] = Item(TILE, ("F64",))
+    groups = whole(items, range(7), 4)
+    assert [{run.item for c in g for run in c.runs} for g in groups] == [
+        {0, 1},
+        {2},
+        {3},
+        {4},
+        {5},
+        {6},
+    ]
+    assert [len(group) for group in groups] == [1, 1, 2, 1, 1, 1]
+
+
+def test_the_last_block_of_rows_is_smaller():
+    item = Item(7 * 100, ("F32",), shape=(7, 10, 10))
+    chunks = blocks([item], [0], 300, "row")
+    assert [chunk.block for chunk in chunks] == [(30, 10), (30, 10), (10, 10)]
+    assert [chunk.elements for chunk in chunks] == [300, 300, 100]
 
 
 def test_nothing_to_cut():

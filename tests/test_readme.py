@@ -8,7 +8,8 @@ from pathlib import Path
 
 import m3jax
 from m3jax import Dare, Recipe
-from m3jax.recipe.recipe import FLAT, group
+from m3jax.recipe.groups import group
+from m3jax.recipe.recipe import FLAT
 
 README = Path(__file__).parent.parent / "README.md"
 DEMO = Path(m3jax.__file__).parent / "demo_data"

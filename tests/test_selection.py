@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3jax.engine.kernel import Numbers, Program, reduce
-from m3jax.methods import METHODS, selection
+from m3jax.methods import METHODS, selection, sums
 from m3jax.methods.step import Operands, Problem, Reduction, run_statistics
 
 INFINITY = 0x7F800000  # its bit pattern, the largest of a magnitude
@@ -101,7 +101,7 @@ def test_task_vectors():
     base = _random.normal(0, 0.02, 1001).astype(np.float32)
     stack = np.stack([_normal, -_normal])
     found = run_statistics(
-        kth_smallest(selection.delta_codes, [500, 1], 1001),
+        kth_smallest(sums.deltas, [500, 1], 1001),
         lambda reduction: functions.answer(reduction, base, stack),
     )
     assert_same(found[0], kth(stack[0] - base, 500))
@@ -137,7 +137,7 @@ def test_padding_is_not_counted():
             np.arange(1024)[None] < 2,
             program=program,
             depth=0,
-            function=selection.weight_codes,
+            function=selection.Codes(sums.weights),
             combine=("histogram",),
             count=count,
         )
@@ -198,7 +198,7 @@ def find(
         counts = [functions.count(reduction, None, part) for part in parts]
         return jax.tree.map(lambda *own: sum(own), *counts)
 
-    generator = kth_smallest(selection.weight_codes, ranks, values.shape[1])
+    generator = kth_smallest(sums.weights, ranks, values.shape[1])
     return run_statistics(generator, answer), passes
 
 

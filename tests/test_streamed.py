@@ -20,6 +20,7 @@ import reference
 import m3jax
 from m3jax.engine import streamed
 from m3jax.engine.prepare import Execution
+from m3jax.methods import TRANSFORMS
 
 SHAPES = {
     "model.embed_tokens.weight": (97, 29),
@@ -214,6 +215,24 @@ def test_compilations_do_not_grow_with_the_model(method: str, devices: int, outp
         counts.append(len(count))
     assert 0 < counts[0] <= KERNELS[method] + 1  # and DARE's masks
     assert counts[1] == 0
+
+
+def test_rows_that_do_not_fill_the_last_block(outputs):
+    """The last rows of a tensor, the last ones of the file, and all in one chunk."""
+    folder = next(outputs)
+    shapes = {"layers.0.weight": (33, 100), "layers.1.weight": (3, 100)}
+    base = checkpoints.random_model(0, shapes)
+    checkpoints.write(folder / "base", base)
+    checkpoints.write(folder / "a", checkpoints.random_model(1, shapes, base=base))
+    by_rank = TRANSFORMS["sparsify"](by="rank", density=0.5)
+    rescale = TRANSFORMS["rescale"](norm="l1")
+    recipe = m3jax.Recipe(transforms=(by_rank, rescale), method="task_arithmetic")
+    digests = [
+        merge(folder, "aa", folder / str(size), recipe, chunk_size=size, devices=1)
+        for size in (None, 1024)
+    ]
+    assert digests[0] == digests[1]
+    assert m3jax.verify(folder / "1024") == []
 
 
 def test_64_bit_types_do_not_matter(models: Path, outputs):

@@ -21,7 +21,8 @@ import pytest
 
 import m3jax
 from m3jax.engine.draws import tables
-from m3jax.engine.kernel import Program, take
+from m3jax.engine.jobs import jobs
+from m3jax.engine.kernel import take
 from m3jax.methods import METHODS
 from m3jax.methods.step import Operands, Problem, Reduction, run_statistics
 
@@ -590,7 +591,8 @@ def applied(
 ) -> dict[str, Any]:
     """A method on whole tensors, with what comes beside the models."""
     method, names, count = recipe.method, list(models[0]), len(models)
-    numbers = tables(recipe, Program.of(recipe), names, count, 0, lambda: None)
+    (job,) = jobs(recipe, enumerate(names))
+    numbers = tables(job, names, count, 0, lambda: None)
     p = {name: own() if callable(own) else own for name, own in numbers.p[-1].items()}
 
     def operands(name: str) -> Operands:

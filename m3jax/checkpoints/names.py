@@ -14,3 +14,9 @@ def is_plain_name(name: object) -> bool:
         and name not in (".", "..")
         and not set("/\\") & set(name)
     )
+
+
+def is_inner_name(name: object) -> bool:
+    """Whether `name` can only be that of a file in the folder, or in one within it."""
+    parts = name.split("/") if isinstance(name, str) else []
+    return 1 <= len(parts) <= 2 and all(map(is_plain_name, parts))

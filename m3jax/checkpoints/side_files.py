@@ -1,16 +1,24 @@
-"""The files beside the tensors: configuration, tokenizer, chat template.
+"""The files beside the tensors: configuration, tokenizer, chat template, code.
 
-They are copied from a fixed list of names, up to a size limit, and never executed.
-A link that leads out of the folder is refused: a downloaded model could otherwise
-have a private file of its user's published with the merge.
+They are copied, up to a size limit, and never executed: from a fixed list of names;
+what config.json and the tokenizer's and processor's configurations name (the code of
+`auto_map` and what it imports from its folder, vocabulary files); the modules of
+sentence-transformers; licences. A link that leads out of the folder is refused: a
+downloaded model could otherwise have a private file of its user's published with the
+merge.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.checkpoints.formats.json_text import load_json
+from m3jax.checkpoints.formats.json_text import BOM, load_json
+from m3jax.checkpoints.names import is_plain_name
 from m3jax.checkpoints.places.files import (
     Location,
     exists,
@@ -20,53 +28,199 @@ from m3jax.checkpoints.places.files import (
 )
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MODULES = "modules.json"
 VOCABULARY_FILES = (  # a tokenizer has at least one of them
+    "qwen.tiktoken",
     "sentencepiece.bpe.model",
+    "source.spm",
     "spiece.model",
+    "spm.model",
+    "target.spm",
     "tekken.json",
+    "tiktoken.model",
     "tokenizer.json",
     "tokenizer.model",
+    "tokenizer.model.v3",
+    "vocab.bpe",
     "vocab.json",
     "vocab.txt",
 )
-TOKENIZER_FILES = (
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATES_FOLDER = "additional_chat_templates"
+OF_TOKENIZER = (
     *VOCABULARY_FILES,
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    "bpe.codes",
+    "entity_vocab.json",
     "merges.txt",
+    "normalizer.json",
+    "special_tokens_map.json",
+    "target_vocab.json",
+    TOKENIZER_CONFIG,
+)
+_OF_PROCESSOR = (
+    "audio_processor_config.json",
+    "feature_extractor_config.json",
+    "image_processor_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
+    "video_preprocessor_config.json",
 )
-SIDE_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
+TOKENIZER_FILES = (*OF_TOKENIZER, *CHAT_TEMPLATES, *_OF_PROCESSOR)
+SENTENCES = (
+    MODULES,
+    "config_sentence_transformers.json",
+    "router_config.json",
+    "sentence_bert_config.json",
+)
+SIDE_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES, *SENTENCES)
+LICENCE = re.compile(
+    r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-][\w.-]{1,60})?", re.IGNORECASE
+)
+# Of the hub's repositories, beside those.
+PATTERNS = ("*.py", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_AUTO_MAP = "auto_map"
+_IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", re.M)
+_MODULE_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
+_MAX_CODE = 4_000_000  # bytes of a file of Python
+_FEW = 200  # files that one folder names
 MAX_SIDE_FILE = 256_000_000  # bytes; the largest tokenizers are a tenth of it
+MAX_MODULE = 1_000_000_000  # bytes; the weights of a layer behind an encoder
 _MAX_CONFIG = 8_000_000  # bytes; the longest lists of labels take an eighth of it
 
 
-def check_side_files(folder: Location) -> None:
-    """Checks that all side files can be read, before a long merge begins.
+def names_of(folder: Location) -> list[str]:
+    """The names of a folder's side files, in order; "a/b" for b in its folder a.
+
+    Raises:
+      CheckpointError: one that names others cannot be read.
+    """
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    found = {name for name in SIDE_FILES if exists(folder / name)}
+    found |= {name for name in present if LICENCE.fullmatch(name)}
+    found |= {name for name in present if name.endswith(".tiktoken")}
+    for config in (CONFIG, TOKENIZER_CONFIG, *_OF_PROCESSOR):
+        if config in found:
+            found |= _named(folder, config) & present
+    found |= _imported(folder, found, present)
+    if _TEMPLATES_FOLDER in present:
+        found |= _within(folder, _TEMPLATES_FOLDER, (".jinja",))
+    if MODULES in found:
+        for module in _modules(folder):
+            if module in present:
+                found |= _within(folder, module, _MODULE_FILES)
+    return sorted(found)
+
+
+def check_side_files(owners: Mapping[str, Location]) -> None:
+    """Checks that side files can be read, before something long begins.
+
+    Args:
+      owners: the folder of each, by name.
 
     Raises:
       CheckpointError: one is no regular file of the folder, or larger than the limit.
     """
-    for name in SIDE_FILES:
-        if exists(folder / name):
-            open_small(inside(folder, name), MAX_SIDE_FILE).close()
+    for name, folder in owners.items():
+        open_small(inside(folder, name), _limit(name)).close()
 
 
 def read_side_file(
-    folder: Location, name: str, limit: int = MAX_SIDE_FILE
+    folder: Location, name: str, limit: int | None = None
 ) -> bytes | None:
     """The content of a side file, or None where the folder has none.
+
+    A byte order mark before JSON is left out: loaders refuse it.
 
     Raises:
       CheckpointError: it is no regular file of the folder, or larger than `limit`.
     """
-    if not exists(folder / name):
+    if "/" not in name and not exists(folder / name):
         return None
-    return read_small(inside(folder, name), limit)
+    content = read_small(inside(folder, name), limit or _limit(name))
+    return content.removeprefix(BOM) if name.endswith(".json") else content
+
+
+def belongs_to_model(name: str) -> bool:
+    """Whether a side file is the model's rather than the tokenizer's.
+
+    Where another model's tokenizer goes along, those of the model stay.
+    """
+    own = name == CONFIG or name in SENTENCES or name.endswith(".py")
+    return own or "/" in name or LICENCE.fullmatch(name) is not None
+
+
+def _limit(name: str) -> int:
+    """Bytes of a side file at most; a module of sentence-transformers has weights."""
+    return MAX_MODULE if "/" in name else MAX_SIDE_FILE
+
+
+def _named(folder: Location, config: str) -> set[str]:
+    """What the configuration names: files of code and of the vocabulary."""
+    fields = _fields(folder, config)
+    code: list[Any] = [fields.get(_AUTO_MAP)]
+    found = {
+        value
+        for key, value in fields.items()
+        if isinstance(key, str) and key.endswith("_file") and is_plain_name(value)
+    }
+    while code and len(found) < _FEW:
+        value = code.pop()
+        if isinstance(value, dict):
+            code += list(value.values())[:_FEW]
+        elif isinstance(value, list):
+            code += value[:_FEW]
+        elif isinstance(value, str) and "--" not in value:  # those are another's
+            module = f"{value.rpartition('.')[0]}.py"
+            found |= {module} if is_plain_name(module) else set()
+    return found
+
+
+def _imported(folder: Location, found: set[str], present: set[str]) -> set[str]:
+    """The files of code that those found import from their own folder, and so on."""
+    seen: set[str] = set()
+    left = [name for name in found if name.endswith(".py")]
+    while left and len(seen) < _FEW:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        text = read_small(inside(folder, name), _MAX_CODE)
+        for pair in _IMPORT.findall(text):
+            module = f"{b''.join(pair).decode(errors='replace')}.py"
+            if module in present:
+                left.append(module)
+    return seen
+
+
+def _modules(folder: Location) -> list[str]:
+    """The folders of sentence-transformers' modules."""
+    content = read_side_file(folder, MODULES, _MAX_CONFIG) or b"[]"
+    try:
+        modules = json.loads(content)
+    except (ValueError, RecursionError):
+        raise CheckpointError(
+            f"{folder / MODULES}: is not valid JSON; fetch it again, or mend it"
+        ) from None
+    listed = modules if isinstance(modules, list) else []
+    paths: list[Any] = [m.get("path") for m in listed if isinstance(m, dict)][:_FEW]
+    return [path for path in paths if is_plain_name(path)]
+
+
+def _within(folder: Location, inner: str, suffixes: tuple[str, ...]) -> set[str]:
+    if not (folder / inner).is_dir():
+        return set()
+    names = sorted(path.name for path in (folder / inner).iterdir())[:_FEW]
+    return {f"{inner}/{name}" for name in names if name.endswith(suffixes)}
+
+
+def _fields(folder: Location, name: str) -> dict[str, Any]:
+    content = read_side_file(folder, name, _MAX_CONFIG)
+    try:
+        return load_json(content or b"{}", str(folder / name), constants=True)
+    except CheckpointError:
+        return {}  # whoever needs it says so
 
 
 def read_config(folder: Location) -> dict[str, Any] | None:
@@ -79,3 +233,15 @@ def read_config(folder: Location) -> dict[str, Any] | None:
         return load_json(content, str(folder / CONFIG), constants=True)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; fetch it again, or mend it") from None
+
+
+def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
+    """config.json with other fields: their dotted names and values, None to remove."""
+    config = json.loads(content)
+    for name, value in changes.items():
+        *path, field = name.split(".")
+        fields = functools.reduce(
+            lambda own, key: own.setdefault(key, {}), path, config
+        )
+        fields.pop(field, None) if value is None else fields.update({field: value})
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

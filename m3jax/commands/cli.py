@@ -17,7 +17,9 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 
@@ -25,11 +27,44 @@ from m3jax.commands import signals
 
 DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 
+# Of a flag given twice absl takes the last, in silence; of these no value gets lost.
+_ONCE = ("base", "config", "output", "tokenizer_from")
+
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
 class UsageError(ValueError):
     """The command line is wrong; the message says what would be right."""
+
+
+def define_names(name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
+    """A flag of names, separated by commas, that may be given several times."""
+    parser, serializer = flags.ListParser(), flags.CsvListSerializer(",")
+    return flags.DEFINE_multi(parser, serializer, name, None, help, **options)
+
+
+def names(flag: flags.FlagHolder[Any]) -> list[str] | None:
+    """All names that a flag of `define_names` was given; None without the flag.
+
+    Raises:
+      UsageError: one of them is empty, as where a shell's variable is not set.
+    """
+    if flag.value is None:
+        return None
+    found: list[str] = []
+    for given in flag.value:
+        given = given[:-1] if len(given) > 1 and not given[-1] else given
+        if not all(given):
+            raise UsageError(
+                f"--{flag.name} has an empty name between its commas; needs A,B[,C...]"
+            )
+        found += given
+    return found
+
+
+def local(path: str) -> Path:
+    """A path of this machine; shells leave the ~ of `--output=~/x` to the program."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own may raise
 
 
 def run(name: str, module: ModuleType, arguments: list[str]) -> int:
@@ -54,6 +89,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
     logging.captureWarnings(True)
     debug = "--debug" in arguments
     try:
+        _check_once(arguments)
         arguments = getattr(module, "prepare", list)(arguments)
         positional = flags.FLAGS([f"m3jax {name}", *arguments])[1:]
         debug = _DEBUG.value
@@ -73,6 +109,26 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         print(f"m3jax {name}: {message}", file=sys.stderr)
         getattr(module, "failed", lambda code: None)(code)
         return code
+
+
+def _check_once(arguments: list[str]) -> None:
+    """Raises UsageError if a flag that has one value is given two."""
+    given: dict[str, str] = {}
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if argument == "--":
+            return
+        if not name.startswith("-") or name.lstrip("-") not in _ONCE:
+            continue
+        value = value if equals else "".join(arguments[place + 1 : place + 2])
+        if not value:
+            raise UsageError(f"{name} is empty; give a value, or leave it out")
+        before = given.setdefault(name.lstrip("-"), value)
+        if before != value:
+            flag = name.lstrip("-")
+            raise UsageError(
+                f"--{flag} is given twice, {before} and {value}; give one of them"
+            )
 
 
 def leave_at_once(code: int) -> None:

@@ -16,7 +16,7 @@ import xxhash
 from absl import flags
 
 import m3jax
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, local
 from m3jax.commands.tables import table
 from m3jax.engine.pipeline import available_cores
 
@@ -52,7 +52,7 @@ def main(positional: list[str]) -> int:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     if _DRAWS.value < 1:
         raise UsageError(f"--draws={_DRAWS.value} needs 1 or more")
-    output, seed = Path(_OUTPUT.value or "m3jax-demo"), _SEED.value or 0
+    output, seed = local(_OUTPUT.value or "m3jax-demo"), _SEED.value or 0
     last = _merge_all(output, seed)
     found = _explore(output / "explored", seed, _DRAWS.value)
     _say_what_was_found(found, output / "explored")

@@ -24,7 +24,7 @@ from absl import flags
 
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.commands import reporting, tensor_names
-from m3jax.commands.cli import DIFFERENT, UsageError
+from m3jax.commands.cli import DIFFERENT, UsageError, local
 from m3jax.commands.tables import clean, percent, shape, table
 from m3jax.engine.compare import Compared, Comparison, Described, Sums, add, compare
 
@@ -49,7 +49,7 @@ def main(positional: list[str]) -> int:
         count = len(positional)
         raise UsageError(f"needs two checkpoints, not {count}; usage: {USAGE}")
     if _PLOT.value is not None:
-        _check_plot(Path(_PLOT.value))
+        check_plot(local(_PLOT.value))
     with (
         open_checkpoint(positional[0], mergeable=False) as a,
         open_checkpoint(positional[1], mergeable=False) as b,
@@ -63,11 +63,11 @@ def main(positional: list[str]) -> int:
     if _PLOT.value is not None:
         from m3jax.commands import plots
 
-        plots.difference(comparison, a.name, b.name, Path(_PLOT.value))
+        plots.difference(comparison, a.name, b.name, local(_PLOT.value))
     return DIFFERENT if _EXIT_CODE.value and not comparison.same else 0
 
 
-def _check_plot(path: Path) -> None:
+def check_plot(path: Path) -> None:
     """Finds out before a long comparison that its picture could not be drawn."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"--plot={path} needs the name of a .png file")

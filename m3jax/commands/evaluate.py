@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from m3jax.checkpoints.places import durable
-from m3jax.commands import scoring
-from m3jax.commands.cli import UsageError
+from m3jax.commands import cli, scoring
+from m3jax.commands.cli import UsageError, define_names
 from m3jax.commands.tables import clean, say, table
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ LESS_MEMORY = "a smaller --tokens_per_batch needs less, and --mesh splits the mo
 SHARED = [scoring]
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
-_TASKS = flags.DEFINE_list(
-    "tasks", None, "JSON files of tasks, or names of harness tasks, comma-separated."
+_TASKS = define_names(
+    "tasks", "JSON files of tasks, or names of harness tasks, comma-separated."
 )
 _HARNESS_TASKS_PATH = flags.DEFINE_string(
     "harness_tasks_path", None, "Folder of more harness tasks, as YAML."
@@ -77,15 +77,16 @@ _OUTPUT = flags.DEFINE_string(
 def main(positional: list[str]) -> int:
     if len(positional) != 1:
         raise UsageError(f"needs one model, not {len(positional)}; usage: {USAGE}")
-    if not _TASKS.value:
+    asked = cli.names(_TASKS)
+    if not asked:
         raise UsageError(f"needs --tasks; usage: {USAGE}")
     scoring.check(_ATTACK_EXAMPLES)
-    output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
+    output = None if _OUTPUT.value is None else cli.local(_OUTPUT.value)
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={output}: {output.parent} is not a folder")
     if output is not None and output.is_dir():
         raise UsageError(f"--output={output}: is a folder, needs to be a file")
-    results, attacked = _results(positional[0])
+    results, attacked = _results(positional[0], asked)
     if _JSON.value:
         from m3jax.evaluation.results import as_json
 
@@ -101,7 +102,9 @@ def main(positional: list[str]) -> int:
     return 0
 
 
-def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
+def _results(
+    model_name: str, asked: list[str]
+) -> tuple[list[Scored], list[Robustness]]:
     # Imported here: `--help` must not wait for JAX.
     import jax
 
@@ -119,8 +122,8 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     for attack in attacks:
         if attack not in ATTACKS:
             raise UsageError(f"--attacks={attack}: known: {', '.join(ATTACKS)}")
-    names = [name for name in _TASKS.value or [] if not _is_file(name)]
-    files = [name for name in _TASKS.value or [] if _is_file(name)]
+    names = [name for name in asked if not scoring.is_file(name)]
+    files = [name for name in asked if scoring.is_file(name)]
     tasks = [task for path in files for task in load_tasks(path)]
     for task in tasks:
         for attack in attacks:
@@ -162,23 +165,13 @@ def _results(model_name: str) -> tuple[list[Scored], list[Robustness]]:
     return results, attacked
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith(".json") or "/" in name or Path(name).is_file()
-
-
 def _harness(
     names: list[str],
 ) -> Callable[[Model, Tokenizer, int], list[HarnessResult]]:
     """What runs tasks of lm-evaluation-harness; fails at once if it cannot."""
-    try:
-        from m3jax.evaluation.harness.model import HarnessModel
-        from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
-    except ImportError as error:
-        raise UsageError(
-            f"--tasks={','.join(names)}: no file of that name, and tasks of "
-            f"lm-evaluation-harness need the extra harness (missing: {error.name}): "
-            "from a checkout, pip install '.[harness]'"
-        ) from None
+    model_of = scoring.harness(names, "HarnessModel")
+    from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
+
     manager = find_tasks(names, _HARNESS_TASKS_PATH.value)
 
     def run(model: Model, tokenizer: Tokenizer, seed: int) -> list[HarnessResult]:
@@ -186,7 +179,7 @@ def _harness(
 
         key, options = jax.random.key(seed), scoring.options()
         return run_tasks(
-            HarnessModel(model.parameters, model.config, tokenizer, key=key, **options),
+            model_of(model.parameters, model.config, tokenizer, key=key, **options),
             names,
             manager,
             limit=scoring.LIMIT.value,

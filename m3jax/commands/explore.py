@@ -5,32 +5,42 @@ tasks. --output gets a line for every trial, a table with parents and plain merg
 picture, and the winner as a recipe: `m3jax merge --config=OUTPUT/winner.json`.
 
 The objective is the weighted mean of the validation scores, a loss counting
-negative. Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
-`tpe` and `cmaes` set what --search names, each with a range where it has one:
+negative. A task that is no file is one of lm-evaluation-harness, as for `m3jax
+evaluate`; --evaluator_command='python score.py {checkpoint}' runs a program of yours on
+each merge, which prints a JSON object of scores as its last line.
 
-    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9  seed
+Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
+`random`, `tpe`, `cmaes`, `gp` and `nsga2` (which weighs no task against another) set
+what --search names, each with a range, or words, where it has some:
 
-(drop_rate is one for all models, drop_rates one for each, seed a new one a draw).
-With --halving=3 all draws are evaluated on few examples, the best third of them on
-three times as many, and so on; the last one is evaluated on all.
+    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9
+    method=ties|slerp|task_arithmetic  dare.strategy=random|magnitude  seed
+
+(drop_rate is one for all models, drop_rates one for each, seed a new one a draw; a
+method's numbers count where it is chosen). With --groups=4 each quarter of the layers
+has values of its own. With --halving=3 all draws are evaluated on few examples, the
+best third of them on three times as many, and so on; the last one is evaluated on all.
+--hyperband=3 does that several times, from many draws on little to few on all.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from m3jax.commands import config, scoring
-from m3jax.commands.cli import UsageError, leave_at_once
+from m3jax.commands.cli import UsageError, define_names, leave_at_once, local, names
 from m3jax.commands.tables import clean, say, table
 
 if TYPE_CHECKING:
-    from m3jax.evaluation.evaluator import TaskEvaluator
+    from m3jax.evaluation.evaluator import Evaluator
     from m3jax.exploration.search.result import Exploration
+    from m3jax.models.config import Config
+    from m3jax.models.tokenizer import Tokenizer
 
 USAGE = (
     "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
@@ -53,35 +63,50 @@ MORE_HELP = [
 _BASE = flags.DEFINE_string(
     "base", None, "The base model: folder, file or org/name.", allow_override=True
 )
-_MODELS = flags.DEFINE_list(
-    "models", None, "The fine-tuned models, comma-separated.", allow_override=True
+_MODELS = define_names(
+    "models", "The fine-tuned models, comma-separated.", allow_override=True
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for trials, table and winner.", allow_override=True
 )
-_VALIDATION = flags.DEFINE_list(
-    "validation_tasks", None, "JSON files of tasks to choose on."
+_VALIDATION = define_names(
+    "validation_tasks", "JSON files of tasks, or names of harness tasks, to choose on."
 )
-_TEST = flags.DEFINE_list("test_tasks", None, "JSON files of tasks to report.")
-_OOD = flags.DEFINE_list(
-    "ood_tasks", None, "JSON files of tasks out of distribution, to report."
+_COMMAND = flags.DEFINE_string(
+    "evaluator_command",
+    None,
+    "Choose by what this prints, as 'python score.py {checkpoint}'.",
 )
+_HARNESS_TASKS_PATH = flags.DEFINE_string(
+    "harness_tasks_path",
+    None,
+    "Folder of more harness tasks, as YAML.",
+    allow_override=True,
+)
+_TEST = define_names("test_tasks", "JSON files of tasks to report.")
+_OOD = define_names("ood_tasks", "JSON files of tasks out of distribution, to report.")
 _DRAWS = flags.DEFINE_integer("draws", 32, "How many.")
 _SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=True)
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
     "recipe",
-    ["recipe", "grid", "sobol", "tpe", "cmaes"],
+    ["recipe", "grid", "sobol", "random", "tpe", "cmaes", "gp", "nsga2"],
     "Where draws come from.",
 )
 _SEARCH = flags.DEFINE_list(
     "search", None, "What samplers other than `recipe` set. [ratios]"
+)
+_GROUPS = flags.DEFINE_integer(
+    "groups", None, "Groups of layers that have values of their own. [all together]"
 )
 _WEIGHTS = flags.DEFINE_list(
     "weights", None, "TASK=WEIGHT,... in the objective; 1 where none is given."
 )
 _HALVING = flags.DEFINE_integer(
     "halving", None, "Keep one of so many draws for a budget so many times larger."
+)
+_HYPERBAND = flags.DEFINE_integer(
+    "hyperband", None, "Halving at this rate, from several numbers of draws."
 )
 _TEST_ALL = flags.DEFINE_bool(
     "test_all_draws", False, "Report mean and deviation over draws on test, too."
@@ -92,7 +117,7 @@ _AT_ONCE = flags.DEFINE_integer(
     "Draws at a time, each with its own merged copy. [one on each accelerator]",
 )
 _GENERATION = flags.DEFINE_integer(
-    "generation", 1, "Draws that tpe and cmaes propose before they are told of one."
+    "generation", 1, "Draws that an optimiser proposes before it is told of one."
 )
 _EXPORT = flags.DEFINE_string("export", None, "Folder for the winner's checkpoint.")
 _RESUME = flags.DEFINE_bool(
@@ -110,16 +135,20 @@ prepare = config.prepare  # --config, whose fields depend on the file it names
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
     for name, value in (
         ("models", models),
         ("output", _OUTPUT.value),
-        ("validation_tasks", _VALIDATION.value),
-        ("test_tasks", _TEST.value),
+        ("validation_tasks", names(_VALIDATION) or _COMMAND.value),
+        ("test_tasks", names(_TEST) or _COMMAND.value),
     ):
         if not value:
             raise UsageError(f"--{name} is missing; usage: {USAGE}")
+    if _COMMAND.value and names(_VALIDATION):
+        raise UsageError(
+            "--evaluator_command and --validation_tasks: one of the two chooses"
+        )
     scoring.check()
     recipe.check(num_models=len(models), has_base=base is not None)
     weights = _weights(_WEIGHTS.value or [])
@@ -131,10 +160,12 @@ def main(positional: list[str]) -> int:
     from m3jax.exploration.explore import explore
 
     if _EXPORT.value is not None:
-        check_free(Path(_EXPORT.value), overwrite=_OVERWRITE.value)
-    make = _task_evaluators(base, models)
-    validation, test = make(_VALIDATION.value or []), make(_TEST.value or [])
-    ood = make(_OOD.value) if _OOD.value else None
+        check_free(local(_EXPORT.value), overwrite=_OVERWRITE.value)
+    make = _evaluators(base, models)
+    test, ood = (make(own) if (own := names(flag)) else None for flag in (_TEST, _OOD))
+    validation = (
+        _of_command(base, models) if _COMMAND.value else make(names(_VALIDATION) or [])
+    )
     found = explore(
         base,
         models,
@@ -146,9 +177,11 @@ def main(positional: list[str]) -> int:
         seed=seed,
         sampler=_SAMPLER.value,
         search=_SEARCH.value or ["ratios"],
+        groups=_GROUPS.value,
         weights=weights,
         budget=scoring.LIMIT.value,
         halving=_HALVING.value,
+        hyperband=_HYPERBAND.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),
@@ -177,7 +210,7 @@ def main(positional: list[str]) -> int:
         )
         print(f"\nthe winner's checkpoint is {_EXPORT.value}")
     else:
-        path = Path(_OUTPUT.value or "") / "winner.json"
+        path = local(_OUTPUT.value or "") / "winner.json"
         print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
     return 0
 
@@ -203,27 +236,58 @@ def _weights(given: list[str]) -> dict[str, float]:
     return weights
 
 
-def _task_evaluators(
+def _of_command(base: str | None, models: list[str]) -> Evaluator:
+    """What runs the user's program; its checkpoints look like the tokenizer's owner."""
+    from m3jax.evaluation.outside import CommandEvaluator
+
+    return CommandEvaluator(_COMMAND.value or "", like=_owner([base or models[0]]))
+
+
+def _owner(checkpoints: list[str]) -> str:
+    owner = _TOKENIZER_FROM.value or "base"
+    return checkpoints[0] if owner == "base" else owner
+
+
+def _evaluators(
     base: str | None, models: list[str]
-) -> Callable[[list[str]], TaskEvaluator]:
-    """Makes an evaluator of files of tasks; it runs every one of the models."""
+) -> Callable[[list[str]], Evaluator]:
+    """Makes an evaluator of tasks; it runs every one of the models."""
+    from m3jax.evaluation.evaluator import Together
     from m3jax.evaluation.tasks.task import load_tasks
     from m3jax.models.parameters import common_config
     from m3jax.models.tokenizer import Tokenizer
 
     checkpoints = [*([] if base is None else [base]), *models]
-    config, folders = common_config(checkpoints)
-    owner = _TOKENIZER_FROM.value or "base"
-    owner = checkpoints[0] if owner == "base" else owner
-    if owner not in folders:
-        raise UsageError(
-            f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
-        )
-    tokenizer = Tokenizer(folders[owner])
 
-    def make(paths: list[str]) -> TaskEvaluator:
-        tasks = [task for path in paths for task in load_tasks(path)]
-        return scoring.evaluator(tasks, config, tokenizer)
+    @functools.cache
+    def model() -> tuple[Config, Tokenizer]:
+        config, folders = common_config(checkpoints)
+        owner = _owner(checkpoints)
+        if owner not in folders:
+            raise UsageError(
+                f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
+            )
+        return config, Tokenizer(folders[owner])
+
+    def make(asked: list[str]) -> Evaluator:
+        files = [name for name in asked if scoring.is_file(name)]
+        names = [name for name in asked if not scoring.is_file(name)]
+        tasks = [task for path in files for task in load_tasks(path)]
+        found: list[Evaluator] = []
+        if files:
+            found.append(scoring.evaluator(tasks, *model()))
+        if names:
+            made = scoring.harness(names, "HarnessEvaluator")
+            found.append(
+                made(
+                    names,
+                    *model(),
+                    folder=_HARNESS_TASKS_PATH.value,
+                    allow_code_execution=scoring.ALLOW_CODE_EXECUTION.value,
+                    **scoring.options(),
+                )
+            )
+        return found[0] if len(found) == 1 else Together(found)
 
     return make
 

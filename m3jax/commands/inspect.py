@@ -19,7 +19,7 @@ from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import clean, fact, shape, table
 from m3jax.recipe import Recipe, RecipeError
-from m3jax.recipe.recipe import group
+from m3jax.recipe.groups import group
 
 USAGE = "m3jax inspect DIR [--tensors | --json]"
 
@@ -107,15 +107,21 @@ def _record(checkpoint: Checkpoint) -> tuple[Record | None, str | None]:
         return None, str(error)
 
 
+_FORMATS = {"torch": "PyTorch", "gguf": "GGUF"}  # as people call them
+
+
 def _kind(checkpoint: Checkpoint) -> str:
     count = len(checkpoint.files)
     if checkpoint.format == "orbax":
         return "folder with an Orbax pytree"
+    if checkpoint.format == "adapter":
+        return "an adapter (LoRA), to be put on its base: BASE+ADAPTER"
     if checkpoint.location.is_file():
-        return f"a single {checkpoint.format} file"
+        return f"a single {_FORMATS.get(checkpoint.format, checkpoint.format)} file"
     if checkpoint.format == "msgpack":
         return "folder with Flax's msgpack"
-    held = "one safetensors file" if count == 1 else f"{count} shards and an index"
+    named = _FORMATS.get(checkpoint.format, checkpoint.format)
+    held = f"one {named} file" if count == 1 else f"{count} shards of {named}"
     if checkpoint.revision:
         return f"Hugging Face repository at {checkpoint.revision}, {held}"
     return f"folder, {held}"

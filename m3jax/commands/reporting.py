@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from m3jax.engine.progress import Progress
 
 if TYPE_CHECKING:
+    from m3jax.engine.jobs import Job
     from m3jax.engine.merge import MergeResult
     from m3jax.engine.prepare import Prepared
+    from m3jax.recipe.documents import Document
 
 _SECONDS_BETWEEN_LINES = 10.0
 _FEW_GROUPS = 8
@@ -33,14 +35,16 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     merged = prepared.merged
     elements = sum(item.size for item in prepared.items)
     read = size(prepared.read_bytes(range(len(prepared.items))))
-    before = size(prepared.read_bytes(merged))
+    before = [i for job in prepared.measured for i in job.places]
     files = len(prepared.shards)
     facts = {
-        "method": " after ".join(step.name for step in reversed(prepared.recipe.steps)),
+        "method": "; ".join(_method(job) for job in prepared.jobs),
         "tensors": f"{len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
         "passes": f"{len(prepared.passes)}: {'; '.join(prepared.passes)}",
-        "read": f"{read} in the last pass, {before} in each pass before"
+        "read": f"{read} in the last pass"
+        + f", {size(prepared.read_bytes(before))} in each pass before"
+        * (len(prepared.passes) > 1)
         if streamed
         else f"{read} once; all passes are over device memory",
         "written": f"{size(prepared.written_bytes)} in {files} file"
@@ -52,6 +56,30 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     }
     notes = [("note", note) for note in prepared.inputs.notes]
     return "\n".join(f"{name:11}{fact}" for name, fact in [*facts.items(), *notes])
+
+
+def notes(lines: Sequence[str]) -> None:
+    """Says on standard error what the user should know."""
+    for line in lines:
+        print(f"m3jax: note: {line}", file=sys.stderr)
+
+
+def documents(named: Sequence[Document]) -> str:
+    """What --dry_run prints of several documents: their order."""
+    lines = [
+        f"{own.name}: {own.recipe.method.name} of {', '.join(own.inputs)}"
+        for own in named
+    ]
+    return "\n".join(["in this order, and then the output:", *lines])
+
+
+def _method(job: Job) -> str:
+    """The steps of a job, the last one first; and of how many tensors, by a rule."""
+    own = job.recipe
+    after = [step.name for step in own.transforms if step.after]
+    before = [step.name for step in own.transforms if not step.after]
+    steps = " after ".join([*reversed(after), own.method.name, *reversed(before)])
+    return f"{job.label}{steps} ({len(job.places)} tensors)" if job.label else steps
 
 
 def _dtype(prepared: Prepared) -> str:
@@ -140,10 +168,14 @@ def summary(result: MergeResult, *, profile: bool) -> str:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar on a terminal, lines otherwise; both on standard error."""
+def progress(unit: str = "") -> Iterator[Progress]:
+    """A bar on a terminal, lines otherwise; both on standard error.
+
+    Args:
+      unit: of what is counted, in the plural; "": bytes.
+    """
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield _Lines(unit)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -151,8 +183,11 @@ def progress() -> Iterator[Progress]:
     with rich.Progress(
         rich.TextColumn("{task.description:>20}"),
         rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
+        *(
+            (rich.MofNCompleteColumn(), rich.TextColumn(unit))
+            if unit
+            else (rich.DownloadColumn(), rich.TransferSpeedColumn())
+        ),
         rich.TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as bars:
@@ -179,10 +214,16 @@ class _Bars(Progress):
 class _Lines(Progress):
     _label, _total, _done, _last = "", 0, 0, 0.0
 
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+
+    def _amount(self, count: float) -> str:
+        return f"{count:,.0f} {self._unit}" if self._unit else size(count)
+
     def stage(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, total, 0
         self._start = self._last = time.monotonic()
-        self._print(f"{label}: {size(total)}")
+        self._print(f"{label}: {self._amount(total)}")
 
     def advance(self, count: int) -> None:
         self._done += count
@@ -191,7 +232,8 @@ class _Lines(Progress):
             self._last = now
             rate = self._done / (now - self._start)
             self._print(
-                f"{self._label}: {self._done / self._total:.0%}, {size(rate)}/s, "
+                f"{self._label}: {self._done / self._total:.0%}, "
+                f"{self._amount(rate)}/s, "
                 f"{(self._total - self._done) / rate:.0f} s left"
             )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,6 +30,33 @@ class Buffers:
         self.beside = _aligned(beside_bytes)
 
 
+class Pool:
+    """Buffers of which a thread takes as many at once as it needs."""
+
+    def __init__(self, make: Callable[[], Buffers], count: int):
+        """`count`: how many there are at most; they are made when they are needed."""
+        self._make = make
+        self._free: list[Buffers] = []
+        self._left = count
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, count: int) -> Iterator[list[Buffers]]:
+        """Waits for so many, at most all there are, and gives them back at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= count)
+            self._left -= count
+            own = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        try:
+            own += [self._make() for _ in range(count - len(own))]
+            yield own
+        finally:
+            with self._changed:
+                self._left += count
+                self._free += own
+                self._changed.notify_all()
+
+
 def buffer_bytes(
     tensors: Sequence[TensorInputs],
     items: Sequence[Item],
@@ -42,12 +71,17 @@ def buffer_bytes(
       units: that are worked on; rows and matrices may need more than a chunk.
     """
     base = stack = beside = 1
+    seen = set()
     for tensor, item in zip(tensors, items, strict=True):
         elements = tiles * TILE
         if "matrix" in units and item.merged:
             elements = max(elements, item.size)
         elif "row" in units and item.merged and item.shape:
             elements = max(elements, 8 * item.shape[-1])
+        kind = item.signature, tensor.base is None, elements
+        if kind in seen:  # of thousands of tensors most are alike
+            continue
+        seen.add(kind)
         first = tensor.sources[0].dtype.itemsize
         own = first if not tensor.merged or tensor.base is not None else 0
         models = sum(m.source.dtype.itemsize for m in tensor.models)

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from m3jax import mixup, prng
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.jobs import Job
+from m3jax.engine.kernel import Numbers
 from m3jax.methods.fields import Number, Weights
 from m3jax.methods.step import Step, namespace
-from m3jax.recipe import Recipe, values
+from m3jax.recipe import values
 
 
 def tables(
-    recipe: Recipe,
-    program: Program,
+    job: Job,
     names: Sequence[str],
     num_models: int,
     key: Any,
@@ -25,14 +25,15 @@ def tables(
     """Tables of the parameters of a recipe's steps over N tensors, and the mask keys.
 
     Args:
-      recipe: whose numbers they are; its words are those of `program`.
-      program: of the recipe.
-      names: of the tensors.
+      job: whose numbers they are. Tensors of other jobs have no numbers that count.
+      names: of all tensors.
       num_models: K.
       key: a seed, or a key of `jax.random`.
       ratios: gives M3's ratios by group, None where it is off. Asked when the weights
         are: drawing them may go on in the background.
     """
+
+    recipe = job.recipe
 
     def weights(step: Any, field: Weights) -> Any:
         equal = (field.equal(num_models),) * num_models
@@ -41,13 +42,14 @@ def tables(
             return mixup.coefficients(ratios(), names, granularity, equal)
         given = equal if step.weights is None else step.weights
         xp = namespace([given])
-        return values.table(given, field, names, num_models, xp)
+        return values.table(given, field, names, num_models, xp, job.places)
 
     def table(step: Step, name: str, field: Number) -> Any:
         if isinstance(field, Weights):
             return lambda: weights(step, field)
         value = getattr(step, name)
-        return values.table(value, field, names, num_models, namespace([value]))
+        xp = namespace([value])
+        return values.table(value, field, names, num_models, xp, job.places)
 
     p = tuple(
         {
@@ -58,7 +60,7 @@ def tables(
         for step in recipe.steps
     )
     keys = None
-    if program.draws():
+    if job.program.draws():
         keys = prng.mask_keys(prng.root_key(key), num_models, list(names))
     return Numbers(p, (), keys)
 

@@ -16,13 +16,14 @@ from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.engine import draws
 from m3jax.engine import leaves as kernels
+from m3jax.engine.jobs import Job, jobs
 from m3jax.engine.kernel import Numbers, Program, take
 from m3jax.engine.measure import (
     Groups,
     completed,
     int64_rows,
     is_traced_at,
-    measure,
+    measured_by,
     put_together,
     stacked,
     traced_rows,
@@ -100,9 +101,9 @@ def merge_params(
             _check_distinct(leaves)
         if not allow_nonfinite:
             check_inputs(leaves)
-        bench = Leaves(leaves, len(models))
+        bench = Leaves(leaves, recipe.num_inputs(len(models)))
         numbers = measured(bench, recipe, key)
-    merged = combine(bench, recipe, numbers, donate=donate)
+    merged = combine(bench, numbers, donate=donate)
     if not allow_nonfinite:
         _check_overflow(leaves, merged)
     return unflatten(structure, merged)
@@ -118,6 +119,7 @@ class Leaves:
         self.sizes = [leaf.size for leaf in leaves]
         arrays = [a for leaf in leaves if leaf.merged for a in leaf.arrays]
         self.traced = any(map(is_traced, arrays))
+        self.few = 0
 
     @property
     def merged(self) -> list[int]:
@@ -255,16 +257,26 @@ def _as(values: Any, dtype: np.dtype, leaf: Leaf) -> Any:
     return values if values.dtype == wanted else values.astype(wanted)
 
 
-def numbers_of(bench: Leaves, recipe: Recipe, key: int | jax.Array) -> Numbers:
-    """The numbers of a merge before anything is measured; `key` is a seed or a key."""
+def numbers_of(
+    bench: Leaves, recipe: Recipe, key: int | jax.Array
+) -> tuple[tuple[Job, Numbers], ...]:
+    """The jobs of a merge and their numbers before anything is measured.
+
+    Args:
+      bench: holds the leaves.
+      recipe: what is done.
+      key: a seed or a key.
+    """
     merged = [bench.names[i] for i in bench.merged]
 
     @functools.cache
     def ratios() -> Any:
         return mixup.draw_ratios(recipe.mixup, bench.num_models, merged, key)
 
-    program = Program.of(recipe)
-    return draws.tables(recipe, program, bench.names, bench.num_models, key, ratios)
+    return tuple(
+        (job, draws.tables(job, bench.names, bench.num_models, key, ratios))
+        for job in jobs(recipe, zip(bench.merged, merged, strict=True))
+    )
 
 
 def measured(
@@ -272,26 +284,25 @@ def measured(
     recipe: Recipe,
     key: int | jax.Array,
     kept: Callable[[str, Callable[[], Any]], Any] = lambda name, find: find(),
-) -> Numbers:
-    """The numbers of a merge, with all that its steps measure."""
-    numbers = numbers_of(bench, recipe, key)
-    places = [i for i in bench.merged if bench.sizes[i]]
-    program = Program.of(recipe)
-    return completed(program, measure(bench, program, numbers, places, kept))
+) -> tuple[tuple[Job, Numbers], ...]:
+    """The jobs of a merge and their numbers, with all that their steps measure."""
+    return tuple(
+        (job, completed(job.program, measured_by(bench, job, numbers, kept)))
+        for job, numbers in numbers_of(bench, recipe, key)
+    )
 
 
 def combine(
-    bench: Leaves, recipe: Recipe, numbers: Numbers, *, donate: bool = False
+    bench: Leaves, numbers: Sequence[tuple[Job, Numbers]], *, donate: bool = False
 ) -> list[dict[str, Any]]:
     """The merged leaves by part; differentiable in the numbers.
 
     Args:
       bench: holds the leaves.
-      recipe: whose words count; the numbers are those of `numbers`.
       numbers: from `measured`.
       donate: reuse the memory of the leaves' arrays.
     """
-    program = Program.of(recipe)
+    programs = {i: (job.program, own) for job, own in numbers for i in job.places}
     merged = []
     for i, leaf in enumerate(bench.leaves):
         if not leaf.merged:
@@ -302,7 +313,7 @@ def combine(
             }
             merged.append({"": leaf.base, **others})
             continue
-        merged.append(bench.merge(program, numbers, i, donate=donate))
+        merged.append(bench.merge(*programs[i], i, donate=donate))
         if donate:
             for array in leaf.arrays:
                 if isinstance(array, jax.Array):

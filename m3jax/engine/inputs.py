@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -68,26 +69,26 @@ class TensorInputs:
     parts: Mapping[str, Part]
     beside: Mapping[str, tuple[Origin, ...]] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def origins(self) -> tuple[Origin, ...]:
         """All that it is made of: base, models, and what comes beside them."""
         base = () if self.base is None else (self.base,)
         return (*base, *self.models, *(o for own in self.beside.values() for o in own))
 
-    @property
+    @functools.cached_property
     def sources(self) -> tuple[Source, ...]:
         return tuple(origin.source for origin in self.origins)
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         return self.sources[0].shape
 
-    @property
+    @functools.cached_property
     def wide(self) -> bool:
         """Whether it is merged in float64."""
         return self.merged and self.models[0].source.dtype == FLOAT64
 
-    @property
+    @functools.cached_property
     def kernel_dtypes(self) -> tuple[tuple[str, str], ...]:
         """What the kernel rounds each part to; wider ones are made on the host."""
         narrow = self.dtype == FLOAT64 and not self.wide
@@ -103,7 +104,7 @@ class TensorInputs:
             for part, own in self.parts.items()
         )
 
-    @property
+    @functools.cached_property
     def signature(self) -> tuple[Any, ...]:
         """What tensors must share to stand in one chunk: what a kernel sees."""
         if not self.merged:
@@ -113,7 +114,7 @@ class TensorInputs:
         beside = tuple(sorted(self.beside))
         return "F64" if self.wide else "F32", base, code, beside, self.kernel_dtypes
 
-    @property
+    @functools.cached_property
     def written_bytes(self) -> int:
         return sum(
             math.prod(own.stored_shape) * own.dtype.itemsize
@@ -140,8 +141,10 @@ class MergeInputs:
 class MismatchError(CheckpointError):
     """The checkpoints do not fit each other; `mismatches` has a line for each."""
 
-    def __init__(self, mismatches: list[str]):
+    def __init__(self, mismatches: list[str], hint: str = ""):
         self.mismatches = mismatches
+        self.hint = hint
         more = len(mismatches) - 3
         tail = f"; and {more} more (--dry_run lists them)" if more > 0 else ""
-        super().__init__("; ".join(mismatches[:3]) + tail)
+        way_out = f"; {hint}" if hint else ""
+        super().__init__("; ".join(mismatches[:3]) + tail + way_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,17 +76,24 @@ class Journal:
             if "tensor" in entry and (entry["checked"] or not self._checked)
         }
 
-    def keep_tensor(
-        self, name: str, checksums: dict[str, str], inputs: list[str]
+    def keep_tensors(
+        self, done: Sequence[tuple[str, dict[str, str], list[str]]]
     ) -> None:
-        """Notes that a tensor is completely written, with what it was made of."""
+        """Notes that tensors are completely written, with what they were made of.
+
+        Args:
+          done: the name of each, its checksums by part, and those of its inputs.
+        """
         self._append(
-            {
-                "tensor": name,
-                "checksums": checksums,
-                "inputs": inputs,
-                "checked": self._checked,
-            }
+            *(
+                {
+                    "tensor": name,
+                    "checksums": checksums,
+                    "inputs": inputs,
+                    "checked": self._checked,
+                }
+                for name, checksums, inputs in done
+            )
         )
 
     def _of_this_merge(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,9 +106,10 @@ class Journal:
                 found.append(entry)
         return found
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._folder.journal(*([] if self._begun else [self._start]), entry)
-        self._begun = True
+    def _append(self, *entries: dict[str, Any]) -> None:
+        if entries:
+            self._folder.journal(*([] if self._begun else [self._start]), *entries)
+            self._begun = True
 
 
 def fingerprint(prepared: Prepared) -> str:
@@ -117,6 +126,7 @@ def fingerprint(prepared: Prepared) -> str:
         prepared.recipe.to_dict(),
         prepared.seed,
         prepared.base is None,
+        prepared.rows,
     ]
     facts += [
         [str(file.path.resolve()), file.size, file.version]

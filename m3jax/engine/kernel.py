@@ -41,9 +41,9 @@ class Program:
 
     def unit(self, depth: int) -> str:
         """What the first `depth` steps have to see whole."""
-        return max(
-            (s.unit for s in self.steps[:depth]), key=UNITS.index, default="element"
-        )
+        whole = depth == len(self.steps)
+        seen = [s for s in self.steps[:depth] if whole or not getattr(s, "after", 0)]
+        return max((s.unit for s in seen), key=UNITS.index, default="element")
 
     def draws(self, depth: int | None = None) -> str:
         """The random numbers that the first `depth` transforms take, or ""."""
@@ -123,6 +123,9 @@ def merge(
     """
     x = _transformed(_wide(x), numbers, draw, program, None)
     merged = program.method.apply(x, numbers.p[-1], numbers.info[-1])
+    for i, step in enumerate(program.transforms):
+        if step.after:
+            merged = step.finish(x, merged, numbers.p[i], numbers.info[i])
     parts = merged if isinstance(merged, Mapping) else {"": merged}
     return {part: parts[part].astype(dtype) for part, dtype in dtypes}
 
@@ -152,7 +155,7 @@ def reduce(
 
     Returns:
       For each array of the function: sums and maxima of each row, (R, ...); a
-      histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH).
+      histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH); values likewise.
     """
     x = _transformed(_wide(x), numbers, draw, program, depth)
     shape = x.models.shape[1:]
@@ -167,6 +170,8 @@ def reduce(
 
     def combined(part: jax.Array, how: str) -> jax.Array:
         part = rows(part)
+        if how == "values":
+            return part[None]
         if how == "histogram":
             codes = jnp.where(valid, part, jnp.uint16(ABOVE))
             return count_codes(codes)[None] if count else codes[None]
@@ -189,6 +194,8 @@ def _transformed(
 ) -> Operands:
     """The operands after the first `depth` transforms."""
     for i, step in enumerate(program.transforms[:depth]):
+        if step.after:
+            continue
         own = draw if step.draws else None
         x = step.apply(x, numbers.p[i], numbers.info[i], own)
     return x

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.methods.selection import BINS
 from m3jax.methods.step import Problem, Reduction, any_traced, namespace
@@ -20,7 +21,7 @@ from m3jax.mixup import group_of
 from m3jax.recipe import RecipeError
 
 Groups = list[list[int]]  # the places of the tensors of each group
-# Bytes of counters that a pass may hold: so many groups are measured together.
+# Bytes of counters and values that a pass may hold: so many groups go together.
 _COUNTERS = 64 << 20
 _TOGETHER = 4096  # groups, at most
 
@@ -32,12 +33,16 @@ class Bench(Protocol):
       names, sizes: of all tensors.
       num_models: K.
       traced: the arrays are arguments of a transformation of JAX.
+      few: of a group of at most so many elements a pass may ask for the values.
     """
 
     names: list[str]
     sizes: list[int]
     num_models: int
     traced: bool
+
+    @property
+    def few(self) -> int: ...
 
     def own(self, places: Sequence[int]) -> list[int]:
         """Those of the tensors that this process looks at."""
@@ -67,21 +72,19 @@ class Bench(Protocol):
         ...
 
 
-def measure(
+def measured_by(
     bench: Bench,
-    program: Program,
+    job: Job,
     numbers: Numbers,
-    places: Sequence[int],
     kept: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
     gathered: Callable[[Any], Any] = lambda table: table,
 ) -> Numbers:
-    """Runs the statistics of a program's steps in order, and derives their numbers.
+    """Runs the statistics of a job's steps in order, and derives their numbers.
 
     Args:
       bench: where the tensors are.
-      program: what is done to them.
+      job: what is done to which of them.
       numbers: tables of the parameters. A table may be a function that gives it.
-      places: of the program's tensors.
       kept: (name, find) -> what `find` gives, or what it gave in an interrupted run.
       gathered: puts together what the processes have found of their own tensors.
 
@@ -89,6 +92,8 @@ def measure(
       The numbers with `info` filled in.
     """
     info: list[Mapping[str, Any]] = []
+    program = job.program
+    places = [i for i in job.places if bench.sizes[i]]
     for depth in range(len(program.steps)):
         so_far = numbers._replace(info=tuple(info))
 
@@ -96,7 +101,7 @@ def measure(
             return _found(bench, program, depth, so_far, places, gathered)
 
         scope = program.steps[depth].scope
-        found = kept(f"step {depth}", find) if scope else {}
+        found = kept(f"{job.label}step {depth}", find) if scope else {}
         info.append(found)
         if depth < len(program.transforms):
             info[-1] = derived(program, depth, so_far, found)
@@ -120,11 +125,15 @@ def table_of(table: Any) -> Any:
     return table() if callable(table) else table
 
 
+def resolved(p: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The parameters of the steps with all tables there."""
+    return tuple({n: table_of(own) for n, own in step.items()} for step in p)
+
+
 def completed(program: Program, numbers: Numbers) -> Numbers:
     """The numbers with all tables there, and what the method derives of them."""
-    p = tuple({n: table_of(own) for n, own in step.items()} for step in numbers.p)
-    numbers = numbers._replace(p=p)
-    last = derived(program, len(p) - 1, numbers, numbers.info[-1])
+    numbers = numbers._replace(p=resolved(numbers.p))
+    last = derived(program, len(numbers.p) - 1, numbers, numbers.info[-1])
     return numbers._replace(info=(*numbers.info[:-1], last))
 
 
@@ -142,12 +151,14 @@ def _found(
     traced = is_traced_at(bench, program, depth, numbers)
     groups = grouped(step.scope, bench.names, bench.own(places) if alone else places)
     infos: list[Any] = [None] * len(groups)
-    for batch in _batches(len(groups), bench.num_models):
+    sizes = [sum(bench.sizes[i] for i in places) for places in groups]
+    for batch in _batches(sizes, bench):
         live, asked = {}, {}
         for g in batch:
             problem = Problem(
                 num_models=bench.num_models,
-                size=sum(bench.sizes[i] for i in groups[g]),
+                size=sizes[g],
+                few=sizes[g] <= bench.few,
                 numbers=_OfGroup(step.name, numbers.p[depth], groups[g]),
                 traced=traced,
             )
@@ -198,12 +209,17 @@ def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:
     return list(groups.values())
 
 
-def _batches(count: int, num_models: int) -> Iterator[range]:
-    if not count:
-        return
-    size = min(_TOGETHER, max(1, _COUNTERS // (8 * BINS * num_models)))
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+def _batches(sizes: Sequence[int], bench: Bench) -> Iterator[range]:
+    """The groups, of these elements, that are measured together."""
+    start = used = 0
+    for g, size in enumerate(sizes):
+        own = bench.num_models * (4 * size if size <= bench.few else 8 * BINS)
+        if g > start and (g - start == _TOGETHER or used + own > _COUNTERS):
+            yield range(start, g)
+            start, used = g, 0
+        used += own
+    if start < len(sizes):
+        yield range(start, len(sizes))
 
 
 def _alike(asked: Mapping[int, Reduction]) -> list[int]:
@@ -275,6 +291,8 @@ def stacked(reductions: Sequence[Reduction]) -> dict[str, Any]:
 
 def put_together(how: str, a: Any, b: Any) -> Any:
     """What two parts of a group make together."""
+    if how == "values":
+        return np.concatenate([a, b], axis=-1)
     return np.maximum(a, b) if how == "max" else a + b
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.output.destination import (
     check_free,
     local,
@@ -22,14 +23,16 @@ from m3jax.checkpoints.output.destination import (
 from m3jax.checkpoints.output.folder import OutputError, OutputFolder
 from m3jax.checkpoints.output.part import OutputPart, described
 from m3jax.checkpoints.output.shards import ShardWriter, write_index
-from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
+from m3jax.engine.arguments import paths, recipe_of
 from m3jax.engine.draws import early
+from m3jax.engine.jobs import Job
 from m3jax.engine.journal import Journal
 from m3jax.engine.kernel import Numbers
-from m3jax.engine.measure import completed, measure
+from m3jax.engine.measure import completed, measured_by
 from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
 from m3jax.engine.processes import ProcessError, Processes, joined
 from m3jax.engine.progress import Progress
@@ -38,6 +41,9 @@ from m3jax.engine.sharded import Sharded
 from m3jax.engine.share import Share
 from m3jax.engine.streamed import Stream
 from m3jax.recipe import Recipe
+from m3jax.recipe.documents import Document
+
+Measured = tuple[tuple[Job, Numbers], ...]  # the numbers of each job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +70,15 @@ class MergeResult:
 
 def merge(
     base: str | PathLike[str] | None,
-    models: Sequence[str | PathLike[str]],
+    models: Sequence[str | PathLike[str]] | str | PathLike[str] | Checkpoint,
     output: str | PathLike[str],
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
     execution: Execution | None = None,
     progress: Progress | None = None,
     statistics: Sequence[str | PathLike[str]] = (),
+    documents: Mapping[str, Document] | None = None,
 ) -> MergeResult:
     """Merges checkpoints into a new checkpoint folder that transformers loads.
 
@@ -82,14 +89,17 @@ def merge(
 
     Args:
       base: the base model, a path or Hugging Face id; None if the recipe needs none.
-      models: the fine-tuned models; their order is that of the ratios.
+      models: the fine-tuned models; their order is that of the ratios. An opened
+        checkpoint stands for a single one.
       output: the folder to make, or its URL; `store_output` says what differs there.
-      recipe: what to do; the default is M3's average.
+      recipe: what to do, or its fields as a dict; the default is M3's average.
       seed: of ratios and masks, 0 <= seed < 2**32.
       execution: how to run it.
       progress: is told what happens.
       statistics: one checkpoint per model, for a method that reads what was measured
         (Fisher information, Gram matrices): its tensors have the names of the weights.
+      documents: by path, how inputs were made that go with this merge, for the record;
+        `m3jax.engine.documents` makes them.
 
     Raises:
       RecipeError: the recipe does not fit the models.
@@ -99,29 +109,33 @@ def merge(
       ProcessError: another process failed or died; it is an OSError.
       UnequalProcessesError: the processes were given different merges.
     """
-    recipe, execution = recipe or Recipe(), execution or Execution()
+    recipe, execution = recipe_of(recipe), execution or Execution()
     progress = progress or Progress()
     final = store.parse(fspath(output))
-    names = [fspath(model) for model in models]
+    given = models if isinstance(models, Checkpoint) else paths(models, "models")
     started = time.perf_counter()
     with joined() as processes:
         check_free(final, overwrite=execution.overwrite, resume=execution.resume)
         with prepare(
             None if base is None else fspath(base),
-            names,
+            given,
             recipe,
             seed,
             execution,
-            [fspath(own) for own in statistics],
+            paths(statistics, "statistics"),
         ) as prepared:
             if processes.count > 1:
                 processes.same(agreement.facts(prepared))
             check_apart(final, prepared.checkpoints)
             for note in prepared.inputs.notes:
                 progress.note(note)
+            if (reading := caching.choose(prepared.files)) is not None:
+                progress.note(reading)
             with _output(final, execution, processes, progress) as folder:
                 try:
-                    result = _execute(prepared, processes, folder, progress, started)
+                    result = _execute(
+                        prepared, processes, folder, progress, started, documents or {}
+                    )
                     return dataclasses.replace(result, output=final)
                 except (CheckpointError, ProcessError):
                     _check_unchanged(prepared, folder)  # which would be the reason
@@ -163,6 +177,7 @@ def _execute(
     folder: OutputFolder | OutputPart,
     progress: Progress,
     started: float,
+    documents: Mapping[str, Document],
 ) -> MergeResult:
     journal = Journal(prepared, folder, progress)
     if isinstance(folder, OutputFolder):
@@ -189,9 +204,9 @@ def _execute(
     )
     passes = time.perf_counter()
     in_memory: Sharded | None = None
+    numbers: Measured = ()
     if prepared.execution.executor == "sharded":
         in_memory = Sharded(prepared, processes, progress, stream.clock)
-        numbers = Numbers((), ())
     else:
         numbers = _measured(prepared, share, stream, journal)
     writer = processes.first_then_others(
@@ -214,7 +229,7 @@ def _execute(
         recorder.add(records)
     if isinstance(folder, OutputFolder):
         with stream.clock.stage("committing"):
-            _complete(prepared, recorder, folder, _recorded(prepared, numbers))
+            _complete(prepared, recorder, folder, _recorded(numbers), documents)
     processes.from_first("the output has its name")
     return MergeResult(
         output=folder.final,
@@ -232,8 +247,8 @@ def _execute(
 
 def _measured(
     prepared: Prepared, share: Share, stream: Stream, journal: Journal
-) -> Numbers:
-    """The numbers of the merge, with what its steps have to know of the models."""
+) -> Measured:
+    """The numbers of each job, with what its steps have to know of the models."""
 
     def kept(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         saved = journal.statistics(name)
@@ -248,16 +263,19 @@ def _measured(
         total = share.processes.sum(own)
         return dict(zip(names[0], total or (), strict=True))
 
-    places = [i for i in prepared.merged if prepared.items[i].size]
-    numbers = prepared.numbers()
-    return measure(stream, prepared.program, numbers, places, kept, gathered)
+    def measured(job: Job) -> Numbers:
+        keep = kept if job.places else lambda name, find: find()
+        return measured_by(stream, job, prepared.numbers(job), keep, gathered)
+
+    pairs = zip(prepared.jobs, prepared.measured, strict=True)
+    return tuple((job, measured(own)) for job, own in pairs)
 
 
 def _merge_share(
     prepared: Prepared,
     share: Share,
     stream: Stream,
-    measured: Numbers,
+    measured: Measured,
     recorder: Recorder,
     progress: Progress,
 ) -> None:
@@ -268,19 +286,23 @@ def _merge_share(
     written = sum(prepared.inputs.tensors[i].written_bytes for i in left)
     progress.stage("merging", prepared.read_bytes(left) + written)
 
-    def numbers(drawn: bool) -> Numbers:
-        own = measured
-        if not drawn:
-            own = early(own, len(prepared.models), len(prepared.items))
-        return completed(prepared.program, own)
+    def merge(job: Job, order: list[int], own: Numbers) -> None:
+        def numbers(drawn: bool) -> Numbers:
+            counts = prepared.num_models, len(prepared.items)
+            return completed(job.program, own if drawn else early(own, *counts))
 
-    stream.merge(
-        prepared.program,
-        left,
-        numbers,
-        recorder,
-        check_finite=not prepared.execution.allow_nonfinite,
-    )
+        finite = not prepared.execution.allow_nonfinite
+        whole = prepared.whole(job)
+        stream.merge(job, order, whole, numbers, own, recorder, check_finite=finite)
+
+    jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
+    others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))
+    for job, own in jobs:
+        mine = set(job.places)
+        first = job is jobs[0][0]  # with it, what is copied: in order of the files
+        order = [i for i in left if i in mine or (first and i not in others)]
+        if order:
+            merge(job, order, own)
 
 
 def _sync(writer: ShardWriter, folder: OutputPart) -> None:
@@ -292,15 +314,16 @@ def _sync(writer: ShardWriter, folder: OutputPart) -> None:
         raise
 
 
-def _recorded(prepared: Prepared, numbers: Numbers) -> dict[str, list[float]]:
-    """What the method says of the whole model, for the record."""
-    names = prepared.recipe.method.records
-    info = numbers.info[-1] if numbers.info else {}
-    tables = {name: np.asarray(info[name]) for name in names if name in info}
-    place = next(iter(prepared.merged), 0)
+def _recorded(measured: Measured) -> dict[str, list[float]]:
+    """What the methods say of all their tensors, for the record."""
     return {
-        name: np.atleast_1d(table[..., place]).astype(np.float64).tolist()
-        for name, table in tables.items()
+        f"{job.label}{name}": np.atleast_1d(np.asarray(info[name])[..., job.places[0]])
+        .astype(np.float64)
+        .tolist()
+        for job, numbers in measured
+        for info in numbers.info[-1:]
+        for name in job.recipe.method.records
+        if name in info and job.places
     }
 
 
@@ -309,6 +332,7 @@ def _complete(
     recorder: Recorder,
     folder: OutputFolder,
     measured: dict[str, list[float]],
+    documents: Mapping[str, Document],
 ) -> None:
     """Writes what goes with the tensors, and gives the folder its name."""
     write_index(folder, prepared.shards)
@@ -322,11 +346,15 @@ def _complete(
             models=prepared.models,
             statistics=prepared.statistics,
             measured=measured,
+            documents=[{**d.to_dict(), "path": path} for path, d in documents.items()],
             input_checksums=recorder.input_checksums(),
             shards=prepared.shards,
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            notes=prepared.inputs.notes,
+            side_files=prepared.side_files,
+            other_files=prepared.other_files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

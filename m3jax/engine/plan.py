@@ -119,6 +119,31 @@ def cut(items: Sequence[Item], order: Sequence[int], tiles: int) -> list[Chunk]:
     return chunks
 
 
+def whole(items: Sequence[Item], order: Sequence[int], tiles: int) -> list[list[Chunk]]:
+    """Cuts tensors into groups of chunks, each of which holds whole tensors.
+
+    Small ones fill a chunk together; larger ones share a few, of which only the last is
+    not full, where there is enough for all threads to do.
+
+    Args:
+      items, order, tiles: as for `cut`.
+    """
+    total = sum(-(-items[index].size // TILE) for index in order)
+    limit = tiles * max(1, min(4, total // (16 * tiles)))
+    groups: list[list[int]] = []
+    rows = 0
+    for index in order:
+        item, own = items[index], -(-items[index].size // TILE)
+        alike = groups and items[groups[-1][-1]].signature == item.signature
+        if alike and rows + own <= limit:
+            groups[-1].append(index)
+            rows += own
+        else:
+            groups.append([index])
+            rows = own
+    return [cut(items, group, tiles) for group in groups]
+
+
 def blocks(
     items: Sequence[Item], order: Sequence[int], elements: int, unit: str
 ) -> list[Chunk]:
@@ -127,19 +152,20 @@ def blocks(
     Args:
       items, order: as for `cut`.
       elements: of a block of rows, if a row has no more.
-      unit: ``row``: blocks of a tensor are (rows, columns) of one shape, the last one
-        not full; ``matrix``: the tensor, in its own shape.
+      unit: ``row``: blocks of a tensor are (rows, columns) of one shape but the last,
+        which may have fewer rows; ``matrix``: the tensor, in its own shape.
     """
     chunks = []
     for index in order:
         item = items[index]
         shape, size = item.shape, item.size
+        columns = item.shape[-1] if item.shape else 1
         if unit == "row" and size:
-            columns = item.shape[-1] if item.shape else 1
-            rows = max(1, min(elements // columns, item.size // columns))
-            shape, size = (rows, columns), rows * columns
+            size = columns * max(1, min(elements // columns, size // columns))
         for start in range(0, item.size, max(size, 1)):
             run = Run(index, start, min(size, item.size - start), 0)
+            if unit == "row":
+                shape = (run.count // columns, columns)
             chunks.append(Chunk(item.signature, item.merged, (run,), shape))
     return chunks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,15 +17,23 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards
-from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.places import caching, direct
+from m3jax.checkpoints.places.files import InputFile, Location
+from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
-from m3jax.engine import draws, plan
+from m3jax.engine import differences, draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
-from m3jax.engine.inputs import MergeInputs, TensorInputs
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.by_token import by_token
+from m3jax.engine.by_token import compared as compare_by_row
+from m3jax.engine.inputs import MergeInputs, MismatchError, TensorInputs
+from m3jax.engine.jobs import Job, jobs
+from m3jax.engine.kernel import Numbers
 from m3jax.engine.lineup import align
 from m3jax.engine.pipeline import available_cores
+from m3jax.engine.tokenizer_files import not_taken, tokenizer_files, tokenizer_owner
+from m3jax.engine.vocabulary import is_named
 from m3jax.recipe import Recipe, RecipeError, parse_size
+from m3jax.recipe.tokenizer import check_vocabulary
 
 T = TypeVar("T")
 
@@ -51,6 +60,8 @@ class Execution:
       tokenizer_from: the model whose tokenizer goes along; None: the base's.
       output_format: ``safetensors`` or ``orbax``; None: ``orbax`` if the base (the
         first model without one) is an Orbax checkpoint.
+      strict: refuse models that differ from the first in more than their weights, such
+        as in their rope, their end token or where they come from.
       executor: ``streamed``, or ``sharded``: in the memory of all devices.
       mesh: sizes of ``rows`` and ``columns`` of the devices of the sharded executor,
         by which it splits tensors; None: all are rows.
@@ -65,6 +76,7 @@ class Execution:
     fsync: bool = True
     tokenizer_from: str | None = None
     output_format: str | None = None
+    strict: bool = False
     executor: str = "streamed"
     mesh: Mapping[str, int] | None = None
 
@@ -106,6 +118,10 @@ class Prepared:
       places: the shard of each part of each tensor.
       tiles: of a chunk.
       devices, execution: how it is run.
+      side_files: the folder that each of them comes from, by name.
+      other_files: contents of those that are not as they stand there; None for one
+        that is left out.
+      rows: a digest of which row belongs to which token; "" in a merge by row.
     """
 
     base: Checkpoint | None
@@ -121,6 +137,9 @@ class Prepared:
     tiles: int
     devices: tuple[jax.Device, ...]
     execution: Execution
+    side_files: Mapping[str, Location] = dataclasses.field(default_factory=dict)
+    other_files: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)
+    rows: str = ""
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -128,31 +147,63 @@ class Prepared:
         return (*base, *self.models, *self.statistics)
 
     @property
+    def files(self) -> list[InputFile]:
+        """Those that the passes read."""
+        origins = (o for tensor in self.inputs.tensors for o in tensor.origins)
+        owners = {id(origin.owner): origin.owner for origin in origins}
+        return [file for owner in owners.values() for file in owner.files]
+
+    @property
+    def num_models(self) -> int:
+        """How many the steps see: K."""
+        return self.recipe.num_inputs(len(self.models))
+
+    @property
     def ratios(self) -> dict[str, tuple[float, ...]] | None:
         """Drawn or given, per group of tensors; None where M3 is off."""
         return self.drawn.result()
 
-    @property
-    def program(self) -> Program:
-        return Program.of(self.recipe)
+    @functools.cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """Which of the merged tensors which steps merge."""
+        tensors = self.inputs.tensors
+        return jobs(self.recipe, ((i, tensors[i].name) for i in self.merged))
 
     @property
     def merged(self) -> list[int]:
         """Positions of the tensors that are merged rather than copied."""
         return [i for i, item in enumerate(self.items) if item.merged]
 
+    def whole(self, job: Job) -> list[int]:
+        """The job's tensors that are measured and merged at one reading."""
+        if self.execution.executor != "streamed" or not resident.possible(self.devices):
+            return []
+        own = buffer_bytes(self.inputs.tensors, self.items, self.tiles, self.units)
+        count = resident.buffer_count(sum(own), self.execution.num_threads)
+        return resident.places(job, self.items, self.tiles, count)
+
+    @functools.cached_property
+    def measured(self) -> tuple[Job, ...]:
+        """The jobs, with those of their tensors that are measured before any merge."""
+        found = []
+        for job in self.jobs:
+            whole = set(self.whole(job))
+            left = tuple(i for i in job.places if i not in whole)
+            # Which they are depends on how a merge is run, and it may go on otherwise.
+            label = f"{job.label}{len(left)} left: " if whole else job.label
+            found.append(dataclasses.replace(job, places=left, label=label))
+        return tuple(found)
+
     @property
     def passes(self) -> list[str]:
         """The reading passes, named; a sample is not counted."""
-        names = []
-        for step in self.recipe.steps:
-            each = {
-                "tensor": "per tensor",
-                "layer": "per layer",
-                "model": "whole model",
-            }
-            if step.scope:
-                names.append(f"what {step.name} measures, {each[step.scope]}")
+        each = {"tensor": "per tensor", "layer": "per layer", "model": "whole model"}
+        names = [
+            f"what {step.name} measures, {each[step.scope]}"
+            for job in self.measured
+            for step in job.recipe.steps
+            if step.scope and job.places
+        ]
         return [*names, "merge"]
 
     def read_bytes(self, positions: Sequence[int]) -> int:
@@ -170,28 +221,35 @@ class Prepared:
     @property
     def units(self) -> tuple[str, ...]:
         """What the steps have to see whole."""
-        program = self.program
-        return tuple({program.unit(d) for d in range(len(program.steps) + 1)})
+        programs = [job.program for job in self.jobs if job.places]
+        found = {p.unit(d) for p in programs for d in range(len(p.steps) + 1)}
+        return tuple(found or {"element"})
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all buffers: inputs, results, float32 intermediates and caches."""
+        """Bytes of all buffers: inputs, results, float32 intermediates and caches, and
+        what is copied to or from on the way past the page cache."""
         own = buffer_bytes(self.inputs.tensors, self.items, self.tiles, self.units)
         caches = sum(checkpoint.cache_bytes for checkpoint in self.checkpoints)
         if "matrix" in self.units:
             largest = max((self.items[i].size for i in self.merged), default=0)
-            return sum(own) + 4 * largest * (len(self.models) + 2) + caches
+            return sum(own) + 4 * largest * (self.num_models + 2) + caches
+        threads = self.execution.num_threads
         result = self.tiles * plan.TILE * 4
-        return self.execution.num_threads * (sum(own) + result) + caches
+        written = any(shard.largest >= direct.LEAST_FILE for shard in self.shards)
+        past_cache = direct.BUFFER * (written + (not caching.fit(self.files)))
+        held = threads
+        if resident.possible(self.devices):
+            held = resident.held(self.jobs, self.items, self.tiles, sum(own), threads)
+        return held * sum(own) + threads * (result + past_cache) + caches
 
-    def numbers(self) -> Numbers:
-        """The tables of the recipe's numbers over all tensors."""
+    def numbers(self, job: Job) -> Numbers:
+        """The tables of a job's numbers over all tensors."""
         names = [tensor.name for tensor in self.inputs.tensors]
         return draws.tables(
-            self.recipe,
-            self.program,
+            job,
             names,
-            len(self.models),
+            self.num_models,
             self.seed,
             lambda: self.ratios,
         )
@@ -205,7 +263,7 @@ def written_name(name: str, part: str) -> str:
 @contextlib.contextmanager
 def prepare(
     base: str | None,
-    models: Sequence[str],
+    models: Sequence[str] | Checkpoint,
     recipe: Recipe,
     seed: int,
     execution: Execution,
@@ -222,24 +280,22 @@ def prepare(
     Raises:
       RecipeError, SeedError, CheckpointError: one line each.
     """
-    recipe.check(num_models=len(models), has_base=base is not None)
-    recipe.check_statistics(len(statistics), len(models))
+    given = [models] if isinstance(models, Checkpoint) else models
+    recipe.check(num_models=len(given), has_base=base is not None)
+    recipe.check_statistics(len(statistics), len(given))
     prng.check_seed(seed)
+    known = [own.name if isinstance(own, Checkpoint) else own for own in given]
+    check_vocabulary(recipe.vocabulary, [*([] if base is None else [base]), *known])
     with contextlib.ExitStack() as stack:
         opened_base = (
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
-        opened = [stack.enter_context(open_checkpoint(model)) for model in models]
-        names = [model.name for model in opened]
-        if execution.tokenizer_from not in (None, "base", *names):
-            raise CheckpointError(
-                f"tokenizer_from={execution.tokenizer_from} needs 'base' or one of the "
-                f"models: {', '.join(names)}"
-            )
-        first = opened_base or opened[0]
-        of_name = dict(zip(names, opened, strict=True))
-        for owner in (first, of_name.get(execution.tokenizer_from or "", first)):
-            check_side_files(owner.folder)
+        opened = [
+            own
+            if isinstance(own, Checkpoint)
+            else stack.enter_context(open_checkpoint(own, base=base))
+            for own in given
+        ]
         beside = [stack.enter_context(open_checkpoint(own)) for own in statistics]
         yield _plan(opened_base, opened, beside, recipe, seed, execution)
 
@@ -252,14 +308,34 @@ def _plan(
     seed: int,
     execution: Execution,
 ) -> Prepared:
-    inputs = align(base, models, recipe, statistics)
+    tokens = by_token(recipe, base, models)
+    compared = compare_by_row(recipe, base, models) if tokens is None else tokens
+    inputs = align(base, models, recipe, statistics, compared)
+    inputs = _compared(inputs, base, models, execution)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
+    owner = tokenizer_owner(recipe, base, models, execution.tokenizer_from, tokens)
+    chosen = companions.choose(first, owner, models, not_taken(recipe))
+    check_side_files(chosen.owners)  # now, before a long merge begins
+    beside = tokenizer_files(
+        recipe,
+        [first, *models],
+        owner,
+        chosen.owners,
+        execution.tokenizer_from is None,
+        tokens,
+        _new_rows(inputs, first),
+    )
     shards = _shards(tensors, sizes, recipe, execution.output_format, first)
     by_name = {tensor.name: tensor for tensor in tensors}
     order = [name for s in shards for name in s.entries if name in by_name]
-    inputs = dataclasses.replace(inputs, tensors=tuple(by_name[n] for n in order))
+    inputs = dataclasses.replace(
+        inputs,
+        tensors=tuple(by_name[n] for n in order),
+        config={**beside.config, **inputs.config},
+        notes=(*inputs.notes, *chosen.notes, *beside.notes),
+    )
     holder = {name: i for i, shard in enumerate(shards) for name in shard.entries}
     places = {
         (i, part): holder[written_name(tensor.name, part)]
@@ -289,7 +365,11 @@ def _plan(
         seed=seed,
         inputs=inputs,
         drawn=_in_background(
-            mixup.draw_ratios, recipe.mixup, len(models), merged_names, seed
+            mixup.draw_ratios,
+            recipe.mixup,
+            recipe.num_inputs(len(models)),
+            merged_names,
+            seed,
         ),
         items=items,
         shards=tuple(shards),
@@ -297,7 +377,35 @@ def _plan(
         tiles=tiles,
         devices=devices,
         execution=execution,
+        side_files=chosen.owners,
+        other_files=beside.files,
+        rows="" if tokens is None else tokens.alignment.digest,
     )
+
+
+def _new_rows(inputs: MergeInputs, first: Checkpoint) -> int | None:
+    """Rows of the output's vocabulary, where they are not the first checkpoint's."""
+    for tensor in inputs.tensors:
+        if is_named(tensor.name) and tensor.name in first.tensors:
+            rows = tensor.shape[0]
+            return None if rows == first.tensors[tensor.name].shape[0] else rows
+    return None
+
+
+def _compared(
+    inputs: MergeInputs,
+    base: Checkpoint | None,
+    models: list[Checkpoint],
+    execution: Execution,
+) -> MergeInputs:
+    """The inputs, with a note for each thing in which the checkpoints differ."""
+    checkpoints = models if base is None else [base, *models]
+    named = {own.name: own for own in checkpoints}
+    owner = named.get(execution.tokenizer_from or "", checkpoints[0])
+    lines = differences.found(checkpoints, inputs.tensors, owner)
+    if lines and execution.strict:
+        raise MismatchError(lines, "refused, since --strict is set")
+    return dataclasses.replace(inputs, notes=(*inputs.notes, *lines))
 
 
 def _shards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from m3jax.checkpoints.output.shards import ShardWriter
 from m3jax.engine.journal import Journal
 from m3jax.engine.prepare import Prepared, written_name
 from m3jax.engine.progress import Progress
-from m3jax.engine.streamed import Emit, Parts
+from m3jax.engine.streamed import Emit, Made
 
 _BLOCK = 8 << 20  # bytes that are read back at a time
 
@@ -30,6 +31,7 @@ class Recorder(Emit):
         self._prepared = prepared
         self._writer = writer
         self._journal = journal
+        self._lock = threading.Lock()
         self._running: dict[int, list[Any]] = {}
         self._input_checksums: dict[int, list[str]] = {}
         self.checksums: dict[int, dict[str, str]] = {}
@@ -49,23 +51,38 @@ class Recorder(Emit):
         place = self._prepared.places[item, part]
         self._writer.write(place, entry.start + offset, values)
 
-    def record(
-        self, item: int, start: int, parts: Parts, inputs: list[np.ndarray]
-    ) -> None:
-        arrays = [*parts.values(), *inputs]
-        running = self._running.setdefault(item, [xxhash.xxh3_128() for _ in arrays])
-        for checksum, array in zip(running, arrays, strict=True):
-            checksum.update(array.view(np.uint8))
-        if start + len(inputs[0]) == self._prepared.items[item].size:
-            digests = [c.hexdigest() for c in self._running.pop(item)]
-            made = dict(zip(parts, digests, strict=False))
-            self.keep(item, made, digests[len(made) :])
+    def record(self, made: Sequence[Made]) -> None:
+        done = []
+        for item, start, parts, inputs in made:
+            arrays = [*parts.values(), *inputs]
+            last = start + len(inputs[0]) == self._prepared.items[item].size
+            if start == 0 and last:  # the whole of it
+                digests = [xxhash.xxh3_128_hexdigest(a.view(np.uint8)) for a in arrays]
+            else:
+                running = self._running.setdefault(
+                    item, [xxhash.xxh3_128() for _ in arrays]
+                )
+                for checksum, array in zip(running, arrays, strict=True):
+                    checksum.update(array.view(np.uint8))
+                if not last:
+                    continue
+                digests = [c.hexdigest() for c in self._running.pop(item)]
+            own = dict(zip(parts, digests, strict=False))
+            done.append((item, own, digests[len(own) :]))
+        self.keep(done)
 
-    def keep(self, item: int, checksums: dict[str, str], inputs: list[str]) -> None:
-        """Notes that a tensor is completely written, with what it was made of."""
-        name = self._prepared.inputs.tensors[item].name
-        self._journal.keep_tensor(name, checksums, inputs)
-        self._finish(item, checksums, inputs)
+    def keep(self, done: Sequence[tuple[int, dict[str, str], list[str]]]) -> None:
+        """Notes that tensors are completely written, with what they were made of.
+
+        Args:
+          done: the place of each, its checksums by part, and those of its inputs.
+        """
+        tensors = self._prepared.inputs.tensors
+        with self._lock:
+            named = [(tensors[i].name, own, digests) for i, own, digests in done]
+            self._journal.keep_tensors(named)
+            for item, checksums, inputs in done:
+                self._finish(item, checksums, inputs)
 
     def checksums_on_disk(self, item: int, block: np.ndarray | None = None) -> Any:
         """Of what is written of a tensor, by part."""

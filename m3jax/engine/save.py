@@ -20,6 +20,7 @@ from m3jax.checkpoints.formats.boxes import Box
 from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.output.destination import open_output, open_writer
+from m3jax.checkpoints.output.folder import OutputFolder
 from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards, write_index
 from m3jax.checkpoints.places import hub, store
@@ -68,47 +69,63 @@ def save(
     leaves, _ = tree.flatten(params)
     dtypes = {name: _dtype(name, leaf) for name, leaf in leaves.items()}
     files = {} if like is None else _side_files(fspath(like), dtypes)
-    names = sorted(leaves, key=natural_order)
-    sizes = [math.prod(leaves[n].shape) * dtypes[n].itemsize for n in names]
-    described = [(name, dtypes[name], leaves[name].shape) for name in names]
     if format not in FORMATS:
         raise ValueError(f"format={format!r} needs {' or '.join(FORMATS)}")
-    if format == "orbax":
-        shards: list[Shard] = [OrbaxShard(described, tree.key_paths(params))]
-    else:
-        groups = split_shards(sizes, parse_size(max_shard_size))
-        shards = make_shards([[described[i] for i in g] for g in groups])
+    shards: list[Shard] = (
+        [OrbaxShard(described(leaves), tree.key_paths(params))]
+        if format == "orbax"
+        else shards_of(leaves, max_shard_size)
+    )
     with open_output(final, overwrite=False, resume=False) as folder:
-        folder.check_space(
-            sum(s.size for s in shards), largest=max(s.largest for s in shards)
-        )
-        writer = open_writer(folder, shards)
-        try:
-
-            def write(place: tuple[int, str]) -> None:
-                shard, name = place
-                entry = shards[shard].entries[name]
-                for box, values in pieces(leaves[name]):
-                    done = 0
-                    for start, count in boxes.runs(box, entry.shape):
-                        offset = entry.start + start * entry.dtype.itemsize
-                        writer.write(shard, offset, values[done : done + count])
-                        done += count
-
-            places = [(i, name) for i, s in enumerate(shards) for name in s.entries]
-            with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
-                left = collections.Counter(shard for shard, _ in places)
-                for (shard, _), _ in zip(places, pool.map(write, places), strict=True):
-                    left[shard] -= 1
-                    if not left[shard]:
-                        writer.complete(shard)
-        finally:
-            writer.close()
-        write_index(folder, shards)
+        write(folder, shards, leaves)
         for name, content in files.items():
             folder.write(name, content)
         folder.commit(fsync=True)
     return final
+
+
+def described(leaves: Mapping[str, Any]) -> list[tuple[str, Dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of tensors, in the order of their layers."""
+    names = sorted(leaves, key=natural_order)
+    return [(name, _dtype(name, leaves[name]), leaves[name].shape) for name in names]
+
+
+def shards_of(leaves: Mapping[str, Any], max_shard_size: int | str) -> list[Shard]:
+    """The safetensors files for tensors, none larger than that where it can be."""
+    entries = described(leaves)
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in entries]
+    groups = split_shards(sizes, parse_size(max_shard_size))
+    return make_shards([[entries[i] for i in group] for group in groups])
+
+
+def write(folder: OutputFolder, shards: list[Shard], leaves: Mapping[str, Any]) -> None:
+    """Writes tensors into the files of an output under construction."""
+    folder.check_space(
+        sum(s.size for s in shards), largest=max(s.largest for s in shards)
+    )
+    writer = open_writer(folder, shards)
+    try:
+
+        def write_one(place: tuple[int, str]) -> None:
+            shard, name = place
+            entry = shards[shard].entries[name]
+            for box, values in pieces(leaves[name]):
+                done = 0
+                for start, count in boxes.runs(box, entry.shape):
+                    offset = entry.start + start * entry.dtype.itemsize
+                    writer.write(shard, offset, values[done : done + count])
+                    done += count
+
+        places = [(i, name) for i, s in enumerate(shards) for name in s.entries]
+        with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+            left = collections.Counter(shard for shard, _ in places)
+            for (shard, _), _ in zip(places, pool.map(write_one, places), strict=True):
+                left[shard] -= 1
+                if not left[shard]:
+                    writer.complete(shard)
+    finally:
+        writer.close()
+    write_index(folder, shards)
 
 
 def pieces(array: Any) -> Any:
@@ -158,7 +175,7 @@ def _side_files(like: str, dtypes: Mapping[str, Dtype]) -> dict[str, bytes]:
     location, _ = hub.locate(like)
     folder = location if location.is_dir() else location.parent
     files = {}
-    for name in side_files.SIDE_FILES:
+    for name in side_files.names_of(folder):
         content = side_files.read_side_file(folder, name)
         if content is not None:
             files[name] = content

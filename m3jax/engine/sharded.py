@@ -27,6 +27,7 @@ from m3jax.checkpoints.source import Source
 from m3jax.engine import checks, in_memory
 from m3jax.engine.in_memory import multihost
 from m3jax.engine.inputs import Part, TensorInputs
+from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.load import num_threads, read_tensor
 from m3jax.engine.pipeline import Clock
@@ -97,7 +98,9 @@ class Sharded:
                 progress.advance(prepared.read_bytes([self._items[n]]))
                 self._leaves.append(leaf)
 
-    def merge(self, share: Share, recorder: Recorder, writer: ShardWriter) -> Numbers:
+    def merge(
+        self, share: Share, recorder: Recorder, writer: ShardWriter
+    ) -> tuple[tuple[Job, Numbers], ...]:
         """Merges the tensors that are not written yet, and writes them.
 
         Args:
@@ -115,8 +118,8 @@ class Sharded:
         done = set().union(*self._processes.gather(list(recorder.checksums)))
         left = [n for n, i in enumerate(self._items) if i not in done]
         if not left:
-            return Numbers((), ())
-        bench = in_memory.Leaves(self._leaves, len(self._prepared.models))
+            return ()
+        bench = in_memory.Leaves(self._leaves, self._prepared.num_models)
         x64 = jax.enable_x64(self._wide)
         with _explained(), self._clock.stage("computing"), x64:
             numbers = in_memory.measured(bench, recipe, seed)
@@ -125,7 +128,7 @@ class Sharded:
         )
         x64 = jax.enable_x64(self._wide)
         with _explained(), self._clock.stage("computing"), x64:
-            merged = in_memory.combine(bench, recipe, numbers, donate=True)
+            merged = in_memory.combine(bench, numbers, donate=True)
             jax.block_until_ready(merged)
         pool = concurrent.futures.ThreadPoolExecutor(num_threads())
         with self._clock.stage("writing"), pool:
@@ -144,7 +147,7 @@ class Sharded:
             if item in items:
                 self._processes.check()
                 inputs = [source.checksum() for source in watched]
-                recorder.keep(item, recorder.checksums_on_disk(item), inputs)
+                recorder.keep([(item, recorder.checksums_on_disk(item), inputs)])
 
     def _write(self, n: int, parts: dict[str, Any], recorder: Recorder) -> None:
         """Writes this process's share of a tensor; all of it, if there is only one."""
@@ -155,7 +158,7 @@ class Sharded:
         }
         if self._processes.count == 1:  # then the pieces are all there is, in order
             inputs = [watched.checksum() for watched in self._watched[n]]
-            recorder.keep(item, checksums, inputs)
+            recorder.keep([(item, checksums, inputs)])
 
     def _write_part(
         self, item: int, part_name: str, array: jax.Array, recorder: Recorder
@@ -277,7 +280,7 @@ class DeviceMemory:
 def device_memory(prepared: Prepared) -> DeviceMemory:
     """What the sharded executor needs on each device."""
     mesh = mesh_of(prepared)
-    random = bool(prepared.program.draws())
+    random = any(job.program.draws() for job in prepared.jobs)
     passes = len(prepared.passes) > 1
     inputs = working = 0
     for i in loaded_items(prepared):

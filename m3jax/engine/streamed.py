@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m3jax.engine import checks, leaves
+from m3jax.engine import checks, leaves, resident
 from m3jax.engine import tiles as on_tiles
-from m3jax.engine.buffers import Buffers, buffer_bytes, view
+from m3jax.engine.buffers import Buffers, Pool, buffer_bytes, view
 from m3jax.engine.inputs import TensorInputs
+from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers, Program, take
-from m3jax.engine.measure import Groups, int64_rows, put_together, stacked
+from m3jax.engine.measure import Groups, resolved
+from m3jax.engine.passes import Pass, by_group
 from m3jax.engine.pipeline import Clock, for_each
 from m3jax.engine.placement import Placement
-from m3jax.engine.plan import TILE, Chunk, Item, blocks, cut, sample
+from m3jax.engine.plan import TILE, Chunk, Item, blocks, cut, sample, whole
 from m3jax.engine.share import Share
-from m3jax.methods.selection import count_codes_on_host
+from m3jax.methods.selection import FEW
 from m3jax.methods.step import Operands, Reduction
 
 # A sample of 4 Mi elements finds a threshold to within a tenth of a histogram's
@@ -38,15 +39,22 @@ _SAMPLE_PAYS = 16  # times the sample
 Parts = Mapping[str, np.ndarray]  # of the output, by name
 
 
+class Made(NamedTuple):
+    """Elements from `start` on of a tensor, by part, and of what they were made."""
+
+    item: int
+    start: int
+    parts: Parts
+    inputs: list[np.ndarray]
+
+
 class Emit:
     """Receives what a merging pass makes. The methods are called from many threads."""
 
     def write(self, item: int, part: str, start: int, values: np.ndarray) -> None:
         """Elements [start, start + len(values)) of a tensor's part, any order."""
 
-    def record(
-        self, item: int, start: int, parts: Parts, inputs: list[np.ndarray]
-    ) -> None:
+    def record(self, made: Sequence[Made]) -> None:
         """The same with the inputs it was made of; in order within a tensor."""
 
 
@@ -92,12 +100,21 @@ class Stream:
         self._passes = 0
         self._measured: tuple[Program, int] | None = None
         self._devices = devices
+        self._threads = threads
         self._mesh = Mesh(np.array(devices), (on_tiles.AXIS,))
         # One CPU device shares the host's memory: NumPy takes over what it does better.
-        self._on_host = len(devices) == 1 and devices[0].platform == "cpu"
+        self._on_host = resident.possible(devices)
         sizes = buffer_bytes(tensors, items, tiles, units)
         count = 1 if "matrix" in units else threads
         self._buffers = [Buffers(*sizes) for _ in range(count)]
+        # For tensors that are measured and merged at one reading.
+        most = resident.buffer_count(sum(sizes), threads)
+        self._pool = Pool(lambda: Buffers(*sizes), most)
+
+    @property
+    def few(self) -> int:
+        """See `measure.Bench`."""
+        return FEW if self._on_host and self._share.processes.count == 1 else 0
 
     def own(self, places: Sequence[int]) -> list[int]:
         items = self._share.items  # a range: looking into it takes no time
@@ -117,9 +134,6 @@ class Stream:
         first = reductions[0]
         read = [self.own(places) for places in groups]
         order = [i for places in read for i in places]
-        slots = np.zeros(len(self._tensors), np.int64)
-        for g, places in enumerate(read):
-            slots[places] = g
         chunks = self._chunks(program, depth, groups, order, sampled=first.sample)
         if chunks is None:
             return [None] * len(groups)
@@ -131,66 +145,64 @@ class Stream:
             self._measured = program, depth
             own = [i for i in self._share.items if self._items[i].merged]
             self._stage(f"measuring {program.steps[depth].name} by tensor", 2 * own)
-        tables = numbers.first(depth)
-        arguments = stacked(reductions)
-        found: list[list[Any]] = [[None] * len(first.combine) for _ in groups]
-        lock = threading.Lock()
-        host_counts = self._on_host
+        asked = Pass(program, depth, numbers, read, reductions, len(self._tensors))
 
         def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
             x = self._fill(chunk, buffers)
-            with self.clock.stage("computing"), _x64(chunk):
-                if chunk.block is None:
-                    item, tile, counts = on_tiles.tiles_of(chunk, self._tiles)
-                    kernel = on_tiles.reduce_tiles(
-                        program,
-                        depth,
-                        first.function,
-                        first.combine,
-                        self._mesh if self._mesh.size > 1 else None,
-                        not host_counts,
-                    )
-                    draw = self._draw(program, depth, numbers, item, tile)
-                    result = kernel(
-                        self._placed(x),
-                        take(tables, item, 1, _compute(chunk)),
-                        draw,
-                        take(arguments, slots[item], 1, np.float32),
-                        counts,
-                    )
-                else:
-                    result = self._reduce_block(
-                        chunk,
-                        x,
-                        program,
-                        depth,
-                        numbers,
-                        arguments,
-                        slots,
-                        first,
-                    )
-                pieces = [
-                    (int(slots[run.item]), _rows(run, chunk)) for run in chunk.runs
-                ]
-                parts = [
-                    self._per_group(how, np.asarray(part), pieces)
-                    for how, part in zip(first.combine, result, strict=True)
-                ]
-            with lock:
-                for j, (how, own) in enumerate(zip(first.combine, parts, strict=True)):
-                    for g, value in own.items():
-                        before = found[g][j]
-                        found[g][j] = (
-                            value
-                            if before is None
-                            else put_together(how, before, value)
-                        )
+            with self.clock.stage("computing"):
+                asked.add(self.reduce_chunk(asked, chunk, x))
 
         for_each(chunks, self._buffers, work, self.clock)
-        answers = [tuple(own) if own[0] is not None else None for own in found]
+        answers = asked.answers()
         if not everywhere or self._share.processes.count == 1:
-            return list(answers)
+            return answers
         return [self._over_processes(first.combine, own) for own in answers]
+
+    def reduce_chunk(
+        self, asked: Pass, chunk: Chunk, x: Operands, draw: Any = None
+    ) -> list[dict[int, Any]]:
+        """What a pass finds in a chunk, for each of its numbers and by group.
+
+        Args:
+          asked: the pass.
+          chunk, x: what is read.
+          draw: from `draw`, if it is there already.
+        """
+        program, depth, numbers = asked.program, asked.depth, asked.numbers
+        first = asked.first
+        with _x64(chunk):
+            if chunk.block is None:
+                item, _, counts = on_tiles.tiles_of(chunk, self._tiles)
+                kernel = on_tiles.reduce_tiles(
+                    program,
+                    depth,
+                    first.function,
+                    first.combine,
+                    self._mesh if self._mesh.size > 1 else None,
+                    not self._on_host,
+                )
+                if draw is None:
+                    draw = self.draw(program, depth, numbers, chunk)
+                result = kernel(
+                    self._placed(x),
+                    take(numbers.first(depth), item, 1, _compute(chunk)),
+                    draw,
+                    take(asked.arguments, asked.slots[item], 1, np.float32),
+                    counts,
+                )
+            else:
+                result = self._reduce_block(asked, chunk, x)
+            return [
+                by_group(
+                    how,
+                    np.asarray(part),
+                    chunk,
+                    asked.slots,
+                    counted=not self._on_host,
+                    stride=asked.stride,
+                )
+                for how, part in zip(first.combine, result, strict=True)
+            ]
 
     def _chunks(
         self,
@@ -218,49 +230,25 @@ class Stream:
         own = [self.own(places) for places in groups]
         return [c for places in own for c in cut(self._items, places, self._tiles)]
 
-    def _reduce_block(
-        self,
-        chunk: Chunk,
-        x: Operands,
-        program: Program,
-        depth: int,
-        numbers: Numbers,
-        arguments: Any,
-        slots: np.ndarray,
-        reduction: Reduction,
-    ) -> tuple[Any, ...]:
+    def _reduce_block(self, asked: Pass, chunk: Chunk, x: Operands) -> tuple[Any, ...]:
         (run,) = chunk.runs
         axes = len(chunk.block or ())
+        program, depth, numbers = asked.program, asked.depth, asked.numbers
+        slot = int(asked.slots[run.item])
         return leaves.reduce_leaf(
             tuple(x.models),
             x.base,
             {name: tuple(own) for name, own in x.beside.items()},
             take(numbers.first(depth), run.item, axes),
             self._block_draw(program, depth, numbers, chunk),
-            take(arguments, int(slots[run.item]), axes),
+            take(asked.arguments, slot, axes),
             program=program,
             depth=depth,
-            function=reduction.function,
-            combine=reduction.combine,
+            function=asked.first.function,
+            combine=asked.first.combine,
             placement=Placement(chunk.block or ()),
             count=not self._on_host,
         )
-
-    def _per_group(
-        self, how: str, part: np.ndarray, pieces: list[tuple[int, slice]]
-    ) -> dict[int, Any]:
-        """What a chunk gives to each group of which it holds rows."""
-        found: dict[int, Any] = {}
-        if how == "histogram" and not self._on_host:
-            return {pieces[0][0]: int64_rows(how, part)}
-        for g, rows in _joined(pieces):
-            value = (
-                count_codes_on_host(part[0][:, rows])
-                if how == "histogram"
-                else int64_rows(how, part[rows])
-            )
-            found[g] = value if g not in found else put_together(how, found[g], value)
-        return found
 
     def _over_processes(
         self, combine: tuple[str, ...], own: tuple[Any, ...] | None
@@ -279,9 +267,11 @@ class Stream:
 
     def merge(
         self,
-        program: Program,
+        job: Job,
         order: Sequence[int],
+        alone: Collection[int],
         numbers: Callable[[bool], Numbers],
+        given: Numbers,
         emit: Emit,
         *,
         check_finite: bool,
@@ -289,10 +279,12 @@ class Stream:
         """Merges (or copies) tensors and hands the results to `emit`.
 
         Args:
-          program: what is done to those that are merged.
+          job: what is done to those that are merged.
           order: the tensors' places.
+          alone: those that are measured here, each at one reading.
           numbers: gives the program's tables; with False, as they are before the
             ratios are drawn. Compiling goes on meanwhile.
+          given: the same without what is measured here.
           emit: receives the results.
           check_finite: refuse values that are not finite.
 
@@ -300,7 +292,11 @@ class Stream:
           CheckpointError: naming the tensor and the model that hold a non-finite
             value (`check_finite`), or differ in a tensor that is copied.
         """
+        program = job.program
         unit = program.unit(len(program.steps))
+        alone = set(alone)
+        groups = whole(self._items, [i for i in order if i in alone], self._tiles)
+        order = [i for i in order if i not in alone]
         merged = [i for i in order if self._items[i].merged]
         if unit == "element":
             chunks = cut(self._items, order, self._tiles)
@@ -318,19 +314,20 @@ class Stream:
                         views = self._views(chunk, self._buffers[0])
                         self._compute(program, chunk, views, early)
             tables = numbers(True) if first else Numbers((), ())
+            if groups:
+                given = given._replace(p=resolved(given.p))
         result_shows = program.method.shows_nonfinite and not program.transforms
         check_inputs = check_finite and not result_shows
 
-        def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
-            if not chunk.merged:
-                self._copy(chunk, buffers, turn, emit)
-                return
+        def read(chunk: Chunk, buffers: Buffers) -> Operands:
             x = self._fill(chunk, buffers)
             if check_inputs:
                 with self.clock.stage("checking"):
                     self._check_inputs(chunk, x)
-            with self.clock.stage("computing"):
-                parts = self._compute(program, chunk, x, tables)
+            return x
+
+        def put(chunk: Chunk, x: Operands, parts: Parts) -> list[dict[str, Any]]:
+            """Checks and writes what was made of a chunk; what was written, by run."""
             if check_finite:
                 with self.clock.stage("checking"):
                     self._check_result(chunk, x, parts)
@@ -338,27 +335,69 @@ class Stream:
                 {part: self._of_run(run, part, v) for part, v in parts.items()}
                 for run in chunk.runs
             ]
-            for run, output in zip(chunk.runs, outputs, strict=True):
-                with self.clock.stage("writing"):
+            with self.clock.stage("writing"):
+                for run, output in zip(chunk.runs, outputs, strict=True):
                     for part, values in output.items():
                         emit.write(run.item, part, run.start, values)
-                self._advance(sum(values.nbytes for values in output.values()))
-            with turn(), self.clock.stage("hashing"):
-                for run, output in zip(chunk.runs, outputs, strict=True):
-                    inputs = [own[_of(run, chunk)] for own in _flat(x)]
-                    emit.record(run.item, run.start, output, inputs)
+            self._advance(sum(v.nbytes for output in outputs for v in output.values()))
+            return outputs
 
+        def note(chunk: Chunk, x: Operands, outputs: list[dict[str, Any]]) -> None:
+            flat = _flat(x)
+            with self.clock.stage("hashing"):
+                emit.record(
+                    [
+                        Made(
+                            run.item,
+                            run.start,
+                            output,
+                            [own[_of(run, chunk)] for own in flat],
+                        )
+                        for run, output in zip(chunk.runs, outputs, strict=True)
+                    ]
+                )
+
+        def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
+            if not chunk.merged:
+                self._copy(chunk, buffers, turn, emit)
+                return
+            x = read(chunk, buffers)
+            with self.clock.stage("computing"):
+                parts = self._compute(program, chunk, x, tables)
+            outputs = put(chunk, x, parts)
+            with turn():
+                note(chunk, x, outputs)
+
+        def work_whole(group: Sequence[Chunk], thread: int, turn: Any) -> None:
+            with self._pool.take(len(group)) as buffers:
+                filled = [read(*one) for one in zip(group, buffers, strict=True)]
+                own = resident.Resident(self, group, filled)
+                with self.clock.stage("computing"):
+                    tables = own.numbers(job, given)
+                for i, (chunk, x) in enumerate(zip(group, filled, strict=True)):
+                    with self.clock.stage("computing"):
+                        draw = own.draw(program, None, tables, i)
+                        parts = self._compute(program, own.chunks[i], x, tables, draw)
+                    note(chunk, x, put(chunk, x, parts))
+
+        for_each(groups, range(self._threads), work_whole, self.clock)
         for_each(chunks, self._buffers, work, self.clock)
 
     def _compute(
-        self, program: Program, chunk: Chunk, x: Operands, tables: Numbers
+        self,
+        program: Program,
+        chunk: Chunk,
+        x: Operands,
+        tables: Numbers,
+        draw: Any = None,
     ) -> dict[str, np.ndarray]:
-        """The parts of the output that a chunk makes, flat."""
+        """The parts of the output that a chunk makes, flat; `draw`: if it is there."""
         dtypes = chunk.signature[-1]
         with _x64(chunk):
             if chunk.block is None:
-                item, tile, _ = on_tiles.tiles_of(chunk, self._tiles)
-                draw = self._draw(program, None, tables, item, tile)
+                item, *_ = on_tiles.tiles_of(chunk, self._tiles)
+                if draw is None:
+                    draw = self.draw(program, None, tables, chunk)
                 kernel = on_tiles.merge_tiles(program, dtypes)
                 numbers = take(tables._replace(keys=None), item, 1, _compute(chunk))
                 made = kernel(self._placed(x), numbers, draw)
@@ -427,18 +466,14 @@ class Stream:
             jax.device_put(dict(x.beside), over_stack),
         )
 
-    def _draw(
-        self,
-        program: Program,
-        depth: int | None,
-        numbers: Numbers,
-        item: np.ndarray,
-        tile: np.ndarray,
+    def draw(
+        self, program: Program, depth: int | None, numbers: Numbers, chunk: Chunk
     ) -> Any:
         """Masks or lanes of tiles, or on several devices what they are made of."""
         kind = program.draws(depth)
         if not kind:
             return None
+        item, tile, _ = on_tiles.tiles_of(chunk, self._tiles)
         made_of = on_tiles.keys_and_blocks(
             numbers.keys, program.threshold(numbers), item, tile
         )
@@ -492,14 +527,16 @@ class Stream:
             with self.clock.stage("writing"):
                 emit.write(run.item, "", run.start, values)
             self._advance(values.nbytes)
+        made = []
+        for run in chunk.runs:
+            tensor = self._tensors[run.item]
+            dtype = tensor.sources[0].dtype.numpy
+            values = view(buffers.base, dtype, (self._tiles * TILE,))
+            values = values[run.elements]
+            output = {"": values.astype(tensor.dtype.numpy, copy=False)}
+            made.append(Made(run.item, run.start, output, [values]))
         with turn(), self.clock.stage("hashing"):
-            for run in chunk.runs:
-                tensor = self._tensors[run.item]
-                dtype = tensor.sources[0].dtype.numpy
-                values = view(buffers.base, dtype, (self._tiles * TILE,))
-                values = values[run.elements]
-                output = {"": values.astype(tensor.dtype.numpy, copy=False)}
-                emit.record(run.item, run.start, output, [values])
+            emit.record(made)
 
     def _of_run(self, run: Any, part: str, values: np.ndarray) -> np.ndarray:
         """What is written of a part: of the output's dtype, packed where it is."""
@@ -510,6 +547,9 @@ class Stream:
         return own.astype(spec.dtype.numpy, copy=False)
 
     def _check_inputs(self, chunk: Chunk, x: Operands) -> None:
+        used = _used(chunk)
+        if not any(checks.has_nonfinite(own[used]) for own in _flat(x)):
+            return
         for run in chunk.runs:
             tensor = self._tensors[run.item]
             for origin, own in zip(tensor.origins, _flat(x), strict=True):
@@ -517,10 +557,12 @@ class Stream:
                 checks.check_finite(values, run.start, tensor, origin.owner.name)
 
     def _check_result(self, chunk: Chunk, x: Operands, parts: Parts) -> None:
+        numbers = [own for own in parts.values() if own.dtype != np.bool_]
+        used = _used(chunk)
+        if not any(checks.has_nonfinite(merged[used]) for merged in numbers):
+            return
         for run in chunk.runs:
-            for merged in parts.values():
-                if merged.dtype == np.bool_:
-                    continue
+            for merged in numbers:
                 values = merged[run.elements]
                 if checks.has_nonfinite(values):
                     self._check_inputs(chunk, x)  # which may be the reason
@@ -543,20 +585,11 @@ def _of(run: Any, chunk: Chunk) -> slice:
     return run.elements if chunk.block is None else slice(None)
 
 
-def _rows(run: Any, chunk: Chunk) -> slice:
-    """The rows of what a reduction gives that are of a run."""
-    return slice(run.row, run.row + run.rows) if chunk.block is None else slice(None)
-
-
-def _joined(pieces: Sequence[tuple[int, slice]]) -> list[tuple[int, slice]]:
-    """Neighbouring rows of one group as one piece."""
-    found: list[tuple[int, slice]] = []
-    for g, rows in pieces:
-        if found and found[-1][0] == g and found[-1][1].stop == rows.start:
-            found[-1] = (g, slice(found[-1][1].start, rows.stop))
-        else:
-            found.append((g, rows))
-    return found
+def _used(chunk: Chunk) -> slice:
+    """The elements of flat operands up to the last real one."""
+    return (
+        slice(None) if chunk.block is not None else slice(chunk.runs[-1].elements.stop)
+    )
 
 
 def _compute(chunk: Chunk) -> Any:

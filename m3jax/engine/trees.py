@@ -27,6 +27,7 @@ from m3jax.checkpoints.source import (
 from m3jax.engine.inputs import Part, TensorInputs
 from m3jax.engine.lineup import align
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.recipe.tokenizer import BY_ROW
 from m3jax.traced import is_traced
 
 
@@ -159,6 +160,11 @@ def align_trees(
       CheckpointError: naming the leaves that are missing, extra, of another shape or
         kind, or whose dtype cannot be merged.
     """
+    if recipe.vocabulary not in BY_ROW:
+        raise RecipeError(
+            f"vocabulary={recipe.vocabulary!r} merges by token, and pytrees have no "
+            "tokenizers: merge the checkpoints' files, with m3jax.merge"
+        )
     names = [f"models[{i}]" for i in range(len(models))]
     trees = [tree.flatten(model) for model in models]
     if base is not None:
@@ -180,12 +186,42 @@ def align_trees(
         first = None if base is None else checkpoints[0]
         inputs = align(first, checkpoints[base is not None :], recipe, beside)
         by_name = {tensor.name: tensor for tensor in inputs.tensors}
+    if recipe.slices:
+        if others:
+            raise RecipeError(
+                f"slices need arrays alone, and {shown(min(others))} is none"
+            )
+        everything = [base, *models] if base is not None else models
+        paths = dict(zip(names, map(tree.key_paths, everything), strict=True))
+        return tuple(
+            _leaf(tensor, names, recipe) for tensor in by_name.values()
+        ), _structure(by_name, paths)
     return tuple(
         _leaf(by_name[name], names, recipe)
         if name in by_name
         else Leaf(name, leaf, (), False, np.dtype(object), {})
         for name, leaf in order.items()
     ), structure
+
+
+def _structure(
+    tensors: Mapping[str, TensorInputs],
+    paths: Mapping[str, Mapping[str, tree.KeyPath]],
+) -> Callable[[Any], Any]:
+    """What makes nested dicts and lists of the leaves of slices.
+
+    A leaf's keys are those of the first array that it is made of, but for the layer.
+    """
+    keys = {}
+    for name, tensor in tensors.items():
+        origin = tensor.origins[0]
+        words, path = name.split(tree.SEPARATOR), []
+        for key in paths[origin.owner.name][origin.name]:
+            count = str(key).count(tree.SEPARATOR) + 1
+            own, words = words[:count], words[count:]
+            path.append(type(key)(tree.SEPARATOR.join(own)))
+        keys[name] = tuple(path)
+    return lambda leaves: tree.nest(dict(zip(tensors, leaves, strict=True)), keys)
 
 
 def _as_checkpoint(name: str, leaves: Mapping[str, Any]) -> Checkpoint:

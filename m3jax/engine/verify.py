@@ -17,7 +17,6 @@ import xxhash
 from m3jax.checkpoints import side_files
 from m3jax.checkpoints import source as sources
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.folder import INDEX
 from m3jax.checkpoints.formats import orbax
 from m3jax.checkpoints.formats.index import read_index
 from m3jax.checkpoints.formats.safetensors import header_of
@@ -27,6 +26,7 @@ from m3jax.checkpoints.places import hub
 from m3jax.checkpoints.places.files import Location, exists, inside, open_file
 from m3jax.checkpoints.record.record import Record, read_record
 from m3jax.checkpoints.source import FileTensor, Source
+from m3jax.checkpoints.weights import INDEX
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
@@ -140,7 +140,8 @@ def _other_files(folder: Location, record: Record) -> Iterator[str]:
 def _side_files(folder: Location, record: Record) -> Iterator[str]:
     for name, recorded in record.files.items():
         try:
-            content = side_files.read_side_file(inside(folder, name).parent, name)
+            inside(folder, name)  # or it is missing
+            content = side_files.read_side_file(folder, name)
         except CheckpointError as error:
             yield str(error)
             continue

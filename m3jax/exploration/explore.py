@@ -12,19 +12,23 @@ import jax
 
 import m3jax
 from m3jax import prng
+from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.checkpoints.formats import tree
 from m3jax.engine.load import load
 from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.tasks.apart import check_apart
+from m3jax.exploration.groups import layer_groups
 from m3jax.exploration.inputs import described, is_path, local, names_of
 from m3jax.exploration.report import folder as files
 from m3jax.exploration.report.log import Log
 from m3jax.exploration.run import Run, Say, nothing
-from m3jax.exploration.search.halving import rungs
+from m3jax.exploration.search import samplers, searches
+from m3jax.exploration.search.make import make_search, tasks_of
 from m3jax.exploration.search.result import Exploration
-from m3jax.exploration.search.samplers import ADAPTIVE, make_sampler
+from m3jax.exploration.search.samplers import ADAPTIVE
 from m3jax.exploration.search.scoring import Objective, describe, losses
-from m3jax.exploration.space import Space
+from m3jax.exploration.space import WHOLE, Space
 from m3jax.recipe import Recipe, RecipeError
 
 
@@ -40,9 +44,11 @@ def explore(
     seed: int = 0,
     sampler: str = "recipe",
     search: Sequence[str] = ("ratios",),
+    groups: int | None = None,
     weights: Mapping[str, float] | None = None,
     budget: int | None = None,
     halving: int | None = None,
+    hyperband: int | None = None,
     test_all_draws: bool = False,
     at_once: int | None = 1,
     generation: int = 1,
@@ -75,16 +81,22 @@ def explore(
       draws: how many; a grid takes at most so many.
       seed: 0 <= seed < 2**32; with the same seed everything is the same.
       sampler: ``recipe`` (its own Beta or Dirichlet, a new seed a draw), ``grid``,
-        ``sobol``, or optuna's ``tpe`` and ``cmaes``.
+        ``sobol``, ``random``, and optuna's ``tpe``, ``cmaes``, ``gp`` and ``nsga2``,
+        which looks at every task by itself.
       search: for the other samplers, what they may change: ``ratios``,
         ``scaling=LOW:HIGH``, ``trim_rate=…``, ``drop_rate=…`` (of all models),
-        ``drop_rates=…`` (of each), ``seed`` (a new one a draw).
+        ``drop_rates=…`` (of each), ``method=ties|slerp``, the numbers of each of which
+        count where it is chosen, ``dare.strategy=…``, ``seed`` (a new one a draw).
+      groups: so many groups of layers, each with values of its own for all of that.
       weights: of scores, by name, in the objective; 1 where none is given. A score of
         which less is better has a negative weight (a loss task has it by itself).
       budget: of every evaluation, in the evaluator's own unit (examples of each task);
         None: all there is.
       halving: η, 2 or more: evaluate all draws at a small budget, and 1/η of them at
         one η times as large, up to the full one.
+      hyperband: η, 2 or more: successive halving several times over, from many draws at
+        a budget of 1 to a few at the full one; their numbers follow from budget and η,
+        and `draws` is not looked at.
       test_all_draws: evaluate every draw on `test` and `ood`, too, for mean and
         deviation there; nothing is chosen by it.
       at_once: draws that are merged and evaluated at a time, which changes nothing but
@@ -119,15 +131,23 @@ def explore(
     if mesh is not None and at_once not in (None, 1):
         raise RecipeError(f"at_once={at_once} needs to be 1 with a mesh")
     sharding = over_devices(mesh)
+    if sampler not in samplers.SAMPLERS:
+        names = ", ".join(samplers.SAMPLERS)
+        raise RecipeError(f"sampler={sampler!r} needs one of {names}")
     searched = sampler != "recipe"
-    space = Space.parse(search, recipe, len(models)) if searched else None
-    proposals = make_sampler(sampler, recipe, space, draws, seed, generation)
-    schedule = rungs(proposals.count, _full(evaluator, budget, halving), halving)
-    if halving is not None and sampler in ADAPTIVE:
-        raise RecipeError(
-            f"halving={halving} needs a sampler that is not told of scores; "
-            f"{sampler} would compare those of different budgets"
-        )
+    space = None
+    if searched:
+        each = WHOLE if groups is None else layer_groups(_tensors(models[0]), groups)
+        space = Space.parse(search, recipe, len(models), each)
+    rates = {"halving": halving, "hyperband": hyperband}
+    for name, rate in rates.items():
+        if rate is not None and sampler in ADAPTIVE:
+            raise RecipeError(
+                f"{name}={rate} needs a sampler that is not told of scores; "
+                f"{sampler} would compare those of different budgets"
+            )
+        searches.check_rate(name, rate)
+    full = _full(evaluator, budget, rates)
     objective = Objective(dict(weights or {}), losses(evaluator))
     if isinstance(evaluator, TaskEvaluator):
         objective.check([task.name for task in evaluator.tasks])
@@ -135,6 +155,19 @@ def explore(
             if isinstance(other, TaskEvaluator):
                 for note in check_apart(evaluator.tasks, other.tasks):
                     say(f"note: {note}")
+    asks, total = make_search(
+        sampler,
+        recipe,
+        space,
+        objective,
+        draws=draws,
+        seed=seed,
+        generation=generation,
+        budget=full,
+        halving=halving,
+        hyperband=hyperband,
+        tasks=tasks_of(evaluator, objective),
+    )
     lists = {"validation": evaluator, "test": test, "ood": ood}
     header = {
         "m3jax": m3jax.__version__,
@@ -146,10 +179,12 @@ def explore(
         "seed": seed,
         "sampler": sampler,
         "search": list(search) if space else None,
+        **({} if groups is None else {"groups": groups}),
         # Otherwise it may go on to more draws than it began with.
-        "draws": draws if sampler == "grid" or halving else None,
+        "draws": draws if sampler in ("grid", "nsga2") or halving else None,
         "generation": generation if sampler in ADAPTIVE else None,
         "halving": halving,
+        **({} if hyperband is None else {"hyperband": hyperband}),
         "budget": budget,
         "weights": objective.weights,
         "test_all_draws": test_all_draws,
@@ -176,13 +211,14 @@ def explore(
             rows=rows,
             times=path and path / files.TIMES,
             say=say,
+            aligned=None if space is None else space.reading(recipe),
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
         trees = [
             load(model, sharding) if is_path(model) else model
             for model in (base, *models)
         ]
-        found = run(trees, names_of(models), proposals, schedule)
+        found = run(trees, names_of(models), asks, total)
         replay = _replay(found, base, models, tokenizer_from)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
@@ -190,17 +226,26 @@ def explore(
         return found
 
 
-def _full(evaluator: Evaluator, budget: int | None, halving: int | None) -> int | None:
-    """The full budget, as a number where halving needs one."""
-    if halving is None:
+def _full(
+    evaluator: Evaluator, budget: int | None, rates: Mapping[str, int | None]
+) -> int | None:
+    """The full budget, as a number where halving or Hyperband need one."""
+    name = next((own for own, rate in rates.items() if rate is not None), None)
+    if name is None:
         return budget
-    if halving < 2:
-        raise RecipeError(f"halving={halving} needs 2 or more")
     if isinstance(evaluator, TaskEvaluator):
         return min(evaluator.full_budget, budget or evaluator.full_budget)
     if budget is None:
-        raise RecipeError("halving needs budget, the evaluator's full one")
+        raise RecipeError(f"{name} needs budget, the evaluator's full one")
     return budget
+
+
+def _tensors(model: Any) -> list[str]:
+    """The names of a model's tensors."""
+    if not is_path(model):
+        return list(tree.flatten(model)[0])
+    with open_checkpoint(fspath(model)) as checkpoint:
+        return list(checkpoint.tensors)
 
 
 def _replay(

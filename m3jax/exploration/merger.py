@@ -54,7 +54,7 @@ class Merger:
             return info
 
         numbers = in_memory.measured(self._bench, recipe, seed, kept)
-        merged = in_memory.combine(self._bench, recipe, numbers)
+        merged = in_memory.combine(self._bench, numbers)
         return in_memory.unflatten(self._structure, merged)
 
     def ratios(self, recipe: Recipe, seed: int) -> Ratios | None:

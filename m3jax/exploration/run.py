@@ -18,25 +18,15 @@ from m3jax.checkpoints.places import durable
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.merger import Merger
 from m3jax.exploration.report.log import Log
-from m3jax.exploration.search.halving import Rung
 from m3jax.exploration.search.places import choose_places, in_order, make_mergers
 from m3jax.exploration.search.result import Exploration, Row
-from m3jax.exploration.search.samplers import Proposal, Sampler
 from m3jax.exploration.search.scoring import Objective, Scored, score
-from m3jax.exploration.search.trials import Trial, best
+from m3jax.exploration.search.searches import Search
+from m3jax.exploration.search.trials import Proposal, Trial, best
 from m3jax.models.layers import Parameters
 from m3jax.recipe import Mixup, Recipe
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A draw, and the budget that it is to be evaluated at."""
-
-    proposal: Proposal
-    index: int
-    budget: int | None
 
 
 def nothing(line: str) -> None:
@@ -49,6 +39,7 @@ class Run:
 
     Attributes:
       recipe: of the baselines, and what the draws have in common.
+      aligned: a recipe that reads what all draws together read; None: as `recipe`.
       evaluators: by list of tasks; ``validation`` is what is chosen on.
       objective: of scores on it.
       seed: of the baselines, and of whatever the evaluators draw.
@@ -71,13 +62,14 @@ class Run:
     rows: Log
     times: Path | None = None
     say: Say = nothing
+    aligned: Recipe | None = None
 
     def __call__(
         self,
         trees: list[Any],
         names: Sequence[str],
-        sampler: Sampler,
-        schedule: Sequence[Rung],
+        search: Search,
+        total: int | None,
     ) -> Exploration:
         """Evaluates parents, baselines, draws and the winner.
 
@@ -85,22 +77,22 @@ class Run:
           trees: base (or None) and models; emptied, so that what the merges do not
             need can go.
           names: of the models.
-          sampler: asks for the draws.
-          schedule: how many of them are evaluated at which budget.
+          search: asks for the draws.
+          total: how many trials there will be, if that is known.
         """
-        most = min(sampler.generation, schedule[0].draws)
-        places = choose_places(trees, self.at_once, most)
+        first = next(search)
+        places = choose_places(trees, self.at_once, len(first))
         rows = [
             self._row(name, "parent", lambda own: own, tree)
             for name, tree in zip(["base", *names], trees, strict=True)
             if tree is not None
         ]
-        mergers = make_mergers(trees, self.recipe, places)
+        mergers = make_mergers(trees, self.aligned or self.recipe, places)
         merger = mergers[0]
         for name, recipe in self._baselines(len(names)).items():
             rows.append(self._row(name, "baseline", merger, recipe, self.seed))
-        trials = self._all_trials(mergers, sampler, schedule)
-        winner = best(trials[-schedule[-1].draws :], 1)[0]
+        trials = self._all_trials(mergers, search, first, total)
+        winner = best(at_the_largest_budget(trials), 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
                 "every draw scored NaN, so none is best: the models, or what they are "
@@ -146,51 +138,41 @@ class Run:
         return row
 
     def _all_trials(
-        self, mergers: Sequence[Merger], sampler: Sampler, schedule: Sequence[Rung]
+        self,
+        mergers: Sequence[Merger],
+        search: Search,
+        first: Sequence[Proposal],
+        total: int | None,
     ) -> list[Trial]:
         trials: list[Trial] = []
-        total = sum(rung.draws for rung in schedule)
-
-        def run(jobs: Sequence[_Job]) -> list[Trial]:
+        of_all = "" if total is None else f" of {total}"
+        asked = first
+        while True:
             start = len(trials)
-            for trial in self._run(jobs, start, mergers):
+            for trial in self._run(asked, start, mergers):
                 trials.append(trial)
                 if len(trials) > len(self.trials.lines):
                     what = described(trial.objective, trial.scores, trial.mean_ratios)
-                    self.say(f"{len(trials)} of {total}: draw {trial.index}, {what}")
-            return trials[start:]
-
-        first, *others = schedule
-        indices = range(first.draws)
-        for start in range(0, first.draws, sampler.generation):
-            own = indices[start : start + sampler.generation]
-            jobs = [_Job(sampler.ask(index), index, first.budget) for index in own]
-            for trial in run(jobs):
-                sampler.tell(trial.index, trial.objective)
-        kept = list(trials)
-        for rung in others:
-            kept = run(
-                [
-                    _Job(Proposal(trial.recipe, trial.seed), trial.index, rung.budget)
-                    for trial in best(kept, rung.draws)
-                ]
-            )
-        return trials
+                    self.say(f"{len(trials)}{of_all}: draw {trial.index}, {what}")
+            try:
+                asked = search.send(trials[start:])
+            except StopIteration:
+                return trials
 
     def _run(
-        self, jobs: Sequence[_Job], start: int, mergers: Sequence[Merger]
+        self, asked: Sequence[Proposal], start: int, mergers: Sequence[Merger]
     ) -> Iterator[Trial]:
-        """The trials of jobs, read from the log or run and written down there.
+        """The trials of proposals, read from the log or run and written down there.
 
         Args:
-          jobs: in their order.
+          asked: in their order.
           start: the first one's place in the log.
           mergers: to run them on.
         """
-        lines = self.trials.lines[start : start + len(jobs)]
+        lines = self.trials.lines[start : start + len(asked)]
         for i, line in enumerate(lines):
-            yield _recorded(line, jobs[i], start + i)
-        left = jobs[len(lines) :]
+            yield _recorded(line, asked[i], start + i)
+        left = asked[len(lines) :]
         with contextlib.closing(in_order(self._do, left, mergers)) as found:
             for trial, seconds in found:
                 self.trials.append(trial.to_dict())
@@ -200,21 +182,21 @@ class Run:
                         file.write(json.dumps(entry) + "\n")
                 yield trial
 
-    def _do(self, job: _Job, merger: Merger) -> tuple[Trial, dict[str, float]]:
+    def _do(self, asked: Proposal, merger: Merger) -> tuple[Trial, dict[str, float]]:
         """Merges a draw and evaluates it; the seconds that it took."""
-        recipe, seed = job.proposal.recipe, job.proposal.seed
+        recipe, seed = asked.recipe, asked.seed
         start = time.perf_counter()
         parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
-        own = self._score("validation", parameters, job.budget).scores
+        own = self._score("validation", parameters, asked.budget).scores
         others = [name for name in self.evaluators if name != "validation"]
         other = {
             name: self._score(name, parameters, self.budget).scores
             for name in (others if self.test_all_draws else ())
         }
         trial = Trial(
-            index=job.index,
-            budget=job.budget,
+            index=asked.index,
+            budget=asked.budget,
             recipe=recipe,
             seed=seed,
             ratios=merger.ratios(recipe, seed),
@@ -232,10 +214,17 @@ class Run:
         return score(self.evaluators[name], parameters, budget, key)
 
 
-def _recorded(line: Mapping[str, Any], job: _Job, place: int) -> Trial:
-    """The trial of a line of the log, which has to be that of the job."""
+def at_the_largest_budget(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that were evaluated on the most; None stands for all there is."""
+    budgets = [math.inf if t.budget is None else t.budget for t in trials]
+    largest = max(budgets)
+    return [t for t, own in zip(trials, budgets, strict=True) if own == largest]
+
+
+def _recorded(line: Mapping[str, Any], asked: Proposal, place: int) -> Trial:
+    """The trial of a line of the log, which has to be that of the proposal."""
     trial = Trial.from_dict(line)
-    if _Job(Proposal(trial.recipe, trial.seed), trial.index, trial.budget) != job:
+    if trial.proposal != asked:
         raise CheckpointError(
             f"trial {place} of the exploration to resume is another one than would "
             "be drawn now: a package that draws is of another version; begin anew "

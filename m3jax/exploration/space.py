@@ -1,7 +1,8 @@
 """What a search may change of a recipe, and in which range.
 
 A point of the unit cube stands for the values of the fields that are searched; ratios
-take K − 1 of its dimensions, uniform on the simplex.
+take K − 1 of its dimensions, uniform on the simplex, and a word takes one, cut into
+equal parts. With several groups of layers every field is searched for each of them.
 """
 
 from __future__ import annotations
@@ -9,27 +10,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from m3jax.methods import METHODS, TRANSFORMS
-from m3jax.methods.fields import Number, Weights
-from m3jax.recipe import Recipe, RecipeError
+from m3jax.exploration.fields import USE, Searched, lattice, parse
+from m3jax.exploration.groups import Group
+from m3jax.methods import METHODS
+from m3jax.methods.fields import Weights
+from m3jax.methods.step import Spec
+from m3jax.recipe import Mixup, Recipe, RecipeError
 
-Values = Mapping[str, tuple[float, ...]]  # field -> its numbers
+Values = Mapping[str, tuple[Any, ...]]  # label -> numbers or words; see `Space.label`
 
-_USE = (
-    "ratios, seed, or a number of the recipe such as scaling, trim_rate, drop_rate (of "
-    "all models) or drop_rates (of each), with a range as in scaling=0.5:1.5"
-)
+WHOLE = (Group("", "", ""),)
 
 
-class _Target(NamedTuple):
-    """A number of a recipe: which step's, and whether each model has its own."""
+class Dimension(NamedTuple):
+    """One axis of the unit cube: the `place`-th number of a field in a group."""
 
-    step: str
+    group: int
     field: str
-    each: bool
+    place: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,50 +39,75 @@ class Space:
 
     Attributes:
       num_models: K.
-      ranges: of each field, in the order of the dimensions.
+      fields: by name, in the order of the dimensions; a method before its numbers.
       new_seeds: every trial has a seed of its own.
+      groups: of tensors, each with values of its own.
     """
 
     num_models: int
-    ranges: Mapping[str, tuple[float, float]]
+    fields: Mapping[str, Searched]
     new_seeds: bool = False
+    groups: tuple[Group, ...] = WHOLE
 
     @classmethod
-    def parse(cls, fields: Sequence[str], recipe: Recipe, num_models: int) -> Space:
-        """Reads fields such as ``ratios`` and ``scaling=0.5:1.5``.
+    def parse(
+        cls,
+        fields: Sequence[str],
+        recipe: Recipe,
+        num_models: int,
+        groups: tuple[Group, ...] = WHOLE,
+    ) -> Space:
+        """Reads fields such as ``ratios``, ``scaling=0.5:1.5``, ``method=ties|slerp``.
 
         Raises:
           RecipeError: a field is unknown, has no effect, or its range is wrong.
         """
-        ranges: dict[str, tuple[float, float]] = {}
-        for field in fields:
-            name, equals, text = (part.strip() for part in field.partition("="))
-            target = None if name in ("ratios", "seed") else _target(name)
-            known = target is not None or name in ("ratios", "seed")
-            if not known or name in ranges:
-                raise RecipeError(f"search={field!r} needs each once of {_USE}")
-            ranges[name] = (0.0, 1.0) if target is None else _default_range(target)
-            if equals:
-                ranges[name] = _range(name, text, target is not None)
-        new_seeds = ranges.pop("seed", None) is not None
-        space = cls(num_models, ranges, new_seeds)
+        found, new_seeds = parse(fields, recipe, num_models)
+        space = cls(num_models, found, new_seeds, groups)
         space._check(recipe)
         return space
 
     @property
+    def axes(self) -> list[Dimension]:
+        """The dimensions, in order."""
+        return [
+            Dimension(g, name, place)
+            for g in range(len(self.groups))
+            for name, field in self.fields.items()
+            for place in range(field.width)
+        ]
+
+    @property
     def dimensions(self) -> int:
-        return sum(map(self._width, self.ranges))
+        return len(self.axes)
+
+    def label(self, group: int, name: str) -> str:
+        """The name of a field's values: its own, behind that of its group."""
+        own = self.groups[group].name
+        return f"{own}:{name}" if own else name
 
     def values(self, point: Sequence[float]) -> Values:
         """The values at a point of the unit cube."""
-        found: dict[str, tuple[float, ...]] = {}
-        numbers = iter(point)
-        for name, (low, high) in self.ranges.items():
-            own = tuple(itertools.islice(numbers, self._width(name)))
-            if name == "ratios":
-                found[name] = _on_simplex(own)
-            else:
-                found[name] = tuple(low + (high - low) * number for number in own)
+        numbers = dict(zip(self.axes, point, strict=True))
+        return self.picked(lambda axis, field: numbers[axis])
+
+    def picked(self, pick: Callable[[Dimension, Searched], float]) -> Values:
+        """The values at numbers from 0 to 1 that are asked for one after the other.
+
+        Args:
+          pick: gives the number of a dimension. It is not asked for numbers of a
+            method that another one was chosen before.
+        """
+        found: dict[str, tuple[Any, ...]] = {}
+        for g in range(len(self.groups)):
+            method = None
+            for name, field in self.fields.items():
+                if not field.active(method):
+                    continue
+                own = [pick(Dimension(g, name, i), field) for i in range(field.width)]
+                values = field.values(own)
+                found[self.label(g, name)] = values
+                method = values[0] if name == "method" else method
         return found
 
     def grid(self, most: int) -> list[Values]:
@@ -91,140 +117,135 @@ class Space:
           RecipeError: not even the ends are so few.
         """
         levels = 2
-        while self.dimensions and self._grid_size(levels + 1) <= most:
+        finer = any(not field.options for field in self.fields.values())
+        while finer and self.dimensions and self._grid_size(levels + 1) <= most:
             levels += 1
         if self._grid_size(levels) > most:
             raise RecipeError(
-                f"draws={most} is too few for a grid over {', '.join(self.ranges)}; "
+                f"draws={most} is too few for a grid over {', '.join(self.fields)}; "
                 f"needs {self._grid_size(levels)} or more"
             )
+        labels = [
+            self.label(g, name) for g in range(len(self.groups)) for name in self.fields
+        ]
         axes = [
-            _lattice(levels, self.num_models)
-            if name == "ratios"
-            else [
-                tuple(low + (high - low) * i / (levels - 1) for i in places)
-                for places in itertools.product(range(levels), repeat=self._width(name))
-            ]
-            for name, (low, high) in self.ranges.items()
+            lattice(levels, self.num_models) if name == "ratios" else field.grid(levels)
+            for _ in self.groups
+            for name, field in self.fields.items()
         ]
-        return [
-            dict(zip(self.ranges, chosen, strict=True))
-            for chosen in itertools.product(*axes)
+        points = [
+            dict(zip(labels, own, strict=True)) for own in itertools.product(*axes)
         ]
+        unique = {tuple(self._effective(point).items()): point for point in points}
+        return [dict(point) for point in unique]
+
+    def _effective(self, values: Values) -> Values:
+        """Without the numbers of methods that another one was chosen before."""
+        found = {}
+        for g in range(len(self.groups)):
+            method = values.get(self.label(g, "method"), (None,))[0]
+            for name, field in self.fields.items():
+                if field.active(method):
+                    found[self.label(g, name)] = values[self.label(g, name)]
+        return found
 
     def apply(self, recipe: Recipe, values: Values) -> Recipe:
         """The recipe with these values in it."""
+        if len(self.groups) == 1:
+            own = {name: values[name] for name in self.fields if name in values}
+            return self._applied(recipe, own)
+        plain = dataclasses.replace(recipe, mixup=Mixup(alpha=None), rules=())
+        made = []
+        for g, group in enumerate(self.groups):
+            own = {
+                name: values[self.label(g, name)]
+                for name in self.fields
+                if self.label(g, name) in values
+            }
+            ratios = own.pop("ratios", None)
+            merged = self._applied(plain, own)
+            if ratios is not None:
+                merged = merged.with_number(merged.method.name, "weights", ratios)
+            made.append((group, merged))
+        (_, last) = made[-1]
+        rules = tuple((group.pattern, merged.steps) for group, merged in made[:-1])
+        return dataclasses.replace(last, rules=rules)
+
+    def reading(self, recipe: Recipe) -> Recipe:
+        """The recipe, with a method that reads the base if one in the space does."""
+        methods = self.fields["method"].options if "method" in self.fields else ()
+        readers = [name for name in methods if METHODS[name]().needs_base]
+        if not readers:
+            return recipe
+        return dataclasses.replace(
+            recipe, method=readers[0], mixup=Mixup(alpha=None), rules=()
+        )
+
+    def _applied(self, recipe: Recipe, values: Values) -> Recipe:
+        if "method" in values and values["method"][0] != recipe.method.name:
+            recipe = dataclasses.replace(recipe, method=values["method"][0])
         if "ratios" in values:
             mixup = dataclasses.replace(recipe.mixup, ratios=values["ratios"])
             recipe = dataclasses.replace(recipe, mixup=mixup)
+        if "method" in values and not _weighs(recipe.method.name):
+            recipe = dataclasses.replace(recipe, mixup=Mixup(alpha=None))
         for name, own in values.items():
-            target = _target(name, recipe)
+            target = self.fields[name].target(recipe)
             if target is not None:
                 value = own if target.each else own[0]
                 recipe = recipe.with_number(target.step, target.field, value)
         return recipe
 
-    def _width(self, name: str) -> int:
-        if name == "ratios":
-            return self.num_models - 1
-        target = _target(name)
-        return self.num_models if target is not None and target.each else 1
-
     def _grid_size(self, levels: int) -> int:
         size = 1
-        for name in self.ranges:
+        for name, field in self.fields.items():
             if name == "ratios":
                 size *= math.comb(levels + self.num_models - 2, self.num_models - 1)
             else:
-                size *= levels ** self._width(name)
-        return size
+                size *= (len(field.options) or levels) ** field.width
+        return size ** len(self.groups)
 
     def _check(self, recipe: Recipe) -> None:
         problems = []
-        if "ratios" in self.ranges and self.num_models < 2:
+        for method in self.fields["method"].options if "method" in self.fields else ():
+            if list(METHODS[method]().outputs(Spec((1,)), 2)) != [""]:
+                problems.append(f"method {method} makes more than a model")
+            if METHODS[method].beside:
+                problems.append(f"method {method} reads statistics beside the models")
+        if "ratios" in self.fields and self.num_models < 2:
             problems.append("ratios need two models or more")
+        methods = self.fields["method"].options if "method" in self.fields else None
+        chosen = methods or (recipe.method.name,)
         targets: dict[tuple[str, str], str] = {}
-        for name in self.ranges:
-            target = _target(name, recipe)
-            if name == "ratios":
+        for name, field in self.fields.items():
+            if name in ("ratios", "method"):
                 continue
-            if target is None or target.step not in (
-                recipe.method.name,
-                *TRANSFORMS,
-            ):
-                method = recipe.method.name
-                problems.append(f"{name} does nothing in method {method}")
-                continue
-            same = targets.setdefault(target[:2], name)
-            if same != name:
-                problems.append(f"{same} and {name} exclude each other")
+            own = [
+                field.target(dataclasses.replace(recipe, method=method))
+                for method in chosen
+            ]
+            found = {target[:2] for target in own if target is not None}
+            if not found:
+                problems.append(f"{name} does nothing in method {' or '.join(chosen)}")
+            for place in found:
+                same = targets.setdefault(place, name)
+                if same != name:
+                    problems.append(f"{same} and {name} exclude each other")
         if not self.dimensions and not self.new_seeds:
-            problems.append(f"it is empty; give some of {_USE}")
+            problems.append("it is empty; give some of " + USE)
+        if "ratios" in self.fields and len(self.groups) > 1:
+            for method in chosen:
+                if not _weighs(method):
+                    problems.append(f"method {method} has no ratios to search by group")
         if problems:
             raise RecipeError(f"search: {'; '.join(problems)}")
-        for bound in (0, 1):  # the recipe's own checks of what is in range
-            corner = {
-                name: (ends[bound],) * self._width(name)
-                for name, ends in self.ranges.items()
-                if name != "ratios"
-            }
+        for bound in (0.0, 1.0):  # the recipe's own checks of what is in range
+            corner = self.picked(
+                lambda axis, field: bound if field.name != "ratios" else 0.5  # noqa: B023
+            )
             self.apply(recipe, corner)
 
 
-def _target(name: str, recipe: Recipe | None = None) -> _Target | None:
-    """What a field's name stands for: of a recipe's steps, or of any step.
-
-    A number that may differ between the models has a plural, which gives each its own.
-    """
-    steps = {**TRANSFORMS, **METHODS}
-    if recipe is not None:  # the method's own number goes before another's
-        steps = {recipe.method.name: METHODS[recipe.method.name], **TRANSFORMS}
-    home, _, field = name.rpartition(".")
-    for step, cls in steps.items():
-        if home not in ("", step):
-            continue
-        for own, described in cls.fields().items():
-            if not isinstance(described, Number) or isinstance(described, Weights):
-                continue
-            if field == own:
-                return _Target(step, own, False)
-            if field == own + "s" and described.per_model:
-                return _Target(step, own, True)
-    return None
-
-
-def _default_range(target: _Target) -> tuple[float, float]:
-    field: Any = {**TRANSFORMS, **METHODS}[target.step].fields()[target.field]
-    return field.search or (field.low, field.high)
-
-
-def _range(name: str, text: str, ranged: bool) -> tuple[float, float]:
-    low, colon, high = text.partition(":")
-    try:
-        ends = (float(low), float(high))
-    except ValueError:
-        ends = (math.nan, math.nan)
-    fits = ranged and colon and ends[0] < ends[1] and math.isfinite(ends[1])
-    if not (fits and math.isfinite(ends[0])):
-        raise RecipeError(f"search={name}={text!r} needs {_USE}")
-    return ends
-
-
-def _on_simplex(numbers: Sequence[float]) -> tuple[float, ...]:
-    """K ratios of K − 1 numbers from 0 to 1; uniform where the numbers are."""
-    ratios, left = [], 1.0
-    for i, number in enumerate(numbers):
-        part = left * (1 - (1 - number) ** (1 / (len(numbers) - i)))
-        ratios.append(part)
-        left -= part
-    return (*ratios, max(left, 0.0))
-
-
-def _lattice(levels: int, num_models: int) -> list[tuple[float, ...]]:
-    """All ratios that are multiples of 1 / (levels − 1)."""
-    steps = levels - 1
-    return [
-        tuple(place / steps for place in places)
-        for places in itertools.product(range(levels), repeat=num_models)
-        if sum(places) == steps
-    ]
+def _weighs(method: str) -> bool:
+    """Whether it has ratios."""
+    return isinstance(METHODS[method].fields().get("weights"), Weights)

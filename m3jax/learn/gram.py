@@ -58,5 +58,11 @@ def _zeros(x: jax.Array) -> jax.Array:
 @jax.jit
 def _moved(mean: jax.Array, x: jax.Array, share: float) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1]).astype(mean.dtype)
-    own = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / len(rows)
+    own = second_moment(rows) / len(rows)
     return mean + (own - mean) * jnp.asarray(share, mean.dtype)
+
+
+def second_moment(x: jax.Array) -> jax.Array:
+    """Σ x xᵀ over all axes of (..., in) but the last: (in, in)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)

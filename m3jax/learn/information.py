@@ -84,26 +84,49 @@ def fisher(
     def run(params: Any, examples: Any, labels: Any) -> Any:
         def of_example(total: Any, own: Any) -> Any:
             example, label, i = own
-            scores, pull = jax.vjp(lambda p: log_probs(p, example), params)
+            squares = squared_gradients(
+                lambda p: log_probs(p, example),
+                params,
+                lambda scores: classes(scores, label, i),
+                total,
+            )
+            return squares, None
 
-            def of_class(total: Any, pair: Any) -> Any:
-                (gradient,) = pull(
-                    jax.nn.one_hot(pair[0], len(scores), dtype=scores.dtype)
-                )
-                return jax.tree.map(
-                    lambda t, g: t + pair[1].astype(t.dtype) * g.astype(t.dtype) ** 2,
-                    total,
-                    gradient,
-                ), None
-
-            return jax.lax.scan(of_class, total, classes(scores, label, i))
-
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, wide(p)),
-            params,
-        )
         every = (examples, labels, jnp.arange(count))
-        total, _ = jax.lax.scan(of_example, zeros, every)
+        total, _ = jax.lax.scan(of_example, zeros_like(params), every)
         return jax.tree.map(lambda t: t / count, total)
 
     return run(params, examples, None if labels is None else jnp.asarray(labels))
+
+
+def squared_gradients(
+    scores: Callable[[Any], jax.Array],
+    params: Any,
+    classes: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    total: Any,
+) -> Any:
+    """total + Σ_c q_c (∂s_c)², the gradients of one example's scores.
+
+    Args:
+      scores: params -> s, (C,).
+      params: a pytree of floats.
+      classes: s -> which c the sum is over, integers (J,), and their q, (J,).
+      total: what the sum is added to, as `zeros_like` makes it.
+    """
+    values, pull = jax.vjp(scores, params)
+
+    def of_class(total: Any, pair: Any) -> Any:
+        (gradient,) = pull(jax.nn.one_hot(pair[0], len(values), dtype=values.dtype))
+        return jax.tree.map(
+            lambda t, g: t + pair[1].astype(t.dtype) * g.astype(t.dtype) ** 2,
+            total,
+            gradient,
+        ), None
+
+    found, _ = jax.lax.scan(of_class, total, classes(values))
+    return found
+
+
+def zeros_like(params: Any) -> Any:
+    """0 for every parameter, float32 (float64 where it is)."""
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params)

@@ -18,6 +18,7 @@ from m3jax.methods.step import (
     Spec,
     Statistics,
     register,
+    rounded_product,
     sum_over_models,
 )
 from m3jax.methods.sums import exact_sums
@@ -40,6 +41,10 @@ class Emr(Method):
     ``mean`` with their others and fusion-bench 0.2.33; ``l2`` is ours.
     """
 
+    studies = (
+        "on the demo's models each modulated model beats every single merge at its "
+        "task (docs/METHODS.md)"
+    )
     rescale: Any = choice(
         default="sum",
         help="λ_k by ratios of L1 norms, of tensors' mean magnitudes, or least squares",
@@ -84,6 +89,12 @@ def elected(x: Operands) -> tuple[Any, Any]:
     sign = jnp.where(sum_over_models(tau) > 0, one, -one)
     masks = tau * sign[None] > 0
     return masks, sign * jnp.max(jnp.where(masks, jnp.abs(tau), 0 * one), axis=0)
+
+
+def task_model(base: Any, tau: Any, mask: Any, scale: Any) -> Any:
+    """θ0 + λ_k M_k ⊙ τ, the model of one task; all of one shape but the scale, ()."""
+    own = jnp.where(mask, tau, jnp.zeros((), tau.dtype))
+    return base + rounded_product(own, scale)
 
 
 def _ratios(sums: Any, xp: Any) -> Any:

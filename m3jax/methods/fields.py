@@ -8,7 +8,7 @@ over the layers: see `m3jax.recipe.values`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from m3jax.traced import is_traced
@@ -111,9 +111,13 @@ class Switch(Number):
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Field):
-    """One of a few words (or `True` and `False`); a kernel is compiled for each."""
+    """One of a few words (or `True` and `False`); a kernel is compiled for each.
 
-    options: tuple[Any, ...] = (True, False)
+    Attributes:
+      options: the words. Those of a mapping may become more.
+    """
+
+    options: Collection[Any] = (True, False)
 
     @property
     def allowed(self) -> str:
@@ -125,7 +129,49 @@ class Choice(Field):
         return any(type(value) is type(o) and value == o for o in self.options)
 
 
-def number(*, default: float | None, help: str, **settings: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Values at equal distances from the first layer to the last, linear in between.
+
+    Embeddings count as the first layer, what stands behind the layers as the last.
+    """
+
+    points: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A value for the tensors whose name a regular expression is found in.
+
+    Attributes:
+      rules: (pattern, value); the first that fits counts.
+      otherwise: the value where none fits.
+      shift: added to the number of the name's layer before the patterns look at it:
+        where a slice takes the layer from, in the model.
+    """
+
+    rules: tuple[tuple[str, Any], ...]
+    otherwise: Any
+    shift: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """A value for each run of layers, one run behind the other.
+
+    A `Gradient` in it goes from the first layer of its run to the last; a run of one
+    layer has its end. What stands before the layers has the beginning of the first
+    run, what stands behind them that of the last.
+
+    Attributes:
+      runs: (stop, value): for the layers before `stop` that no earlier run has; None:
+        for all that are left, of each stack of layers on its own.
+    """
+
+    runs: tuple[tuple[int | None, Any], ...]
+
+
+def number(*, default: Any, help: str, **settings: Any) -> Any:
     """A field of a step that holds a number; the settings are those of `Number`."""
     return _field(Number(help, default, **settings))
 
@@ -140,7 +186,7 @@ def weights(
     )
 
 
-def choice(*, default: Any, help: str, options: tuple[Any, ...] = (True, False)) -> Any:
+def choice(*, default: Any, help: str, options: Collection[Any] = (True, False)) -> Any:
     """A field of a step that holds one of a few words."""
     return _field(Choice(help, default, options))
 

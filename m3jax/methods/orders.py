@@ -9,16 +9,8 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jnp
-from m3jax.methods.selection import kth_smallest, magnitude_codes
-from m3jax.methods.step import Numbers, Operands, Problem, Reduction
-
-
-@dataclasses.dataclass(frozen=True)
-class _Codes:
-    values: Any
-
-    def __call__(self, x: Operands, arguments: Numbers) -> tuple[Any]:
-        return (magnitude_codes(self.values(x, arguments), arguments),)
+from m3jax.methods.selection import kth_smallest
+from m3jax.methods.step import Problem, Reduction
 
 
 def magnitudes_at(
@@ -43,7 +35,7 @@ def magnitudes_at(
         problem.size, 1
     )  # int(n · rate) is the rank
     rows = dataclasses.replace(problem, num_models=len(rates))
-    search = kth_smallest(_Codes(values), rates, rows)
+    search = kth_smallest(values, rates, rows)
     answer = None
     while True:
         try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from m3jax.lazy import jnp
 from m3jax.methods.fields import number
-from m3jax.methods.selection import kth_smallest, magnitude_codes, magnitudes
+from m3jax.methods.selection import kth_smallest, magnitudes
 from m3jax.methods.step import (
     Info,
     Method,
@@ -50,7 +50,7 @@ class Sce(Method):
         kept = xp.floor(share * varied[0])
         rank = count - kept + 1  # of the smallest variance that is selected
         rates = xp.minimum((rank + 0.5) / count, 1.0)
-        found = yield from kth_smallest(_variance_codes, rates, one)
+        found = yield from kth_smallest(_variance_row, rates, one)
         threshold = xp.where(kept > 0, found[0], xp.inf)
         threshold = xp.where(share >= 1, 0.0, threshold).astype(np.float32)
         squares = yield from exact_sums(_squares, problem, {"threshold": threshold})
@@ -80,8 +80,8 @@ def _variance(x: Operands) -> Any:
     return magnitudes(sum_over_models(rounded_product(away, away)))
 
 
-def _variance_codes(x: Operands, window: Numbers) -> tuple[Any]:
-    return (magnitude_codes(_variance(x)[None], window),)
+def _variance_row(x: Operands, arguments: Numbers) -> Any:
+    return _variance(x)[None]
 
 
 def _varied(x: Operands, arguments: Numbers) -> tuple[Any]:

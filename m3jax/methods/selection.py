@@ -7,11 +7,15 @@ hosts: no sort, and nothing of the model's size in memory.
 
 A sample of the values first tells where to put a window fine enough that one reading
 pass nearly always suffices. It decides how many passes there are, never the result.
+
+Of few values, those of a small tensor, a histogram is mostly zeros: they are looked at
+themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import dataclasses
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +30,9 @@ from m3jax.traced import is_traced
 BINS = (1 << 16) - 2
 _BELOW, ABOVE = BINS, BINS + 1
 _END = 0x7F800001  # one past the pattern of infinity
+# Elements of a group that are sorted rather than counted, where the engine can. Sorting
+# as many takes as long as making and summing up the histograms.
+FEW = 1 << 16
 
 
 class Window(NamedTuple):
@@ -45,16 +52,23 @@ def magnitude_codes(values: jax.Array, window: Numbers) -> jax.Array:
 
     Args:
       values: (K, ...) float32.
-      window: ``low`` and ``shift`` of `Window`, ready to broadcast.
+      window: ``low`` and ``shift`` of `Window`, ready to broadcast; for J = m · K rows,
+        the first K of which are of the K rows of values, and so on.
 
     Returns:
-      (K, ...) uint16: the bin, or `BINS` below the window, `BINS` + 1 above it.
+      (J, ...) uint16: the bin, or `BINS` below the window, `BINS` + 1 above it.
     """
-    bits = jax.lax.bitcast_convert_type(magnitudes(values), jnp.int32)
+    bits = _patterns(values)
+    bits = jnp.concatenate([bits] * (len(window["low"]) // len(bits)))
     shift = jnp.broadcast_to(window["shift"], bits.shape)
     bins = jnp.right_shift(bits - window["low"], shift)
     codes = jnp.where(bins < BINS, bins, ABOVE)
     return jnp.where(bits < window["low"], _BELOW, codes).astype(jnp.uint16)
+
+
+def _patterns(values: jax.Array) -> jax.Array:
+    """The bits of the magnitudes as int32, whose order is theirs."""
+    return jax.lax.bitcast_convert_type(magnitudes(values), jnp.int32)
 
 
 def count_codes(codes: jax.Array) -> jax.Array:
@@ -86,14 +100,28 @@ def count_codes_on_host(codes: np.ndarray) -> np.ndarray:
     return counts
 
 
-def delta_codes(x: Operands, window: Numbers) -> tuple[jax.Array]:
-    """`magnitude_codes` of the task vectors, for a `Reduction` to a histogram."""
-    return (magnitude_codes(x.deltas, window),)
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """`magnitude_codes` of some values, for a `Reduction` to a histogram.
+
+    Attributes:
+      of: (operands, arguments) -> (K, ...) float32; a function of a module.
+    """
+
+    of: Callable[[Operands, Numbers], Any]
+
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
+        return (magnitude_codes(self.of(x, arguments), arguments),)
 
 
-def weight_codes(x: Operands, window: Numbers) -> tuple[jax.Array]:
-    """`magnitude_codes` of the models' own weights, likewise."""
-    return (magnitude_codes(x.models, window),)
+@dataclasses.dataclass(frozen=True)
+class _Patterns:
+    """The patterns of the same values themselves."""
+
+    of: Callable[[Operands, Numbers], Any]
+
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
+        return (_patterns(self.of(x, arguments)),)
 
 
 class Beside(NamedTuple):
@@ -110,14 +138,14 @@ class Beside(NamedTuple):
 
 
 def kth_smallest(
-    function: Any, rates: Any, problem: Problem, none: float = 0.0
+    values: Any, rates: Any, problem: Problem, none: float = 0.0
 ) -> Generator[Reduction, Any, Any]:
     """The k-th smallest magnitude of each model in a group of n elements, k = int(n·r).
 
     Args:
-      function: `delta_codes` or `weight_codes`.
-      rates: r, () or (K,), from 0 to 1.
-      problem: the group.
+      values: whose magnitudes: what `Codes` takes, such as `sums.deltas`.
+      rates: r, () or (K,), from 0 to 1; (J,) with J = m · K for m ranks of each model.
+      problem: the group; its `num_models` is J.
       none: the answer where k = 0.
 
     Yields:
@@ -127,12 +155,12 @@ def kth_smallest(
     Returns:
       (K,) float32; a rank among NaNs gives infinity.
     """
-    found, _ = yield from kth_smallest_and(function, None, rates, problem, none)
+    found, _ = yield from kth_smallest_and(values, None, rates, problem, none)
     return found
 
 
 def kth_smallest_and(
-    function: Any,
+    values: Any,
     function_at_guess: Any,
     rates: Any,
     problem: Problem,
@@ -141,7 +169,7 @@ def kth_smallest_and(
     """`kth_smallest`, counting something else in the same pass.
 
     Args:
-      function, rates, problem, none: as for `kth_smallest`.
+      values, rates, problem, none: as for `kth_smallest`.
       function_at_guess: (operands, window and ``guess``) -> codes and integers, where
         ``guess`` is what the sample says of the answer; None counts nothing else.
 
@@ -152,6 +180,7 @@ def kth_smallest_and(
       The answer, and what was counted; None where the answer took more than one pass
       over everything.
     """
+    function = Codes(values)
     if problem.traced or is_traced(rates):
         found = yield from _in_two_passes(function, rates, problem, none)
         return found, None
@@ -161,6 +190,10 @@ def kth_smallest_and(
     if not rank.any():
         return np.full(count, absent), None
     asked, rank = rank, np.maximum(rank, 1)
+    if problem.few:
+        (patterns,) = yield Reduction(_Patterns(values), {}, ("values",))
+        found = _sorted_out(patterns, rank)
+        return np.where(asked > 0, found, absent), None
     low = np.zeros(count, np.int64)  # the answer's pattern is in [low, high)
     high = np.full(count, _END, np.int64)
     whole = _covering(low, high)
@@ -199,6 +232,15 @@ def kth_smallest_and(
             between = sum(map(_between, counts, spans))
             return answer, Beside(beside, between)
         window, guess = _covering(low, high), None
+
+
+def _sorted_out(patterns: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """(J,) float32: the values of these ranks, from 1 on, of (K, n) patterns."""
+    found = np.empty(len(rank), np.int32)
+    for i, own in enumerate(patterns):
+        places = rank[i :: len(patterns)] - 1
+        found[i :: len(patterns)] = np.partition(own, places)[places]
+    return np.minimum(found, _END - 1).view(np.float32)  # a rank among NaNs
 
 
 def _in_two_passes(

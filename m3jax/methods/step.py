@@ -58,8 +58,10 @@ class Reduction:
       arguments: arrays () or (J,) by name; `function` gets them ready to broadcast.
       combine: for each array of the tuple, what the engine makes of it over a group.
         ``sum``: of integers of at most 2**20, exact, as int64. ``max``. ``histogram``:
-        of uint16 codes, counted up to `selection.BINS`. ``float``: a plain float32 sum,
-        under a transformation of the caller's alone, where int64 may be missing.
+        of uint16 codes, counted up to `selection.BINS`. ``values``: the numbers
+        themselves, (J, n) in any order, if the problem has `few`. ``float``: a plain
+        float32 sum, under a transformation of the caller's alone, where int64 may be
+        missing.
       sample: a pass over a fixed sample of the elements is enough. The engine
         answers None where reading everything costs as little.
     """
@@ -81,12 +83,14 @@ class Problem:
         between the tensors of the group is an error.
       traced: the arrays are those of a `jax.jit`, `grad` or `vmap` around the merge:
         Python cannot look at what a pass finds.
+      few: the elements are so few that a pass may ask for ``values``.
     """
 
     num_models: int
     size: int
     numbers: Numbers
     traced: bool = False
+    few: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Step:
         whole ``model``; "": it measures nothing.
       needs_base: whether it reads `Operands.base`.
       beside: names of the operands that come beside the models.
+      studies: what others than its authors found, with the source, for who chooses.
     """
 
     name: ClassVar[str]
@@ -123,6 +128,7 @@ class Step:
     scope: ClassVar[Any] = ""
     needs_base: ClassVar[Any] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    studies: ClassVar[str] = ""
 
     @classmethod
     def fields(cls) -> dict[str, Field]:
@@ -159,14 +165,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform(Step):
-    """Changes the models before the method sees them.
+    """Changes the models before the method sees them, or afterwards what it has made.
 
     Attributes:
+      after: it is for what the method has made: `finish` in place of `apply`, and
+        nothing is measured.
       draws: the random numbers it takes: "", ``mask`` (True where the 16-bit lane of
         an element is below `derive`'s ``threshold``, uint32 per model) or ``lanes``
         (the lanes themselves, uint16).
     """
 
+    after: ClassVar[bool] = False
     draws: ClassVar[Any] = ""
 
     @property
@@ -176,6 +185,10 @@ class Transform(Step):
 
     def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
         """The operands with other models; `draw` is (K, ...), or None."""
+        raise NotImplementedError
+
+    def finish(self, x: Operands, merged: Any, p: Numbers, info: Numbers) -> Any:
+        """The merged part, changed; `x` is what the method has seen."""
         raise NotImplementedError
 
 

@@ -145,11 +145,11 @@ def row_sums(terms: Any) -> Any:
     return jnp.where(jnp.isfinite(largest), total * scale, largest * jnp.nan)
 
 
-def deltas(x: Operands) -> jax.Array:
+def deltas(x: Operands, arguments: Numbers | None = None) -> jax.Array:
     """The task vectors, (K, ...)."""
     return x.deltas
 
 
-def weights(x: Operands) -> jax.Array:
+def weights(x: Operands, arguments: Numbers | None = None) -> jax.Array:
     """The models' own weights, (K, ...)."""
     return x.models

@@ -19,6 +19,7 @@ from m3jax.models.config import Config
 Parameters = Mapping[str, Any]
 
 PADDING = -1  # the position of a token that is not there
+OBSERVE = "observe"  # beside a weight: a function that is told what it multiplies
 _QUERIES = 512  # of a sequence, whose scores against all slots are held at a time
 
 
@@ -105,6 +106,8 @@ class Attention:
 
 def linear(weights: Parameters, x: jax.Array) -> jax.Array:
     """x · weightᵀ, plus the bias if there is one."""
+    if OBSERVE in weights:
+        weights[OBSERVE](x)
     y = product(x, weights["weight"], x.dtype)
     return y if "bias" not in weights else y + along_last(weights["bias"], y)
 

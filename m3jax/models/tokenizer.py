@@ -12,6 +12,7 @@ from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.side_files import (
     VOCABULARY_FILES,
     check_side_files,
+    names_of,
     read_config,
     read_side_file,
 )
@@ -41,7 +42,8 @@ class Tokenizer:
         """
         self._folder = folder
         self._turn = threading.Lock()
-        check_side_files(folder)  # the library would wait for a FIFO's other end
+        # The library would wait for a FIFO's other end.
+        check_side_files(dict.fromkeys(names_of(folder), folder))
         # Without a vocabulary, the library makes up an empty one for some models.
         if not any((folder / name).exists() for name in VOCABULARY_FILES):
             raise self._unusable(f"there is none of {', '.join(VOCABULARY_FILES)}")

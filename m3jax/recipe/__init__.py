@@ -3,6 +3,20 @@
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe, parse_size
-from m3jax.recipe.values import Gradient, Rules
+from m3jax.recipe.slices import Piece, Slice
+from m3jax.recipe.tokenizer import TokenizerConfig, TokenRow
+from m3jax.recipe.values import Gradient, Rules, Runs
 
-__all__ = ["Gradient", "Mixup", "Recipe", "RecipeError", "Rules", "parse_size"]
+__all__ = [
+    "Gradient",
+    "Mixup",
+    "Piece",
+    "Recipe",
+    "RecipeError",
+    "Rules",
+    "Runs",
+    "Slice",
+    "TokenRow",
+    "TokenizerConfig",
+    "parse_size",
+]

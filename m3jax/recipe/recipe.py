@@ -7,21 +7,30 @@ set of models, and the pair (recipe, seed) fixes every number of a merge.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar
 from typing import Any
 
-import numpy as np
-
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
+from m3jax.methods.step import Spec
+from m3jax.recipe import slices as layers
 from m3jax.recipe import values
+from m3jax.recipe.groups import (
+    as_groups,
+    check_known,
+    from_groups,
+    group,
+    parsed_rules,
+)
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
-from m3jax.traced import is_traced
+from m3jax.recipe.tokenizer import VOCABULARIES, TokenizerConfig
 
-VOCABULARIES = ("error", "mean", "truncate")
+UNMATCHED = ("error", "base", "skip")
+COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
@@ -39,14 +48,27 @@ class Recipe:
       transforms: what is done to the models before, in this order.
       mixup: how the ratios are found.
       exclude: regular expressions (``re.match``) of tensors taken from the base.
-      vocabulary: what to do about different vocabulary sizes: ``error``,
-        ``mean`` (append mean rows) or ``truncate``.
+      vocabulary: what to do about different vocabularies. By rows: ``error``,
+        ``mean`` (append mean rows) or ``truncate``; by tokens: ``union``, ``base``, or
+        the name of the model whose vocabulary the output has.
+      tokenizer: the rows of single tokens, padding, chat template.
+      rename: rules ``REGEX=REPLACEMENT`` (`re.sub`), in this order, for names of the
+        models that the base (the first model without one) does not have.
+      unmatched: what to do about tensors that some checkpoints lack: ``error``,
+        ``base`` (a model without one counts as having the base's; what the base lacks
+        is passed over) or ``skip`` (leave them out).
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
+      compute: dtype of the arithmetic; it is float64 too where an input is.
+      slices: which layers of which models make the output's; none: layer by layer.
       max_shard_size: of an output file, in bytes or as text such as ``5GB``.
+      rules: (pattern, steps): the tensors in whose name the regular expression is found
+        are merged by these transforms and this method instead; the first that fits
+        counts. What is measured over the whole model is then measured over them.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.
-      without_effect: fields that were given and that the method does not have.
+      without_effect: fields that were given and that change nothing: the method does
+        not have them, or what they belong to is off.
 
     Raises:
       RecipeError: naming each wrong field, its value and what is allowed.
@@ -57,8 +79,14 @@ class Recipe:
     mixup: Mixup = dataclasses.field(default_factory=Mixup)
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    rename: tuple[str, ...] = ()
+    unmatched: str = "error"
     dtype: str = "input"
+    compute: str = "float32"
+    slices: tuple[layers.Slice, ...] = ()
     max_shard_size: int | str = "5GB"
+    rules: tuple[tuple[str, tuple[Step, ...]], ...] = ()
     scaling: InitVar[Any] = None
     trim_rate: InitVar[Any] = None
     dare: InitVar[Transform | None] = None
@@ -74,13 +102,17 @@ class Recipe:
         steps: Any = (*self.transforms, *(() if dare is None else (dare,)))
         if all(isinstance(step, Transform) for step in steps):
             steps = tuple(map(_parsed, steps))
+            self._note_idle(steps)
             self._set("transforms", tuple(step for step in steps if step.on))
         else:
             problems.add("transforms", steps, "transforms, such as m3jax.Dare()")
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
+        self._set("rename", renaming(self.rename))
+        self._set("slices", layers.parse(self.slices))
         self._check_fields(problems, (*steps, self.method), flat)
+        self._check_rules(problems)
         problems.raise_if_any()
 
     def _set(self, name: str, value: Any) -> None:
@@ -104,6 +136,33 @@ class Recipe:
         self._set("without_effect", tuple(idle))
         return _parsed(dataclasses.replace(method, **own))
 
+    def _note_idle(self, steps: tuple[Transform, ...]) -> None:
+        """Notes the fields that were set of what is off."""
+        idle = list(self.without_effect)
+        for step in steps:
+            if not step.on:
+                plain_step = group(type(step)())
+                own = group(step)
+                idle += [f"{step.name}.{n}" for n in own if own[n] != plain_step[n]]
+        mixup = self.mixup
+        if isinstance(mixup, Mixup) and mixup.granularity != Mixup.granularity:
+            drawn = mixup.alpha is not None and mixup.ratios is None
+            idle += [] if drawn else ["mixup.granularity"]
+        self._set("without_effect", tuple(idle))
+
+    def idle_fields(self) -> dict[str, str]:
+        """Why each field of `without_effect` changes nothing."""
+        why = {}
+        for field in self.without_effect:
+            home = field.rpartition(".")[0]
+            if home == "mixup":
+                why[field] = "no ratio is drawn"
+            elif home:
+                why[field] = f"{home} is off"
+            else:
+                why[field] = f"method {self.method.name} has none"
+        return why
+
     def _check_fields(
         self, problems: Problems, steps: tuple[Any, ...], flat: dict[str, Any]
     ) -> None:
@@ -112,8 +171,13 @@ class Recipe:
             self.mixup.check(problems)
         else:
             problems.add("mixup", self.mixup, "an m3jax.Mixup")
-        problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
+        if isinstance(self.tokenizer, TokenizerConfig):
+            self.tokenizer.check(problems, self.vocabulary)
+        else:
+            problems.add("tokenizer", self.tokenizer, "an m3jax.TokenizerConfig")
+        problems.choice("unmatched", self.unmatched, UNMATCHED)
         problems.choice("dtype", self.dtype, DTYPES)
+        problems.choice("compute", self.compute, COMPUTE)
         for step in steps:
             if not isinstance(step, Step):
                 continue  # noted by `_method`, and nothing is known of its fields
@@ -129,11 +193,57 @@ class Recipe:
             problems.add("transforms", names, "each transform once")
         if sum(bool(step.draws) for step in self.transforms) > 1:
             problems.add("transforms", names, "one transform that draws, at most")
+        after = [step.name for step in self.transforms if step.after]
+        if after and isinstance(self.method, Method):
+            parts = self.method.outputs(Spec((1,)), 1)
+            if set(parts) != {""}:
+                allowed = f"none of {', '.join(after)}: they change one model, and "
+                allowed += f"method {self.method.name} makes several tensors of each"
+                problems.add("transforms", names, allowed)
         problems.patterns("exclude", self.exclude)
+        problems.renaming("rename", self.rename)
         try:
             parse_size(self.max_shard_size)
         except ValueError:
             problems.add("max_shard_size", self.max_shard_size, "such as 5GB or 200MB")
+
+    def _check_rules(self, problems: Problems) -> None:
+        try:
+            rules = [(pattern, tuple(steps)) for pattern, steps in self.rules]
+        except (TypeError, ValueError):
+            problems.add("rules", self.rules, "pairs of a pattern and a tuple of steps")
+            return
+        problems.patterns("rules", tuple(pattern for pattern, _ in rules))
+        parsed = []
+        for pattern, steps in rules:
+            try:
+                parsed.append((pattern, self._with_steps(steps).steps))
+            except RecipeError as error:
+                problems.line(f"rules[{pattern!r}]: {error}")
+        self._set("rules", tuple(parsed))
+
+    def _with_steps(self, steps: tuple[Step, ...]) -> Recipe:
+        before: Any = steps[:-1]
+        method = steps[-1] if steps else None
+        return dataclasses.replace(self, method=method, transforms=before, rules=())
+
+    @functools.cached_property
+    def variants(self) -> tuple[Recipe, ...]:
+        """A recipe without rules for each kind of tensor: first those without a rule,
+        then those of each rule."""
+        if not self.rules:
+            return (self,)
+        own = dataclasses.replace(self, rules=())
+        return (own, *(self._with_steps(steps) for _, steps in self.rules))
+
+    def variant_of(self, name: str) -> int:
+        """The place, among the variants, of the one for tensor `name`."""
+        fitting = (
+            place
+            for place, (pattern, _) in enumerate(self.rules, start=1)
+            if re.search(pattern, name)
+        )
+        return next(fitting, 0)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -142,7 +252,7 @@ class Recipe:
 
     @property
     def needs_base(self) -> bool:
-        return any(step.needs_base for step in self.steps)
+        return any(step.needs_base for own in self.variants for step in own.steps)
 
     def transform(self, name: str) -> Any:
         """The transform of that name; None without it."""
@@ -163,55 +273,90 @@ class Recipe:
             others.append(changed)
         return dataclasses.replace(self, transforms=tuple(others))
 
+    def renamed(self, name: Callable[[str], str]) -> Recipe:
+        """The recipe with other names for the models that it names."""
+        known = self.vocabulary in VOCABULARIES
+        return dataclasses.replace(
+            self,
+            vocabulary=self.vocabulary if known else name(self.vocabulary),
+            tokenizer=self.tokenizer.renamed(name),
+        )
+
     def check(self, *, num_models: int, has_base: bool) -> None:
         """Raises RecipeError where the recipe does not fit this set of models."""
         problems = Problems()
         if num_models < 1:
             problems.add("models", num_models, "at least one model")
+        if self.slices:
+            layers.check(self.slices, num_models, has_base)
+            has_base = all(own.base is not None for own in self.slices)
+            num_models = self.num_inputs(num_models)
+            readers = [own.method for own in self.variants if own.method.beside]
+            if readers:
+                allowed = f"none: method {readers[0].name} reads statistics"
+                problems.add("slices", "…", allowed)
+        each = f"one number per model, {num_models} here"
+        if values.wrong_length(self.mixup.ratios, num_models):
+            problems.add("mixup.ratios", self.mixup.ratios, each)
+        for own in self.variants:
+            own._check_steps(problems, num_models, has_base)
+        self._check_ratios(problems)
+        if not has_base and self.exclude:
+            problems.add("exclude", self.exclude, "a base: give --base")
+        if not has_base and self.unmatched == "base":
+            problems.add("unmatched", self.unmatched, "a base: give --base")
+        problems.raise_if_any()
+
+    def _check_steps(self, problems: Problems, num_models: int, has_base: bool) -> None:
         wanted = self.method.num_models
         if wanted not in (None, num_models):
             allowed = f"{wanted} models for method {self.method.name}"
             problems.add("models", num_models, allowed)
         each = f"one number per model, {num_models} here"
-        if values.wrong_length(self.mixup.ratios, num_models):
-            problems.add("mixup.ratios", self.mixup.ratios, each)
         for step in self.steps:
             for name in step.fields():
                 value = getattr(step, name)
                 if values.wrong_length(value, num_models):
                     problems.add(f"{step.name}.{name}", value, each)
-        self._check_ratios(problems)
-        if not has_base:
-            for step in self.steps:
-                if step.needs_base:
-                    what = "method" if step is self.method else "transforms"
-                    problems.add(what, step.name, "a base: give --base")
-            if self.exclude:
-                problems.add("exclude", self.exclude, "a base: give --base")
-        problems.raise_if_any()
+            if step.needs_base and not has_base:
+                what = "method" if step is self.method else "transforms"
+                problems.add(what, step.name, "a base: give --base")
+
+    def num_inputs(self, num_models: int) -> int:
+        """How many models the steps see, of that many checkpoints."""
+        return len(self.slices[0].models) if self.slices else num_models
 
     def check_statistics(self, count: int, num_models: int) -> None:
-        """Raises RecipeError unless there are as many as the method reads."""
-        needed = num_models if self.method.beside else 0
+        """Raises RecipeError unless there are as many as the methods read."""
+        methods = [own.method for own in self.variants]
+        readers = [method.name for method in methods if method.beside]
+        needed = num_models if readers else 0
         if count != needed:
             allowed = (
                 f"one per model, {needed} here, as in --statistics=A,B: method "
-                f"{self.method.name} reads them"
+                f"{readers[0]} reads them"
                 if needed
                 else f"none: method {self.method.name} reads none"
             )
             raise RecipeError(f"statistics: {count} given; needs {allowed}")
 
     def _check_ratios(self, problems: Problems) -> None:
-        name, mixup = self.method.name, self.mixup
-        field = self.method.fields().get("weights")
+        mixup = self.mixup
         if not mixup.on or problems:
             return
-        if not isinstance(field, Weights):
+        fields = [own.method.fields().get("weights") for own in self.variants]
+        if not any(isinstance(field, Weights) for field in fields):
+            name = self.method.name
             what = "alpha" if mixup.ratios is None else "ratios"
             allowed = f"None (--config.mixup.{what}=None): method {name} has no ratios"
             problems.add(f"mixup.{what}", getattr(mixup, what), allowed)
-        elif self.method.weights is not None:
+        for own, field in zip(self.variants, fields, strict=True):
+            if isinstance(field, Weights):
+                own._check_weights(field, problems)
+
+    def _check_weights(self, field: Weights, problems: Problems) -> None:
+        name, mixup = self.method.name, self.mixup
+        if self.method.weights is not None:
             problems.add(
                 f"{name}.weights",
                 self.method.weights,
@@ -236,14 +381,21 @@ class Recipe:
         A step's parameters stand under its name.
         """
         return {
-            "method": self.method.name,
-            "transforms": tuple(step.name for step in self.transforms),
-            **{step.name: group(step) for step in self.steps},
+            **as_groups(self.steps),
             "mixup": dataclasses.asdict(self.mixup),
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer.to_dict(),
+            "rename": self.rename,
+            "unmatched": self.unmatched,
             "dtype": self.dtype,
+            "compute": self.compute,
+            "slices": tuple(map(dataclasses.asdict, self.slices)),
             "max_shard_size": self.max_shard_size,
+            "rules": tuple(
+                {"tensors": pattern, **as_groups(steps)}
+                for pattern, steps in self.rules
+            ),
         }
 
     @classmethod
@@ -254,42 +406,33 @@ class Recipe:
           RecipeError: for an unknown field (by its dotted name) or a bad value.
         """
         own = [field.name for field in dataclasses.fields(cls) if field.init]
-        groups = {**TRANSFORMS, **METHODS}
-        _check_known("", fields, [*own, *FLAT, *groups])
-        method = fields.get("method", "average")
-        problems = Problems()
-        problems.choice("method", method, tuple(METHODS))
-        order = fields.get("transforms", ())
-        if not isinstance(order, (list, tuple)):
-            problems.add("transforms", order, "a tuple of names, such as ('dare',)")
-        problems.raise_if_any()
-        for name, group_fields in fields.items():
-            if name in groups:
-                _check_known(f"{name}.", group_fields, [*groups[name].fields()])
-        for name in METHODS:
-            if name != method and name in fields:
-                _check_unset(name, fields[name], method)
-        steps = {
-            name: groups[name](**fields[name]) for name in fields if name in groups
-        }
-        _check_known("transforms: ", order, [*TRANSFORMS])
-        order = [*order, *(name for name in TRANSFORMS if name not in order)]
-        known = {"mixup", "exclude", "vocabulary", "dtype", "max_shard_size", *FLAT}
+        check_known("", fields, [*own, *FLAT, *TRANSFORMS, *METHODS])
+        known = {*own, *FLAT} - {"method", "transforms", "mixup", "tokenizer", "rules"}
         mixup = fields.get("mixup", {})
-        _check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
+        check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
+        tokenizer = fields.get("tokenizer", {})
+        own = [field.name for field in dataclasses.fields(TokenizerConfig)]
+        check_known("tokenizer.", tokenizer, own)
+        *transforms, method = from_groups(fields)
         return cls(
-            **{name: plain(own) for name, own in fields.items() if name in known}
+            **{name: plain(given) for name, given in fields.items() if name in known}
             | {
-                "method": steps.get(method, method),
-                "transforms": tuple(steps[name] for name in order if name in steps),
+                "method": method,
+                "transforms": tuple(transforms),
                 "mixup": Mixup(**mixup),
+                "tokenizer": TokenizerConfig(**tokenizer),
+                "rules": parsed_rules(fields.get("rules", ())),
             }
         )
 
 
-def group(step: Step) -> dict[str, Any]:
-    """The parameters of a step as JSON values."""
-    return {name: values.as_json(getattr(step, name)) for name in step.fields()}
+def renaming(given: Any) -> Any:
+    """Rules of renaming as a tuple; a text is one rule, a mapping has one each."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Mapping):
+        return tuple(f"{pattern}={new}" for pattern, new in given.items())
+    return plain(given)
 
 
 def parse_size(size: int | str) -> int:
@@ -309,38 +452,3 @@ def parse_size(size: int | str) -> int:
 def _parsed(step: Any) -> Any:
     parsed = {name: values.parse(getattr(step, name)) for name in step.fields()}
     return dataclasses.replace(step, **parsed)
-
-
-def _check_known(prefix: str, fields: Any, known: list[str]) -> None:
-    """Raises RecipeError for a field that is unknown here, saying where it is known."""
-    if not isinstance(fields, (Mapping, list, tuple)):
-        raise RecipeError(f"recipe field {prefix[:-1]!r} must be a group of fields")
-    for name in fields:
-        if name in known:
-            continue
-        homes = ["mixup"] * (name in {f.name for f in dataclasses.fields(Mixup)})
-        homes += [step for step, cls in METHODS.items() if name in cls.fields()]
-        where = (
-            f"; it is a field of {', '.join(f'{home}.{name}' for home in homes)}"
-            if homes
-            else f"; known: {', '.join(prefix + own for own in known)}"
-        )
-        raise RecipeError(f"unknown recipe field {prefix + str(name)!r}{where}")
-
-
-def _check_unset(name: str, fields: Mapping[str, Any], method: str) -> None:
-    """Raises RecipeError if a field of another method than the chosen one is set."""
-    defaults = group(METHODS[name]())
-    for field, value in fields.items():
-        if not _same(value, defaults[field]):
-            homes = [own for own, cls in METHODS.items() if field in cls.fields()]
-            raise RecipeError(
-                f"{name}.{field}={value!r}: the method is {method}; of the methods, "
-                f"{', '.join(homes)} have {field!r}"
-            )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if is_traced(a) or is_traced(b):
-        return a is b
-    return bool(np.array_equal(plain(a), plain(b))) if a is not None else b is None

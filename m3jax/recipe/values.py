@@ -5,6 +5,7 @@
     {"gradient": [0.0, 0.5, 1.0]}               over the layers, linear in between
     {"rules": {"mlp": 0.3, r"\\.0\\.": 0.5},      the first regular expression that is
      "otherwise": 0.7}                          found in the tensor's name
+    {"runs": [[4, 0.3], [None, 0.5]]}           the layers before 4, and those left
 
 They nest: each model of a tuple and each rule may have a gradient. They are resolved
 to tables of numbers, one per tensor, before anything is read.
@@ -12,46 +13,37 @@ to tables of numbers, one per tensor, before anything is read.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3jax.methods.fields import Field, Number
+from m3jax.methods.fields import Field, Gradient, Number, Rules, Runs
 from m3jax.recipe.problems import Problems, RecipeError, plain
 from m3jax.traced import is_traced
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)
+BEFORE = re.compile(r"embed|wte|wpe|(?:^|\.)shared\.", re.IGNORECASE)  # T5: shared
 
 
-@dataclasses.dataclass(frozen=True)
-class Gradient:
-    """Values at equal distances from the first layer to the last, linear in between.
-
-    Embeddings count as the first layer, what stands behind the layers as the last.
-    """
-
-    points: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """A value for the tensors whose name a regular expression is found in.
+class Place(NamedTuple):
+    """Where a tensor stands.
 
     Attributes:
-      rules: (pattern, value); the first that fits counts.
-      otherwise: the value where none fits.
+      position: of its layer between the first (0) and the last (1) of all.
+      layer: None outside the layers.
+      last: the last layer of its stack: of the names that are alike up to the number.
     """
 
-    rules: tuple[tuple[str, Any], ...]
-    otherwise: Any
+    position: float
+    layer: int | None
+    last: int
 
 
 def parse(value: Any) -> Any:
-    """A value from JSON: lists stand for tuples, objects for `Gradient` and `Rules`.
+    """A value from JSON: lists for tuples, objects for `Gradient`, `Rules` and `Runs`.
 
     Raises:
       RecipeError: an object is neither.
@@ -60,13 +52,16 @@ def parse(value: Any) -> Any:
         keys = set(value)
         if keys == {"gradient"}:
             return Gradient(tuple(plain(list(value["gradient"]))))
-        if "rules" in keys and keys <= {"rules", "otherwise"}:
+        if keys == {"runs"}:
+            return Runs(tuple((stop, parse(own)) for stop, own in value["runs"]))
+        if "rules" in keys and keys <= {"rules", "otherwise", "shift"}:
             rules = value["rules"]
             pairs = rules.items() if isinstance(rules, Mapping) else rules
             parsed = tuple((pattern, parse(own)) for pattern, own in pairs)
-            return Rules(parsed, parse(value.get("otherwise")))
+            otherwise = parse(value.get("otherwise"))
+            return Rules(parsed, otherwise, value.get("shift", 0))
         raise RecipeError(
-            f"{dict(value)!r} needs 'gradient', or 'rules' and 'otherwise'"
+            f"{dict(value)!r} needs 'gradient', 'runs', or 'rules' and 'otherwise'"
         )
     if isinstance(value, (list, tuple)):
         return tuple(map(parse, value))
@@ -79,7 +74,10 @@ def as_json(value: Any) -> Any:
         return {"gradient": list(value.points)}
     if isinstance(value, Rules):
         rules = [[pattern, as_json(own)] for pattern, own in value.rules]
-        return {"rules": rules, "otherwise": as_json(value.otherwise)}
+        shift = {"shift": value.shift} if value.shift else {}
+        return {"rules": rules, "otherwise": as_json(value.otherwise), **shift}
+    if isinstance(value, Runs):
+        return {"runs": [[stop, as_json(own)] for stop, own in value.runs]}
     if isinstance(value, tuple):
         return tuple(map(as_json, value))
     return value
@@ -91,6 +89,12 @@ def check(name: str, value: Any, field: Field, problems: Problems) -> None:
         problems.patterns(f"{name}.rules", tuple(p for p, _ in value.rules))
         for pattern, own in (*value.rules, ("otherwise", value.otherwise)):
             check(f"{name}[{pattern!r}]", own, field, problems)
+    elif isinstance(value, Runs):
+        stops = [stop for stop, _ in value.runs]
+        if not stops or None in stops[:-1] or any(_is_no_stop(own) for own in stops):
+            problems.add(f"{name}.runs", stops, "layers, the last of them may be null")
+        for stop, own in value.runs:
+            check(f"{name}.runs[{stop}]", own, field, problems)
     elif isinstance(value, Gradient) and isinstance(field, Number):
         if not value.points:
             problems.add(name, value, "one number or more")
@@ -107,11 +111,17 @@ def check(name: str, value: Any, field: Field, problems: Problems) -> None:
         problems.add(name, value, field.allowed)
 
 
+def _is_no_stop(stop: Any) -> bool:
+    return stop is not None and (type(stop) is not int or stop < 0)
+
+
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     """The value with a function, linear where there is a gradient, of each number."""
     if isinstance(value, Rules):
         rules = tuple((pattern, mapped(own, function)) for pattern, own in value.rules)
-        return Rules(rules, mapped(value.otherwise, function))
+        return Rules(rules, mapped(value.otherwise, function), value.shift)
+    if isinstance(value, Runs):
+        return Runs(tuple((stop, mapped(own, function)) for stop, own in value.runs))
     if isinstance(value, Gradient):
         return Gradient(tuple(map(function, value.points)))
     if isinstance(value, tuple):
@@ -124,34 +134,62 @@ def wrong_length(value: Any, num_models: int) -> bool:
     if isinstance(value, Rules):
         values = [own for _, own in value.rules] + [value.otherwise]
         return any(wrong_length(own, num_models) for own in values)
+    if isinstance(value, Runs):
+        return any(wrong_length(own, num_models) for _, own in value.runs)
     if is_traced(value):
         return value.ndim > 0 and value.shape[0] != num_models
     return isinstance(value, tuple) and len(value) != num_models
 
 
-def of_tensor(value: Any, name: str, position: float) -> Any:
+def of_tensor(value: Any, name: str, place: Place) -> Any:
     """The value of one tensor, by model if it differs between them.
 
     Args:
-      value: a number, word, tuple, `Gradient` or `Rules`.
+      value: a number, word, tuple, `Gradient`, `Rules` or `Runs`.
       name: of the tensor.
-      position: of its layer, from 0 to 1; see `positions`.
+      place: see `places_of`.
     """
     if isinstance(value, Rules):
+        looked_at = renumbered(name, value.shift) if value.shift else name
         for pattern, own in value.rules:
-            if re.search(pattern, name):
-                return of_tensor(own, name, position)
-        return of_tensor(value.otherwise, name, position)
+            if re.search(pattern, looked_at):
+                return of_tensor(own, name, place)
+        return of_tensor(value.otherwise, name, place)
+    if isinstance(value, Runs):
+        return of_tensor(*_of_run(value, name, place))
     if isinstance(value, Gradient):
-        places = np.linspace(0, 1, len(value.points))
-        return float(np.interp(position, places, np.array(value.points, np.float64)))
+        points = np.linspace(0, 1, len(value.points))
+        own = np.array(value.points, np.float64)
+        return float(np.interp(place.position, points, own))
     if isinstance(value, tuple):
-        return tuple(of_tensor(own, name, position) for own in value)
+        return tuple(of_tensor(own, name, place) for own in value)
     return value
 
 
+def _of_run(value: Runs, name: str, place: Place) -> tuple[Any, str, Place]:
+    """The value of a tensor's run, and its place in there."""
+    layer = place.layer
+    if layer is None:
+        own = value.runs[0 if stands_before(name) else -1][1]
+        return own, name, place._replace(position=0.0)
+    first = 0
+    for stop, own in value.runs:
+        stop = place.last + 1 if stop is None else stop
+        if layer < stop:
+            steps = stop - 1 - first
+            position = (layer - first) / steps if steps else 1.0
+            return own, name, place._replace(position=position)
+        first = stop
+    raise RecipeError(f"tensor {name!r}: layer {layer} is behind the last run's {stop}")
+
+
 def table(
-    value: Any, field: Number, names: Sequence[str], num_models: int, xp: Any = np
+    value: Any,
+    field: Number,
+    names: Sequence[str],
+    num_models: int,
+    xp: Any = np,
+    places: Sequence[int] | None = None,
 ) -> Any:
     """The numbers of N tensors: (K, N) for a field by model, else (N,); float64.
 
@@ -161,49 +199,74 @@ def table(
       names: of the tensors.
       num_models: K.
       xp: NumPy, or `jax.numpy` where the value is traced.
+      places: of the tensors whose numbers count; None: of all.
+
+    Raises:
+      RecipeError: a tensor that counts gets no value.
     """
     shape = (num_models, len(names)) if field.per_model else (len(names),)
     if is_traced(value) or not varies(value):
         number = xp.asarray(np.nan if value is None else value, xp.result_type(float))
         behind = number[:, None] if number.ndim else number
         return xp.broadcast_to(behind, shape)
-    rows = [
-        np.broadcast_to(np.array(of_tensor(value, n, at), np.float64), shape[:-1])
-        for n, at in zip(names, positions(names), strict=True)
-    ]
-    for name, row in zip(names, rows, strict=True):
-        if np.any(np.isnan(row)):
+    rows = np.zeros(shape)
+    where = places_of(names)
+    for i in range(len(names)) if places is None else places:
+        rows[..., i] = np.array(of_tensor(value, names[i], where[i]), np.float64)
+        if np.any(np.isnan(rows[..., i])):
             raise RecipeError(
-                f"tensor {name!r}: no rule gives it a value ({field.help}); add one "
-                "without a filter"
+                f"tensor {names[i]!r}: no rule gives it a value ({field.help}); add "
+                "one without a filter"
             )
-    return np.moveaxis(np.stack(rows), 0, -1)
+    return rows
 
 
 def varies(value: Any) -> bool:
     """Whether it differs between tensors."""
     if isinstance(value, tuple):
         return any(map(varies, value))
-    return isinstance(value, (Rules, Gradient))
+    return isinstance(value, (Rules, Runs, Gradient))
 
 
 def by_tensor(value: Any, names: Sequence[str]) -> list[Any]:
     """The word of each tensor."""
     if not varies(value):
         return [value] * len(names)
-    where = zip(names, positions(names), strict=True)
-    return [of_tensor(value, name, position) for name, position in where]
+    where = zip(names, places_of(names), strict=True)
+    return [of_tensor(value, name, place) for name, place in where]
 
 
-def positions(names: Sequence[str]) -> list[float]:
-    """Where each tensor's layer stands between the first (0) and the last (1)."""
-    layers: list[int | None] = [layer_of(name) for name in names]
-    last = max((layer for layer in layers if layer is not None), default=0)
-    outside: Callable[[str], float] = lambda name: 0.0 if _FIRST.search(name) else 1.0  # noqa: E731
-    return [
-        outside(name) if layer is None else layer / max(last, 1)
-        for name, layer in zip(names, layers, strict=True)
-    ]
+def places_of(names: Sequence[str]) -> list[Place]:
+    """Where each tensor stands among the others."""
+    lasts: dict[str, int] = {}
+    for name in names:
+        found = LAYER.search(name)
+        if found:
+            stack = name[: found.start()]
+            lasts[stack] = max(lasts.get(stack, 0), int(found.group(1)))
+    end = max(lasts.values(), default=0)
+
+    def place(name: str) -> Place:
+        found = LAYER.search(name)
+        if found is None:
+            return Place(0.0 if _FIRST.search(name) else 1.0, None, end)
+        layer = int(found.group(1))
+        return Place(layer / max(end, 1), layer, lasts[name[: found.start()]])
+
+    return list(map(place, names))
+
+
+def stands_before(name: str) -> bool:
+    """Whether a tensor outside the layers stands before them: an embedding does."""
+    return bool(BEFORE.search(name))
+
+
+def renumbered(name: str, shift: int) -> str:
+    """The name of the tensor that stands so many layers further on."""
+    found = LAYER.search(name)
+    if found is None:
+        return name
+    return name[: found.start(1)] + str(int(found[1]) + shift) + name[found.end(1) :]
 
 
 def layer_of(name: str) -> int | None:

@@ -202,7 +202,6 @@ STRICTER = {
         "name that is not allowed",
     ),
     "F4": (_one(dtype='"F4"', shape="[8]"), "has dtype 'F4'"),
-    "F8_E8M0": (_one(dtype='"F8_E8M0"', shape="[4]"), "has dtype 'F8_E8M0'"),
     "F8_E4M3FNUZ": (_one(dtype='"F8_E4M3FNUZ"', shape="[4]"), "'F8_E4M3FNUZ'"),
     "C64": (
         _text(f'{{"a":{_C64}}}', _DATA * 2),

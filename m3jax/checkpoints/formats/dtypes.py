@@ -16,8 +16,8 @@ class Dtype:
       code: its name in a safetensors header.
       numpy: the NumPy dtype of one element.
       order: its place in a file: `safetensors` writes larger orders first.
-      kind: ``float`` (merged), ``float8`` (dequantised, then merged), ``exact``
-        (copied, must be equal in all models).
+      kind: ``float`` (merged), ``float8`` (dequantised, then merged; F8_E8M0 as a
+        scale alone), ``exact`` (copied, must be equal in all models).
     """
 
     code: str
@@ -31,7 +31,7 @@ class Dtype:
 
 
 # From the first written to the last. Checked against safetensors 0.8, which also
-# knows F4, F6, F8_E8M0, the FNUZ types and C64: those are refused by name.
+# knows F4, F6, the FNUZ types and C64: those are refused by name.
 _TABLE = (
     ("U64", np.uint64, "exact"),
     ("I64", np.int64, "exact"),
@@ -43,6 +43,7 @@ _TABLE = (
     ("F16", np.float16, "float"),
     ("U16", np.uint16, "exact"),
     ("I16", np.int16, "exact"),
+    ("F8_E8M0", ml_dtypes.float8_e8m0fnu, "float8"),
     ("F8_E4M3", ml_dtypes.float8_e4m3fn, "float8"),
     ("F8_E5M2", ml_dtypes.float8_e5m2, "float8"),
     ("I8", np.int8, "exact"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.formats.json_text import JsonCursor
+from m3jax.checkpoints.formats.json_text import BOM, JsonCursor
 from m3jax.checkpoints.names import is_plain_name
 from m3jax.checkpoints.places.files import Location, read_small
 
@@ -32,7 +32,7 @@ def parse_index(text: bytes, what: str) -> dict[str, str]:
       text: the JSON.
       what: its name in errors.
     """
-    cursor = JsonCursor(text, what)
+    cursor = JsonCursor(text.removeprefix(BOM), what)
     weight_map: dict[str, str] = {}
     files: dict[str, str] = {}  # one string for each file, however many tensors
     seen = set()
@@ -60,28 +60,38 @@ def parse_index(text: bytes, what: str) -> dict[str, str]:
 
 
 def check_index(
-    index: Location, weight_map: Mapping[str, str], held: Mapping[str, str]
-) -> None:
-    """Checks the index against what the files hold.
+    index: object, weight_map: Mapping[str, str], held: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Checks the index, which is the authority, against what the files hold.
 
     Args:
       index: its path, for errors.
       weight_map: the file of each tensor, by the index.
-      held: the file of each tensor, by the files.
+      held: the files that hold each tensor.
+
+    Returns:
+      What is said of tensors in files where the index does not name them.
 
     Raises:
-      CheckpointError: naming the first tensor for which they differ.
+      CheckpointError: naming the first tensor that is not where the index says.
     """
-    for tensor, name in weight_map.items():
-        if held.get(tensor) != name:
-            where = shown(held[tensor]) if tensor in held else "no file"
-            raise CheckpointError(
-                f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, but "
-                f"{where} holds it; fetch the index and the files again"
-            )
-    for tensor, name in held.items():
-        if tensor not in weight_map:
-            raise CheckpointError(
-                f"{index}: does not name tensor {shown(tensor)}, which {shown(name)} "
-                "holds; fetch the index and the files again"
-            )
+    absent = [t for t, name in weight_map.items() if name not in held.get(t, ())]
+    if absent:
+        first, more = absent[0], len(absent) - 1
+        elsewhere = f"; {shown(held[first][0])} does" if first in held else ""
+        raise CheckpointError(
+            f"{index}: tensor {shown(first)}{f' and {more} more' * bool(more)} is said "
+            f"to be in {shown(weight_map[first])}, which does not hold it{elsewhere}; "
+            "fetch the index and the files again, or mend the index"
+        )
+    stale = [
+        f"{shown(tensor)} in {shown(name)}"
+        for tensor, names in held.items()
+        for name in names
+        if weight_map.get(tensor) != name
+    ]
+    few = ", ".join([*stale[:2], "…"][: len(stale)])
+    are = "tensors stand" if len(stale) > 1 else "tensor stands"
+    return [
+        f"{index}: {len(stale)} {are} where the index does not say ({few}), passed over"
+    ] * bool(stale)

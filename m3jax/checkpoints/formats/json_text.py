@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 
+BOM = "\ufeff".encode()  # which some editors put before a text, and loaders refuse
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def load_json(text: bytes, what: str, *, constants: bool = False) -> dict[str, Any]:
-    """Parses an object; duplicate keys and deep nesting are refused.
+    """Parses an object; duplicate keys and deep nesting are refused, a BOM is not.
 
     Args:
       text: the JSON.
@@ -30,7 +31,7 @@ def load_json(text: bytes, what: str, *, constants: bool = False) -> dict[str, A
     """
     try:
         decoder = _LENIENT if constants else _STRICT
-        value = decoder.decode(text.decode())
+        value = decoder.decode(text.removeprefix(BOM).decode())
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply") from None
     except ValueError as error:  # bad UTF-8, bad JSON, an integer of 5000 digits

@@ -21,7 +21,7 @@ makes, is refused, too:
   4096 characters; a shape of more than 64 dimensions, which NumPy has not;
 - `__metadata__` that is null or has more than 65536 entries;
 - names that are longer than 4096 characters or hold control characters;
-- dtypes that m3jax does not know (F4, F6, F8_E8M0, FNUZ, C64).
+- dtypes that m3jax does not know (F4, F6, FNUZ, C64).
 """
 
 from __future__ import annotations

@@ -28,16 +28,19 @@ from types import TracebackType
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.folder import INDEX, WEIGHTS
+from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.formats.orbax import ITEM
+from m3jax.checkpoints.names import is_inner_name
 from m3jax.checkpoints.places import durable
-from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.places.files import Location, read_small
 from m3jax.checkpoints.side_files import SIDE_FILES
+from m3jax.checkpoints.weights import INDEX, WEIGHTS
 
 MANIFEST = "m3jax.json"
 MODEL_CARD = "README.md"
 _JOURNAL, _LOCK, _CHECKPOINT, _OLD = "journal.jsonl", "lock", "checkpoint", "old"
-_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_MAX_RECORD = 100_000_000  # bytes; see `record`
+_SHARD = re.compile(r"(model-\d{5,}-of-\d{5,}|mask-\d+)\.safetensors")
 # What flock says where the file system has no locks, as Lustre mounted without them.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -83,7 +86,7 @@ class OutputFolder:
         """
         check_name(final)
         self.final = final
-        self._work = final.parent / f".{final.name}.m3jax-partial"
+        self._work = work_folder(final)
         self.path = self._work / _CHECKPOINT
         self._overwrite = overwrite
         self._note = note
@@ -167,6 +170,7 @@ class OutputFolder:
     def write(self, name: str, content: bytes) -> None:
         """Writes a whole file."""
         path = self.path / name
+        path.parent.mkdir(exist_ok=True)
         with path.open("wb", 0) as file:
             durable.write_at(file.fileno(), memoryview(content), 0, path)
 
@@ -297,6 +301,11 @@ def check_name(final: Location) -> None:
         raise OutputError(f"{final}: needs to end with the name of the folder to make")
 
 
+def work_folder(final: Path) -> Path:
+    """Where an output is while it is made, and what an interruption leaves of it."""
+    return final.parent / f".{final.name}.m3jax-partial"
+
+
 def check_free(final: Path, *, overwrite: bool) -> None:
     """Raises OutputError unless `final` may become the output folder."""
     check_name(final)
@@ -306,7 +315,7 @@ def check_free(final: Path, *, overwrite: bool) -> None:
         raise OutputError(
             f"{final}: exists and is not a folder; choose another --output"
         )
-    check_names(final, sorted(p.name for p in final.iterdir()), overwrite=overwrite)
+    check_names(final, _names_within(final), overwrite=overwrite)
     if final.is_mount():
         raise OutputError(
             f"{final}: is a mount point, which cannot be replaced; choose a new folder "
@@ -327,13 +336,35 @@ def check_names(final: Location, names: list[str], *, overwrite: bool) -> None:
             f"{final}: holds no {MANIFEST}, so it is no output of m3jax and is not "
             "overwritten; choose another --output or remove it yourself"
         )
-    others = [name for name in names if not _is_ours(name)]
+    recorded = _recorded(final) if ours else set()
+    others = [n for n in names if not (_is_ours(n) or n in recorded)]
     if others:
         raise OutputError(
             f"{final}: also holds {', '.join(map(shown, others[:3]))}"
             f"{', …' * (len(others) > 3)}, which m3jax did not write and "
             "--overwrite would remove; move it away or choose another --output"
         )
+
+
+def _names_within(final: Path) -> list[str]:
+    """The files of an output, as its record names them; others' folders as such."""
+    found = []
+    for path in final.iterdir():
+        inner = path.is_dir() and not path.is_symlink() and path.name != ITEM
+        below = [f"{path.name}/{own.name}" for own in path.iterdir()] if inner else []
+        found += below or [path.name]
+    return sorted(found)
+
+
+def _recorded(final: Location) -> set[str]:
+    """The side files that an output's record names, and the folders they are in."""
+    try:
+        content = read_small(final / MANIFEST, _MAX_RECORD)
+        files = load_json(content, MANIFEST).get("files")
+    except CheckpointError:
+        return set()
+    names = {name for name in files or () if is_inner_name(name)}
+    return names | {name.partition("/")[0] for name in names}
 
 
 def _is_ours(name: str) -> bool:

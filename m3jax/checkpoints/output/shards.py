@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.formats import safetensors
 from m3jax.checkpoints.output.folder import OutputFolder
 from m3jax.checkpoints.output.part import OutputPart
 from m3jax.checkpoints.places import durable
 from m3jax.checkpoints.places.direct import Buffers, OutputFile
+from m3jax.checkpoints.weights import INDEX, WEIGHTS
 
 _PAGE = 1 << 16  # bytes; no page of memory is larger
 

@@ -30,7 +30,6 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from m3jax.checkpoints.folder import INDEX, WEIGHTS
 from m3jax.checkpoints.output.folder import (
     MANIFEST,
     OutputError,
@@ -47,6 +46,7 @@ from m3jax.checkpoints.places.store import (
     asked,
     is_unfinished,
 )
+from m3jax.checkpoints.weights import INDEX, WEIGHTS
 
 _UPLOADS = 2  # at the same time; libraries split a file into parts of their own
 _BLOCK = 64 << 20  # bytes that are compared at a time
@@ -93,7 +93,11 @@ class StoreOutput(OutputFolder):
     def commit(self, *, fsync: bool) -> None:
         """Sends all files, the record last, and so completes the output."""
         del fsync  # the store answers when it has an object
-        sizes = {path.name: path.stat().st_size for path in self.path.iterdir()}
+        sizes = {
+            path.relative_to(self.path).as_posix(): path.stat().st_size
+            for path in self.path.rglob("*")
+            if not path.is_dir()
+        }
         names = sorted(sizes.keys() - {INDEX, MANIFEST})
         resumed = self.journalled and is_unfinished(self._before)
         sent = {name for name in names if resumed and self._is_sent(name)}
@@ -108,7 +112,7 @@ class StoreOutput(OutputFolder):
                 "again"
             )
         for name in sizes.keys() - {MANIFEST}:
-            if found.get(name) != sizes[name]:
+            if "/" not in name and found.get(name) != sizes[name]:
                 raise StoreError(
                     f"{self.url}: {name} is not there as it was sent; does another "
                     "merge write the same output?"

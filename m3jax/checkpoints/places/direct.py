@@ -1,4 +1,4 @@
-"""Writes large files past the page cache, where the system can.
+"""Writes large files past the page cache, and reads them so, where the system can.
 
 Through the page cache every byte is copied, kept and written back by the kernel, which
 costs several times what the disk does. Direct writes take whole blocks at multiples of
@@ -28,7 +28,7 @@ from m3jax.checkpoints.places import durable
 # Bytes. No page of the cache is larger, and no disk's block.
 BLOCK = max(4096, mmap.PAGESIZE)
 # Of a direct write at most: disks are fastest with megabytes at a time.
-_BUFFER = 4 << 20
+BUFFER = 4 << 20
 # Of one at least: its wait for the disk costs what copying so much does.
 LEAST = 64 << 10
 # Of a file that is worth it.
@@ -38,17 +38,17 @@ _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Buffers(threading.local):
-    """A buffer for each thread that writes, made when it is first needed."""
+    """A buffer for each thread that writes or reads, made when it is first needed."""
 
     def __init__(self) -> None:
         self._whole: np.ndarray | None = None
 
     def get(self) -> np.ndarray:
-        """Of `_BUFFER` bytes, at the start of a page."""
+        """Of `BUFFER` bytes, at the start of a page."""
         if self._whole is None:
-            memory = np.empty(_BUFFER + BLOCK, np.uint8)
+            memory = np.empty(BUFFER + BLOCK, np.uint8)
             start = -memory.ctypes.data % BLOCK
-            self._whole = memory[start : start + _BUFFER]
+            self._whole = memory[start : start + BUFFER]
         return self._whole
 
 
@@ -71,7 +71,7 @@ class OutputFile:
         self._buffers = buffers
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         self.fd = os.open(path, flags, 0o666)
-        self._direct = _open_direct(path) if size >= LEAST_FILE else -1
+        self._direct = _open_direct(path, os.O_WRONLY) if size >= LEAST_FILE else -1
         self._refused = self._direct < 0
 
     def write(self, values: np.ndarray, offset: int) -> None:
@@ -125,12 +125,74 @@ class OutputFile:
         return 0
 
 
-def _open_direct(path: Path) -> int:
-    """A descriptor whose writes go past the page cache; -1 where there is none."""
+class DirectInput:
+    """Reads a file past the page cache, from many threads."""
+
+    def __init__(self, path: Path, fd: int, buffers: Buffers):
+        """Opens the file; `works` says whether it can be read so.
+
+        Args:
+          path: of the file.
+          fd: of the same file, opened the ordinary way.
+          buffers: may be shared by many files.
+        """
+        self._path = path
+        self._buffers = buffers
+        self._direct = _open_direct(path, os.O_RDONLY | os.O_NONBLOCK)
+        if self.works and not os.path.samestat(os.fstat(fd), os.fstat(self._direct)):
+            self.close()  # it was replaced meanwhile
+
+    @property
+    def works(self) -> bool:
+        return self._direct >= 0
+
+    def read_into(self, out: memoryview, offset: int) -> int:
+        """Reads bytes from an offset on; returns how many, from none to all.
+
+        Fewer where the file ends, a read is cut short, or the file system refuses:
+        the ordinary way reads the rest, or says what is wrong.
+
+        Raises:
+          OSError: the disk; it names the file.
+        """
+        whole = self._buffers.get()
+        done = 0
+        while done < len(out) and self.works:
+            start = (offset + done) // BLOCK * BLOCK
+            skipped = offset + done - start
+            wanted = min(len(out) - done, len(whole) - skipped)
+            buffer = whole[: skipped + wanted + -(skipped + wanted) % BLOCK]
+            count = min(self._pread(memoryview(buffer), start) - skipped, wanted)
+            if count <= 0:
+                break
+            out[done : done + count] = memoryview(whole[skipped : skipped + count])
+            done += count
+            if count < wanted:
+                break
+        return done
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        fd, self._direct = self._direct, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _pread(self, blocks: memoryview, offset: int) -> int:
+        with durable.naming(self._path):
+            try:
+                return os.preadv(self._direct, [blocks], offset)
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
+        return 0  # the next may be refused as well: it costs little to ask
+
+
+def _open_direct(path: Path, mode: int) -> int:
+    """A descriptor that goes past the page cache; -1 where there is none."""
     uncached = getattr(fcntl, "F_NOCACHE", None)  # macOS has it for O_DIRECT
     if not hasattr(os, "O_DIRECT") and uncached is None:
         return -1
-    flags = os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
+    flags = mode | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
     try:
         fd = os.open(path, flags)
     except OSError:  # it was opened the ordinary way, which is enough

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,21 @@ import xxhash
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 
-@contextlib.contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Has an OSError name the file, which those of a write do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+class naming:
+    """Has an OSError name the file, which those of a write do not.
+
+    No generator: it stands around each of the many reads of small tensors.
+    """
+
+    def __init__(self, path: object):
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
 
 def sync(path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
+import operator
 import os
+import re
 import stat
 from pathlib import Path
 
 from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.places import direct
 from m3jax.checkpoints.places.durable import naming
 from m3jax.checkpoints.places.store import Location, StorePath, asked
 
@@ -16,6 +20,7 @@ _VERSIONS = (
     *("generation", "etag", "ETag", "content_md5", "blob_id"),
     *("mtime", "LastModified", "last_modified", "updated", "modified", "created"),
 )
+_CACHED = re.compile(r"models--[\w.-]+")  # a model's folder in the hub's cache
 # Bytes of one request to a store. Requests of a read run at the same time where the
 # store's library can do that; smaller ones would wait for their answers more than they
 # read.
@@ -91,7 +96,7 @@ def inside(folder: Location, name: str) -> Location:
     Raises:
       CheckpointError: the file is missing, or a link that leads elsewhere.
     """
-    path = folder / name
+    path = functools.reduce(operator.truediv, name.split("/"), folder)
     if not (isinstance(folder, Path) and isinstance(path, Path)):
         if not exists(path):
             raise CheckpointError(f"{folder}: file {shown(name)} is missing")
@@ -103,14 +108,27 @@ def inside(folder: Location, name: str) -> Location:
             f"{folder}: file {shown(name)} is {what}; copy or download it again"
         )
     home, target = folder.resolve(), path.resolve()
-    # The hub's cache holds snapshots/COMMIT/NAME -> ../../blobs/CHECKSUM.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+    if not (target.is_relative_to(home) or _is_blob(target, home)):
         raise CheckpointError(
             f"{path}: a link that leads out of the folder, to {shown(str(target))}; "
             "copy the file into the folder"
         )
     return path
+
+
+def _is_blob(target: Path, home: Path) -> bool:
+    """Whether a link's target is a file of the hub's cache that the folder may have.
+
+    The cache holds snapshots/COMMIT/NAME -> ../../blobs/CHECKSUM, and NAME may be in a
+    folder of its own. Older versions of the hub's library made folders elsewhere whose
+    files are links to .../models--ORG--NAME/blobs/CHECKSUM.
+    """
+    if _CACHED.fullmatch(target.parent.parent.name) and target.parent.name == "blobs":
+        return True
+    for folder in (home, *home.parents[:2]):
+        if folder.parent.name == "snapshots":
+            return target.parent == folder.parent.parent / "blobs"
+    return False
 
 
 class InputFile:
@@ -122,6 +140,7 @@ class InputFile:
         """Opens a regular file; see `open_regular` for the errors."""
         self.path = path
         self._fd = open_regular(path)
+        self._direct: direct.DirectInput | None = None
         self._state = self._look()
 
     @property
@@ -145,6 +164,9 @@ class InputFile:
           CheckpointError: the file ends before that.
           OSError: the disk; it names the file.
         """
+        if self._direct is not None and len(out) >= direct.LEAST:
+            count = self._direct.read_into(out, offset)
+            out, offset = out[count:], offset + count
         with naming(self.path):
             while len(out):
                 count = os.preadv(self._fd, [out], offset)
@@ -154,6 +176,24 @@ class InputFile:
                         "the file became shorter while it was read: fetch it again"
                     )
                 out, offset = out[count:], offset + count
+
+    def read_directly(self, buffers: direct.Buffers) -> bool:
+        """Has large reads go past the page cache; False where that cannot be done."""
+        assert isinstance(self.path, Path)
+        self._direct = direct.DirectInput(self.path, self._fd, buffers)
+        return self._direct.works
+
+    def is_cached(self, offset: int) -> bool | None:
+        """Whether a byte could be read without the disk; None: the system keeps mum."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return None
+        try:
+            os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # this file system cannot say
+            return None
+        return True
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on, which the caller knows to be there."""
@@ -171,6 +211,8 @@ class InputFile:
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
         fd, self._fd = self._fd, -1
+        if self._direct is not None:
+            self._direct.close()
         if fd >= 0:
             os.close(fd)
 

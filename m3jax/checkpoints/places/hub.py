@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.places import store
 from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.side_files import PATTERNS as SIDE_PATTERNS
 from m3jax.checkpoints.side_files import SIDE_FILES
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 # What a merge writes beside those: its record and its model card, for `verify`.
 RECORD_FILES = ("m3jax.json", "README.md")
+_BESIDE = (*SIDE_FILES, *RECORD_FILES, *SIDE_PATTERNS, "adapter_config.json")
+_PATTERNS = ["*.safetensors", "*.safetensors.index.json", *_BESIDE]
+_FORMATS = (
+    (".safetensors", ".safetensors.index.json"),
+    (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"),
+    (".msgpack", ".msgpack.index.json"),
+    (".gguf",),
+)
+_MAKERS = re.compile(r"consolidated")  # the same weights once more, as their maker has
+_NO_MODEL = re.compile(r"optimizer|scheduler|rng_state|training_args|scaler")
+# Modules of sentence-transformers, and more chat templates.
+_INNER = re.compile(r"(\d+_\w+/[\w.-]+\.(json|safetensors|bin|txt)|[\w]+/\w+\.jinja)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = 10.0  # seconds; a server that does not answer would keep us for ever
 # What `huggingface_hub`'s errors, or their base classes, mean for the user.
@@ -28,6 +43,11 @@ _HINTS = {
     "name, or run `hf auth login`",
     "HFValidationError": "it is no name of a model",
 }
+
+
+def is_here(path: str) -> bool:
+    """Whether a file or folder of this machine has exactly this name."""
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111
 
 
 def locate(path: str) -> tuple[Location, str | None]:
@@ -56,6 +76,8 @@ def locate(path: str) -> tuple[Location, str | None]:
         )
     try:
         folder = _snapshot(hub_id["repo"], hub_id["revision"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the library raises a dozen unrelated types
         raise CheckpointError(
             f"{path}: no such folder here, and Hugging Face's {hub_id['repo']} is "
@@ -74,32 +96,52 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     for name in ("httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    def download(*, local_files_only: bool) -> Path:
+    def download(wanted: list[str], *, local_files_only: bool) -> Path:
         folder = snapshot_download(
             repo,
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=[
-                "*.safetensors",
-                "*.safetensors.index.json",
-                *SIDE_FILES,
-                *RECORD_FILES,
-            ],
+            allow_patterns=wanted,
             # Folders, and the same weights once more in the format of their maker.
-            ignore_patterns=["*/*", "consolidated*"],
+            ignore_patterns=["*/*", "consolidated*"] if local_files_only else None,
         )
         return Path(folder)
 
     try:
         # `snapshot_download` asks the same, but waits for the answer without limit.
-        HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
+        found = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
     except Exception as unreachable:
         try:
-            return download(local_files_only=True)
+            return download(_PATTERNS, local_files_only=True)
         except Exception as missing:
             partial = type(missing).__name__ == "IncompleteSnapshotError"
             raise (missing if partial else unreachable) from None
-    return download(local_files_only=False)
+    names = wanted_of([file.rfilename for file in found.siblings or ()])
+    return download(list(map(glob.escape, names)), local_files_only=False)
+
+
+def wanted_of(names: list[str]) -> list[str]:
+    """What of a repository's files a merge can need.
+
+    The tensors in the first format of those that are read, as `weights.find` takes it;
+    of GGUF, which comes in many quantisations, only where there is one file.
+
+    Raises:
+      CheckpointError: there are several files of GGUF and nothing else.
+    """
+    top = [name for name in names if "/" not in name and not _MAKERS.match(name)]
+    side = [name for name in top if any(fnmatch(name, own) for own in _BESIDE)]
+    side += [name for name in names if _INNER.fullmatch(name)]
+    for suffixes in _FORMATS:
+        tensors = [n for n in top if n.endswith(suffixes) and not _NO_MODEL.match(n)]
+        if suffixes == (".gguf",) and len(tensors) > 1:
+            raise CheckpointError(
+                f"holds {len(tensors)} files of GGUF, such as {shown(tensors[0])}, and "
+                "no other tensors; download one of them and give its path"
+            )
+        if tensors:
+            return [*tensors, *side]
+    return side
 
 
 def _reason(error: Exception) -> str:

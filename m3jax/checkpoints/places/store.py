@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ class StoreError(OSError):
 
 
 def parse(path: str) -> Location:
-    """A `StorePath` for a URL, a `Path` for everything else.
+    """A `StorePath` for a URL, a `Path` for everything else, its ~ expanded.
 
     Raises:
       CheckpointError: no installed package knows the URL's scheme.
@@ -46,7 +47,7 @@ def parse(path: str) -> Location:
     found = _SCHEME.match(path)
     scheme = found[1].lower() if found else ""
     if found is None or scheme in _NO_STORES:
-        return Path(path)
+        return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own may raise
     if scheme in _LOCAL:  # local files have a faster way, with checks of their own
         return Path(path[found.end() :])
     # Imported here: it takes a tenth of a second, and most merges are local.

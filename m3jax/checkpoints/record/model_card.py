@@ -43,7 +43,7 @@ def render(
     for i, model in enumerate(models, start=1):
         lines.append(f"| model {i} | `{model.name}` | {model.revision or '—'} |")
     lines += ["", "## Ratios", ""]
-    lines += _ratios(recipe["mixup"], ratios, len(models))
+    lines += _ratios(recipe["mixup"], ratios)
     lines += [
         "",
         "## Recipe",
@@ -65,9 +65,7 @@ def render(
 
 
 def _ratios(
-    mixup: Mapping[str, Any],
-    ratios: Mapping[str, tuple[float, ...]] | None,
-    num_models: int,
+    mixup: Mapping[str, Any], ratios: Mapping[str, tuple[float, ...]] | None
 ) -> list[str]:
     if ratios is None:
         return ["M3 is off: the models have equal weight."]
@@ -77,6 +75,7 @@ def _ratios(
         how = f"Drawn: α = {mixup['alpha']}, one draw per {mixup['granularity']}"
     if len(ratios) > _FEW_GROUPS:
         return [f"{how}; {len(ratios)} draws, see `m3jax.json`."]
+    num_models = len(next(iter(ratios.values())))
     columns = " | ".join(f"model {i}" for i in range(1, num_models + 1))
     return [
         f"{how}.",

@@ -15,7 +15,7 @@ from typing import Any
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.formats.orbax import ITEM
-from m3jax.checkpoints.names import is_plain_name
+from m3jax.checkpoints.names import is_inner_name, is_plain_name
 from m3jax.checkpoints.output.folder import MANIFEST
 from m3jax.checkpoints.places.files import Location, exists, read_small
 from m3jax.checkpoints.record.provenance import CHECKSUM, FORMAT
@@ -48,6 +48,7 @@ class Record:
       versions: of the software that made it.
       files: checksums of the files beside the tensors.
       tensors: by name.
+      measured: what the method found of the whole model, by name.
     """
 
     recipe: Mapping[str, Any]
@@ -59,6 +60,7 @@ class Record:
     versions: Mapping[str, str]
     files: Mapping[str, str]
     tensors: Mapping[str, TensorRecord]
+    measured: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
 def read_record(folder: Location) -> Record | None:
@@ -104,8 +106,11 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
             f"{field}: {shown(name, 60)} has {shown(entry, 90)}; needs {allowed}"
             for name, entry in entries.items()
             if not _fits(entry, wanted)
-            or (field == "files" and not is_plain_name(name))
+            or (field == "files" and not is_inner_name(name))
         ]
+    measured = content.get("measured", {})  # absent from records of version 0.1
+    if not _fits(measured, {"*": [_is_number]}):
+        flaws.append(f"measured={shown(measured, 60)} needs numbers by name")
     if flaws:
         more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
         raise CheckpointError(
@@ -125,6 +130,7 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
             name: TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
             for name, entry in content["tensors"].items()
         },
+        measured={name: tuple(values) for name, values in measured.items()},
     )
 
 
@@ -148,7 +154,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     return wanted(value) if callable(wanted) else value == wanted
 
 
-def _is_plain(value: Any, depth: int = 8) -> bool:
+def _is_plain(value: Any, depth: int = 24) -> bool:
     """Whether there are only sane numbers, texts and nulls, not nested too deeply."""
     if isinstance(value, dict | list):
         entries = value.values() if isinstance(value, dict) else value

@@ -1,8 +1,4 @@
-"""Which recipe and seed each trial has.
-
-Every sampler is a function of the exploration's seed and of what it was told, so that
-an exploration that goes on asks for the same trials once more.
-"""
+"""Where draws come from: the recipe itself, a grid, Sobol points, or an optimiser."""
 
 from __future__ import annotations
 
@@ -12,96 +8,179 @@ from collections.abc import Sequence
 from typing import Any
 
 from m3jax import prng
-from m3jax.exploration.space import Space, Values
+from m3jax.exploration.fields import Searched
+from m3jax.exploration.search.scoring import Objective
+from m3jax.exploration.search.searches import Search
+from m3jax.exploration.search.trials import Proposal
+from m3jax.exploration.space import Dimension, Space, Values
 from m3jax.recipe import Recipe, RecipeError
 
-SAMPLERS = ("recipe", "grid", "sobol", "tpe", "cmaes")
-ADAPTIVE = ("tpe", "cmaes")
+LISTED = ("recipe", "grid", "sobol", "random")
+ADAPTIVE = ("tpe", "cmaes", "gp", "nsga2")
+SAMPLERS = (*LISTED, *ADAPTIVE)
+_PACKAGES = {"cmaes": ("cmaes",), "gp": ("torch", "scipy")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Proposal:
-    """A merge: recipe and seed fix every number of it."""
-
-    recipe: Recipe
-    seed: int
-
-
-@dataclasses.dataclass
-class Sampler:
-    """Proposes trials, in order.
+class Draws:
+    """The draws of a sampler that is told of no scores, by index.
 
     Attributes:
       recipe: to start from; all of it but what is searched stays.
       seed: of the exploration.
-      count: of the trials.
-      generation: how many may be asked for before the first of them is told of.
+      budget: of each.
       space: what is searched; None: nothing.
-      listed: the values of each trial, where they are known beforehand.
+      listed: the values of each draw; empty: the recipe as it is, with new seeds.
     """
 
     recipe: Recipe
     seed: int
-    count: int
-    generation: int
+    budget: int | None
     space: Space | None = None
     listed: Sequence[Values] = ()
 
-    def ask(self, index: int) -> Proposal:
-        """The trial of this index; asked for in order."""
+    def __call__(self, index: int) -> Proposal:
         if self.space is None:
-            return Proposal(self.recipe, trial_seed(self.seed, index))
-        new = self.space.new_seeds
-        seed = trial_seed(self.seed, index) if new else self.seed
-        return Proposal(self.space.apply(self.recipe, self._values(index)), seed)
+            return self.proposal(index, self.recipe, new_seed=True)
+        return self.with_values(index, self.listed[index])
 
-    def tell(self, index: int, objective: float) -> None:
-        """What came of it, higher being better; NaN if nothing did."""
+    def with_values(self, index: int, values: Values) -> Proposal:
+        """The draw with these values in its recipe."""
+        assert self.space is not None
+        recipe = self.space.apply(self.recipe, values)
+        return self.proposal(index, recipe, new_seed=self.space.new_seeds)
 
-    def _values(self, index: int) -> Values:
-        return self.listed[index]
+    def proposal(self, index: int, recipe: Recipe, *, new_seed: bool) -> Proposal:
+        seed = trial_seed(self.seed, index) if new_seed else self.seed
+        return Proposal(index, recipe, seed, self.budget)
 
 
-def make_sampler(
+def listed(
     name: str,
     recipe: Recipe,
     space: Space | None,
+    *,
     draws: int,
     seed: int,
-    generation: int = 1,
-) -> Sampler:
-    """The sampler of a name.
+    budget: int | None,
+) -> tuple[Draws, int]:
+    """The draws of a sampler that is told of no scores, and how many there are.
 
     Args:
-      name: one of SAMPLERS.
-      recipe: to start from; all of it but what is searched stays.
+      name: one of LISTED.
+      recipe: to start from.
       space: what is searched; None for ``recipe``, which searches nothing.
-      draws: the number of trials; a grid has at most so many.
+      draws: how many; a grid has at most so many.
       seed: of the exploration.
-      generation: of ``tpe`` and ``cmaes``; the others are not told of anything.
+      budget: of each.
 
     Raises:
-      RecipeError: the sampler does not fit the recipe, or needs another package.
+      RecipeError: the sampler does not fit the recipe.
     """
-    if name not in SAMPLERS:
-        raise RecipeError(f"sampler={name!r} needs one of {', '.join(SAMPLERS)}")
     if name == "recipe":  # its own Beta or Dirichlet: as it is, with a seed a trial
         fixed = recipe.mixup.ratios is not None or not recipe.mixup.alpha
-        masked = any(step.draws for step in recipe.transforms)
+        masked = any(s.draws for own in recipe.variants for s in own.transforms)
         if fixed and not masked and draws > 1:
             raise RecipeError(
                 "nothing is drawn: the recipe has fixed ratios, or mixup.alpha is 0 or "
                 "None, and nothing random before the method; set mixup.alpha, or "
                 "choose another sampler"
             )
-        return Sampler(recipe, seed, draws, draws)
+        return Draws(recipe, seed, budget), draws
     assert space is not None
-    if name != "grid" and space.dimensions == 0:
-        raise RecipeError(f"sampler={name!r} needs more to search than seeds")
-    if name in ADAPTIVE:
-        return _Asked(name, recipe, space, draws, seed, generation)
-    listed = space.grid(draws) if name == "grid" else _sobol(space, draws, seed)
-    return Sampler(recipe, seed, len(listed), len(listed), space, listed)
+    if name == "grid":
+        values = space.grid(draws)
+    else:
+        check_searches(name, space)
+        values = _points(name, space, draws, seed)
+    return Draws(recipe, seed, budget, space, values), len(values)
+
+
+def optimised(
+    name: str,
+    draw: Draws,
+    objective: Objective,
+    *,
+    draws: int,
+    generation: int,
+    tasks: Sequence[str] = (),
+) -> Search:
+    """Values that an optimiser of optuna's suggests, told what became of those before.
+
+    Args:
+      name: one of ADAPTIVE.
+      draw: makes proposals of values.
+      objective: what is maximised; `nsga2` looks at each task's part of it.
+      draws: how many.
+      generation: how many are proposed before the first of them is told of.
+      tasks: whose scores `nsga2` is told of.
+
+    Raises:
+      RecipeError: a package is missing, or there is nothing to search but seeds.
+    """
+    space, optuna = draw.space, import_optuna(name)
+    assert space is not None
+    check_searches(name, space)
+    several = name == "nsga2"
+    directions = ["maximize"] * (len(tasks) if several else 1)
+    study = optuna.create_study(
+        sampler=_optuna_sampler(optuna, name, draw.seed, generation),
+        directions=directions,
+    )
+    return _optimised(optuna, study, draw, objective, draws, generation, several)
+
+
+def _optimised(
+    optuna: Any,
+    study: Any,
+    draw: Draws,
+    objective: Objective,
+    draws: int,
+    generation: int,
+    several: bool,
+) -> Search:
+    space = draw.space
+    assert space is not None
+    words = not isinstance(study.sampler, optuna.samplers.CmaEsSampler)
+    for start in range(0, draws, generation):
+        asked, proposals = [], []
+        for index in range(start, min(start + generation, draws)):
+            trial = study.ask()
+            values = space.picked(
+                lambda axis, field: _suggested(space, trial, axis, field, words)  # noqa: B023
+            )
+            asked.append(trial)
+            proposals.append(draw.with_values(index, values))
+        found = yield proposals
+        for trial, told in zip(asked, found, strict=True):
+            scores = list(objective.parts(told.scores)) if several else [told.objective]
+            if all(map(math.isfinite, scores)):
+                study.tell(trial, scores)
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def _suggested(
+    space: Space, trial: Any, axis: Dimension, field: Searched, words: bool
+) -> float:
+    """A number of the unit interval; of words, the middle of a word's part."""
+    name = f"{space.label(axis.group, axis.field)}.{axis.place}"
+    if field.options and words:
+        place = trial.suggest_categorical(name, range(len(field.options)))
+        return float((place + 0.5) / len(field.options))
+    return float(trial.suggest_float(name, 0.0, 1.0))
+
+
+def _optuna_sampler(optuna: Any, name: str, seed: int, generation: int) -> Any:
+    samplers = optuna.samplers
+    if name == "nsga2":
+        return samplers.NSGAIISampler(seed=seed, population_size=max(2, generation))
+    kinds = {
+        "tpe": samplers.TPESampler,
+        "cmaes": samplers.CmaEsSampler,
+        "gp": samplers.GPSampler,
+    }
+    return kinds[name](seed=seed)
 
 
 def trial_seed(seed: int, index: int) -> int:
@@ -110,58 +189,35 @@ def trial_seed(seed: int, index: int) -> int:
     return int(key[1])
 
 
-class _Asked(Sampler):
-    """Values that optuna's ask and tell suggest."""
-
-    def __init__(
-        self,
-        name: str,
-        recipe: Recipe,
-        space: Space,
-        draws: int,
-        seed: int,
-        generation: int,
-    ):
-        super().__init__(recipe, seed, draws, generation, space)
-        self._optuna = _import_optuna(name)
-        samplers = self._optuna.samplers
-        made = samplers.TPESampler if name == "tpe" else samplers.CmaEsSampler
-        self._study = self._optuna.create_study(
-            sampler=made(seed=seed), direction="maximize"
-        )
-        unit = self._optuna.distributions.FloatDistribution(0.0, 1.0)
-        self._dimensions = {f"x{i}": unit for i in range(space.dimensions)}
-        self._space = space
-        self._asked: dict[int, Any] = {}  # optuna's trials that it was not told of
-
-    def _values(self, index: int) -> Values:
-        asked = self._asked[index] = self._study.ask(self._dimensions)
-        return self._space.values([asked.params[name] for name in self._dimensions])
-
-    def tell(self, index: int, objective: float) -> None:
-        asked = self._asked.pop(index)
-        if math.isfinite(objective):
-            self._study.tell(asked, objective)
-        else:
-            self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
+def check_searches(name: str, space: Space) -> None:
+    """Raises RecipeError where a sampler of points has none to choose."""
+    if space.dimensions == 0:
+        raise RecipeError(f"sampler={name!r} needs more to search than seeds")
 
 
-def _sobol(space: Space, draws: int, seed: int) -> list[Values]:
-    """Scrambled Sobol points; the first of them are the same for any number."""
+def _points(name: str, space: Space, draws: int, seed: int) -> list[Values]:
+    """Points of the cube; the first of them are the same for any number of draws."""
     import numpy as np
     from scipy.stats import qmc
 
-    engine = qmc.Sobol(space.dimensions, rng=np.random.default_rng(seed))
-    points = engine.random_base2(math.ceil(math.log2(draws)))
+    generator = np.random.default_rng(seed)
+    if name == "random":
+        points = generator.random((draws, space.dimensions))
+    else:  # scrambled
+        engine = qmc.Sobol(space.dimensions, rng=generator)
+        points = engine.random_base2(math.ceil(math.log2(draws)))
     return [space.values(point.tolist()) for point in points[:draws]]
 
 
-def _import_optuna(name: str) -> Any:
+def import_optuna(name: str) -> Any:
+    """optuna, with the packages that a sampler of it needs."""
+    import importlib
+
     try:
         import optuna
 
-        if name == "cmaes":
-            import cmaes  # noqa: F401 - optuna imports it when it is too late
+        for package in _PACKAGES.get(name, ()):
+            importlib.import_module(package)  # optuna does when it is too late
     except ImportError as error:
         raise RecipeError(
             f"sampler={name!r} needs {error.name}; install it from a checkout: "

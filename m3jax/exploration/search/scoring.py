@@ -60,12 +60,18 @@ class Objective:
           RecipeError: a weight's task is not among the scores.
         """
         self.check(list(scores))
-        signed = [
+        return sum(self.parts(scores)) / math.fsum(map(abs, self._signed(scores)))
+
+    def parts(self, scores: Mapping[str, Any]) -> list[Any]:
+        """What each task adds, w_t s_t; more is better."""
+        signed = self._signed(scores)
+        return [w * s for w, s in zip(signed, scores.values(), strict=True)]
+
+    def _signed(self, scores: Mapping[str, Any]) -> list[float]:
+        return [
             self.weights.get(name, 1.0) * (-1 if name in self.losses else 1)
             for name in scores
         ]
-        parts = [w * s for w, s in zip(signed, scores.values(), strict=True)]
-        return sum(parts) / math.fsum(map(abs, signed))
 
     def check(self, names: list[str]) -> None:
         for name, weight in self.weights.items():
@@ -96,16 +102,15 @@ def score(
 
 def losses(evaluator: Evaluator | None) -> frozenset[str]:
     """The tasks of which less is better; a function says so by a negative weight."""
-    if not isinstance(evaluator, TaskEvaluator):
-        return frozenset()
-    return frozenset(t.name for t in evaluator.tasks if not t.higher_is_better)
+    found: frozenset[str] = getattr(evaluator, "losses", frozenset())
+    return found
 
 
 def describe(evaluator: Evaluator | None) -> Any:
     """What a resumed exploration must have in common with the one it resumes."""
     if evaluator is None:
         return None
-    if isinstance(evaluator, TaskEvaluator):
+    if hasattr(evaluator, "fingerprint"):
         return evaluator.fingerprint()
     named = evaluator if hasattr(evaluator, "__qualname__") else type(evaluator)
     return f"{named.__module__}.{named.__qualname__}"

@@ -14,6 +14,22 @@ Scores = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
+class Proposal:
+    """A merge that is to be evaluated: recipe and seed fix every number of it.
+
+    Attributes:
+      index: of the draw, from 0.
+      recipe, seed: that make it.
+      budget: of the evaluation; None: all there is.
+    """
+
+    index: int
+    recipe: Recipe
+    seed: int
+    budget: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Trial:
     """One evaluation of one draw.
 
@@ -35,6 +51,10 @@ class Trial:
     scores: Scores
     objective: float
     other: dict[str, Scores] = dataclasses.field(default_factory=dict)
+
+    @property
+    def proposal(self) -> Proposal:
+        return Proposal(self.index, self.recipe, self.seed, self.budget)
 
     @property
     def mean_ratios(self) -> tuple[float, ...] | None:

@@ -1,0 +1,151 @@
+"""Makes LoRA adapters: of a fine-tuned model, or of several adapters.
+
+extract: the best low-rank change of each weight that makes --model of --base, to
+--rank, or to the --energy (share of the sum of squares) that is to be kept. Norms,
+biases, embedding and head are saved whole where they changed.
+
+merge: --models are adapters; the recipe (--config, as for `m3jax merge`, M3's draws
+included) merges what they change, ΔW, never A and B apart:
+  --how=concatenate  their weighted sum, exactly; the ranks add up
+  --how=svd          any recipe; the best change of --rank or --energy
+  --how=core         any recipe, in the space that they share, exactly
+
+Either makes a PEFT folder, prints what each tensor's change loses, and the least loss
+that its rank allows; `m3jax merge --models=BASE+ADAPTER` takes it from there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from m3jax.commands import config, reporting
+from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.commands.tables import shape, table
+
+if TYPE_CHECKING:
+    from m3jax.lora.extract import Fit
+
+USAGE = (
+    "m3jax lora extract --base=DIR --model=DIR --output=DIR --rank=N\n"
+    "       m3jax lora merge --models=A,B[,C...] --output=DIR [--how=core] "
+    "[--config=FILE]"
+)
+MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
+
+# Other commands have flags of these names, too; a process runs one command.
+_BASE = flags.DEFINE_string(
+    "base",
+    None,
+    "The base model: a folder, a file or org/name.",
+    allow_override=True,
+)
+_MODEL = flags.DEFINE_string("model", None, "extract: the fine-tuned model.")
+_MODELS = define_names(
+    "models", "merge: the adapters, comma-separated.", allow_override=True
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The folder to make.", allow_override=True
+)
+_RANK = flags.DEFINE_integer("rank", None, "At most so much, for every tensor.")
+_ENERGY = flags.DEFINE_float(
+    "energy", None, "Share of each change's sum of squares to keep, 0 to 1."
+)
+_SVD = flags.DEFINE_enum(
+    "svd",
+    None,
+    ["full", "randomised"],
+    "extract: of each change. [full; of more than 2048 rows and columns randomised]",
+)
+_EMBEDDINGS = flags.DEFINE_enum(
+    "embeddings",
+    "whole",
+    ["whole", "lora"],
+    "extract: how a changed embedding and head are stored.",
+)
+_HOW = flags.DEFINE_enum(
+    "how", "concatenate", ["concatenate", "svd", "core"], "merge: see below."
+)
+_DTYPE = flags.DEFINE_enum(
+    "factors_dtype",
+    "float32",
+    ["float32", "bfloat16", "float16"],
+    "Of A and B in the adapter.",
+)
+_SEED = flags.DEFINE_integer(
+    "seed", None, "Of ratios, masks and a randomised SVD. [0]", allow_override=True
+)
+
+prepare = config.prepare  # --config, whose fields depend on the file it names
+
+
+def main(positional: list[str]) -> int:
+    if positional not in (["extract"], ["merge"]):
+        raise UsageError(f"needs extract or merge; usage: {USAGE}")
+    output = _OUTPUT.value
+    if output is None:
+        raise UsageError(f"--output is missing; usage: {USAGE}")
+    fits = _extract(output) if positional == ["extract"] else _merge(output)
+    print("\n".join([*_report(fits), f"adapter: {output}"]))
+    return 0
+
+
+def _extract(output: str) -> list[Fit]:
+    if _BASE.value is None or _MODEL.value is None:
+        raise UsageError(f"--base and --model are needed; usage: {USAGE}")
+    if names(_MODELS):
+        raise UsageError("--models is of `m3jax lora merge`; extract takes --model")
+    from m3jax.checkpoints.output.destination import check_free
+    from m3jax.checkpoints.places import store
+    from m3jax.lora.extract import Settings, extract
+
+    settings = Settings(
+        rank=_RANK.value,
+        energy=_ENERGY.value,
+        svd=_SVD.value,
+        embeddings=_EMBEDDINGS.value,
+        dtype=_DTYPE.value,
+        seed=_SEED.value or 0,
+    )
+    check_free(store.parse(output), overwrite=False, resume=False)
+    with reporting.progress() as progress:
+        return extract(_BASE.value, _MODEL.value, output, settings, progress)
+
+
+def _merge(output: str) -> list[Fit]:
+    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
+    if len(asked.models) < 2:
+        raise UsageError(f"--models needs two adapters or more; usage: {USAGE}")
+    if _MODEL.value:
+        raise UsageError("--model is of `m3jax lora extract`; merge takes --models")
+    from m3jax.checkpoints.output.destination import check_free
+    from m3jax.checkpoints.places import store
+    from m3jax.lora.combine import combine
+
+    check_free(store.parse(output), overwrite=False, resume=False)
+    return combine(
+        asked.models,
+        output,
+        asked.recipe,
+        how=_HOW.value,
+        rank=_RANK.value,
+        energy=_ENERGY.value,
+        base=asked.base,
+        seed=asked.seed,
+        dtype=_DTYPE.value,
+    )
+
+
+def _report(fits: list[Fit]) -> list[str]:
+    rows = [
+        (
+            fit.name,
+            shape(fit.shape),
+            str(fit.rank) if fit.rank else "whole",
+            f"{fit.error:.5f}",
+            "—" if fit.least is None else f"{fit.least:.5f}",
+        )
+        for fit in fits
+    ]
+    return table(("tensor", "shape", "rank", "error", "least"), rows, "<<>>>")

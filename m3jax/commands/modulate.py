@@ -1,0 +1,52 @@
+"""Makes a task's model of what EMR-Merging wrote.
+
+FOLDER is an output of `m3jax merge --config.method=emr`: the unified model, a file of
+masks for each task, and their scales. The task's model is θ0 + λ M ⊙ τ, with θ0 the
+base that the merge read, which has to be there still.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from m3jax.commands import process
+from m3jax.commands.cli import UsageError
+
+USAGE = "m3jax modulate FOLDER --task=NAME [--output=DIR]"
+
+_TASK = flags.DEFINE_string(
+    "task", None, "A model that was merged: the last part of its path, or its number."
+)
+# Other commands have flags of these names, too; a process runs one command.
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The folder to make. [FOLDER-NAME]", allow_override=True
+)
+_BASE = flags.DEFINE_string(
+    "base", None, "The base model. [where the merge read it]", allow_override=True
+)
+_UNMERGED_FROM = flags.DEFINE_string(
+    "unmerged_from",
+    None,
+    "A model that gives what was excluded from the merge, such as a head. [the base]",
+)
+
+
+def main(positional: list[str]) -> int:
+    if len(positional) != 1:
+        raise UsageError(f"needs one folder, not {len(positional)}; usage: {USAGE}")
+    if _TASK.value is None:
+        raise UsageError(f"needs --task; usage: {USAGE}")
+    process.leave_at_once()
+    from m3jax import modulation  # only now JAX
+
+    (folder,) = positional
+    output = _OUTPUT.value or f"{folder.rstrip('/')}-{_TASK.value}"
+    made = modulation.write(
+        folder,
+        _TASK.value,
+        output,
+        base=_BASE.value,
+        unmerged_from=_UNMERGED_FROM.value,
+    )
+    print(f"output     {made}")
+    return 0
