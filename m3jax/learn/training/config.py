@@ -91,7 +91,9 @@ class Config:
         """Nested dicts of JSON values, every field present."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         objective = self.objective
-        words = [getattr(objective, own, "") for own in ("__module__", "__qualname__")]
+        words = [
+            str(getattr(objective, own, None)) for own in ("__module__", "__qualname__")
+        ]
         return found | {
             "recipe": self.recipe.to_dict(),
             "space": dataclasses.asdict(self.space),
