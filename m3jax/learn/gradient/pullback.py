@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from m3jax.engine import in_memory, kernel
 from m3jax.engine.kernel import Numbers, Program, take
 from m3jax.engine.leaves import operands
-from m3jax.engine.measure import measure, table_of
+from m3jax.engine.measure import measured_by, table_of
 from m3jax.engine.placement import Placement
 from m3jax.learn.gradient.tensors import Tensors
 from m3jax.methods import METHODS
@@ -72,10 +72,9 @@ class Merge:
 
     @functools.cached_property
     def _numbers(self) -> Numbers:
-        bench, program = self.tensors.bench, self._program
-        numbers = in_memory.numbers_of(bench, self._recipe, self._seed)
-        places = [i for i in bench.merged if bench.sizes[i]]
-        found = measure(bench, program, numbers, places, lambda name, find: find())
+        bench = self.tensors.bench
+        ((job, numbers),) = in_memory.numbers_of(bench, self._recipe, self._seed)
+        found = measured_by(bench, job, numbers, lambda name, find: find())
         p = tuple({n: table_of(own) for n, own in step.items()} for step in found.p)
         return found._replace(p=p)
 
@@ -100,6 +99,8 @@ def learnable(recipe: Recipe) -> Recipe:
     Raises:
       RecipeError: its method is not differentiable in its weights.
     """
+    if recipe.rules:
+        raise RecipeError("a recipe with rules cannot be learned; give one method")
     if not recipe.method.differentiable:
         known = ", ".join(n for n, own in METHODS.items() if own.differentiable)
         raise RecipeError(
