@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +39,7 @@ def default() -> config_dict.ConfigDict:
 
     Fields take any Python literal: `None`, a number or a tuple. `Recipe` checks them.
     """
-    return _as_config(RECIPE_FIELDS)
+    return as_config(RECIPE_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Asked:
       statistics: beside the models, of the record.
       documents: merges that give some of the models, in order.
       mixture: of experts, that is built in the place of the models; None: none.
+      notes: what of the file has no effect.
     """
 
     recipe: Recipe
@@ -63,6 +63,7 @@ class Asked:
     statistics: list[str]
     mixture: Mixture | None = None
     documents: tuple[Document, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 _holder: Any = None
@@ -82,10 +83,10 @@ def prepare(arguments: list[str]) -> list[str]:
       UsageError, RecipeError: the file cannot be used or a field is unknown.
     """
     global _holder, _record
-    source, rest = _take("--config", arguments)
+    source, rest = take("--config", arguments)
     fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
-    config = _as_config(all_fields(Recipe.from_dict(fields)))
-    known = _dotted(RECIPE_FIELDS)
+    config = as_config(all_fields(Recipe.from_dict(fields)))
+    known = dotted(RECIPE_FIELDS)
     for argument in rest:
         name = argument.partition("=")[0].lstrip("-")
         field = name.removeprefix("config.")
@@ -138,10 +139,11 @@ def asked(
         statistics=[own["path"] for own in _record.get("statistics", [])],
         documents=tuple(own.renamed(names) for own in documents),
         mixture=_mixture(),
+        notes=tuple(_record.get("notes", ())),
     )
 
 
-def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+def take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Takes `--flag=VALUE` or `--flag VALUE` out; the last one counts."""
     found: str | None = None
     rest: list[str] = []
@@ -215,8 +217,6 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found = mergekit.parse(text)
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
-    for note in found.notes:
-        print(f"{source}: {note}", file=sys.stderr)
     result = found.result
     return result.recipe.to_dict(), {
         "base": {"path": result.base},
@@ -224,6 +224,7 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": result.seed or 0,
         "vocabulary": result.recipe.vocabulary,
         "documents": [own.to_dict() for own in found.named],
+        "notes": [f"{source}: {note}" for note in found.notes],
     }
 
 
@@ -268,22 +269,22 @@ def _hint(field: str, known: list[str]) -> str:
     return f"known: {listed}{more}{meant}"
 
 
-def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
+def as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
     """Every field may hold any literal, so that `None` and tuples parse everywhere."""
     config = config_dict.ConfigDict()
     for name, value in fields.items():
         if isinstance(value, dict):
-            config[name] = _as_config(value)
+            config[name] = as_config(value)
         else:
             config[name] = config_dict.FieldReference(value, field_type=object)
     return config
 
 
-def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
+def dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
     names = []
     for name, value in fields.items():
         if isinstance(value, dict):
-            names += _dotted(value, f"{prefix}{name}.")
+            names += dotted(value, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names
@@ -291,4 +292,4 @@ def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
 
 def field_names() -> list[str]:
     """The recipe's fields, dotted."""
-    return _dotted(RECIPE_FIELDS)
+    return dotted(RECIPE_FIELDS)

@@ -35,7 +35,7 @@ from absl import flags
 from m3jax.checkpoints.places import durable
 from m3jax.commands import cli, scoring
 from m3jax.commands.cli import UsageError, define_names
-from m3jax.commands.tables import clean, table
+from m3jax.commands.tables import clean, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,7 +144,7 @@ def _results(
     results: list[Any] = []
     for result in evaluator(tasks).results(model.parameters, limit, key):
         results.append(result)
-        scoring.say(f"{len(results)} of {len(tasks)} tasks: {result.task}")
+        say(f"{len(results)} of {len(tasks)} tasks: {result.task}")
     attacked: list[Robustness] = []
     for found in under_attack(
         tasks,
@@ -159,7 +159,7 @@ def _results(
     ):
         attacked.append(found)
         of = f"{len(attacked)} of {len(tasks) * len(attacks)} attacks"
-        scoring.say(f"{of}: {found.attack} on {found.clean.task}")
+        say(f"{of}: {found.attack} on {found.clean.task}")
     if run_names is not None:
         results += run_names(model, tokenizer, seed)
     return results, attacked

@@ -34,7 +34,7 @@ from absl import flags
 
 from m3jax.commands import config, scoring
 from m3jax.commands.cli import UsageError, define_names, leave_at_once, local, names
-from m3jax.commands.tables import clean, table
+from m3jax.commands.tables import clean, say, table
 
 if TYPE_CHECKING:
     from m3jax.evaluation.evaluator import Evaluator
@@ -190,7 +190,7 @@ def main(positional: list[str]) -> int:
         resume=_RESUME.value,
         overwrite=_OVERWRITE.value,
         tokenizer_from=_TOKENIZER_FROM.value,
-        say=scoring.say,
+        say=say,
     )
     print("\n".join(_report(found)))
     if _EXPORT.value is not None:

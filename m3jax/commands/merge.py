@@ -154,6 +154,8 @@ def main(positional: list[str]) -> int:
         executor=_EXECUTOR.value,
         mesh=mesh.sizes(_MESH.value),
     )
+    if _DRY_RUN.value:
+        reporting.notes(asked.notes)
     if _DRY_RUN.value and asked.documents:
         print(reporting.documents(asked.documents))
         return 0
@@ -217,6 +219,7 @@ def main(positional: list[str]) -> int:
                 documents=named,
             )
     if prints:
+        reporting.notes(asked.notes)
         print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
 

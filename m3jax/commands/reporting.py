@@ -58,6 +58,12 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     return "\n".join(f"{name:11}{fact}" for name, fact in [*facts.items(), *notes])
 
 
+def notes(lines: Sequence[str]) -> None:
+    """Says on standard error what the user should know."""
+    for line in lines:
+        print(f"m3jax: note: {line}", file=sys.stderr)
+
+
 def documents(named: Sequence[Document]) -> str:
     """What --dry_run prints of several documents: their order."""
     lines = [

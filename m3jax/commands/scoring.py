@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from absl import flags
 
 from m3jax.commands import mesh
 from m3jax.commands.cli import UsageError
-from m3jax.commands.tables import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,8 +107,3 @@ def harness(names: Sequence[str], what: str) -> Any:
             "from a checkout, pip install '.[harness]'"
         ) from None
     return getattr(module, what)
-
-
-def say(line: str) -> None:
-    """Tells the user how far it is, on standard error."""
-    print(f"m3jax: {clean(line)}", file=sys.stderr, flush=True)

@@ -168,12 +168,10 @@ class TaskEvaluator:
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the scores depend on beside parameters, budget and key."""
-        tasks = {}
-        for task, examples in zip(self.tasks, self._examples, strict=True):
-            fields = {**dataclasses.asdict(task), "data": None}
-            content = [fields, [dataclasses.asdict(example) for example in examples]]
-            digest = hashlib.sha256(json.dumps(content).encode())
-            tasks[task.name] = digest.hexdigest()
+        tasks = {
+            task.name: fingerprint(task, examples)
+            for task, examples in zip(self.tasks, self._examples, strict=True)
+        }
         options = {name: self._options[name] for name in ("dtype", "tokens_per_batch")}
         if options["dtype"] is not None:
             options["dtype"] = np.dtype(options["dtype"]).name
@@ -296,6 +294,14 @@ class TaskEvaluator:
             return list(map(functools.partial(_compare, task), examples, outputs))
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(functools.partial(_run, task), examples, outputs))
+
+
+def fingerprint(task: Task, examples: Sequence[Example] | None = None) -> str:
+    """Tells a task and its data from others, wherever the data stand."""
+    examples = load_examples(task) if examples is None else examples
+    fields = {**dataclasses.asdict(task), "data": None}
+    content = [fields, [dataclasses.asdict(example) for example in examples]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _compare(task: Task, example: Example, output: str) -> dict[str, Any]:

@@ -62,6 +62,12 @@ class Sparsify(Transform):
     gamma: Any = number(
         default=0.01, help="γ, share of the outliers", low=0.0, high=1.0, per_model=True
     )
+    over: Any = choice(
+        default="tensor",
+        help="by magnitude or outliers: of each `tensor`, or of the whole `model`, as "
+        "one",
+        options=("tensor", "model"),
+    )
     epsilon: Any = number(
         default=0.15,
         help="ε, by how much the largest entry of a row is likelier than d",
@@ -80,7 +86,7 @@ class Sparsify(Transform):
 
     @property
     def scope(self) -> str:
-        return "" if self.draws else "tensor"
+        return "" if self.draws else str(self.over)
 
     @property
     def unit(self) -> str:
@@ -97,11 +103,11 @@ class Sparsify(Transform):
             gamma = xp.floor(problem.numbers["gamma"] * n)
             top = xp.minimum(gamma, n - kept)
         # Ranks of the smallest and of the largest entry that is kept.
-        rank = xp.concatenate([n - top - kept + 1, n - top])
-        both = dataclasses.replace(problem, num_models=2 * count)
-        rates = xp.minimum((rank + 0.5) / n, 1.0)
-        found = yield from kth_smallest(deltas, rates, both)
-        low, high = found[:count], found[count:]
+        ranks = [n - top - kept + 1, n - top][: 1 if self.by == "magnitude" else 2]
+        rates = xp.minimum((xp.concatenate(ranks) + 0.5) / n, 1.0)
+        rows = dataclasses.replace(problem, num_models=len(ranks) * count)
+        found = yield from kth_smallest(deltas, rates, rows)
+        low, high = found[:count], found[-count:]
         low = xp.where(density >= 1, 0.0, xp.where(kept > 0, low, xp.inf))
         high = xp.where((density >= 1) | (top == 0), xp.inf, high)
         return {"low": low.astype(np.float32), "high": high.astype(np.float32)}
