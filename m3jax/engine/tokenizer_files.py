@@ -120,7 +120,8 @@ def tokenizer_files(
     options = recipe.tokenizer
     if not options.copy:
         more = (".tiktoken", ".jinja")
-        gone = [n for n in folders if n in _ALONE or n.endswith(more)]
+        names = {*folders, *found.files}
+        gone = [n for n in names if n in _ALONE or n.endswith(more)]
         found.files |= dict.fromkeys(gone, None)
     elif options.chat_template is not None:
         _bring_template(found, options.chat_template, every, first, tokens)
