@@ -14,9 +14,12 @@ COMMANDS = {
     "evaluate": "score a checkpoint at tasks",
     "measure": "measure models: Fisher information, Gram matrices, similarity",
     "modulate": "make a task's model of what EMR-Merging wrote",
+    "convert": "write a mergekit YAML as an m3jax recipe, or the other way",
     "methods": "list the merging methods and their parameters",
     "lora": "extract a LoRA adapter from a model, or merge adapters",
+    "moe": "build a mixture of experts from dense models",
     "explore": "merge many draws in memory, evaluate each, find the best",
+    "learn": "learn the coefficients of a merge from tasks, by gradient",
     "demo": "merge small built-in models, to see how it works",
 }
 
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         with signals.handled_by(signals.leave):
-            process.begin()
+            process.begin(sys.argv[1] if len(sys.argv) > 1 else "")
             return process.end(main(sys.argv[1:]))
     name = argv[0] if argv else "--help"
     if name in ("--help", "-h", "-help", "--helpfull", "help"):

@@ -108,6 +108,7 @@ class TestRecipes:
             "--config.dare.target=weights",
             "--config.exclude=('model.norm','lm_head')",
             "--config.vocabulary=truncate",
+            "--config.tokenizer.chat_template=chatml",
             "--config.dtype=float32",
             "--config.max_shard_size=500B",
             "--seed=4294967295",
@@ -128,6 +129,13 @@ class TestRecipes:
             },
             "exclude": ["model.norm", "lm_head"],
             "vocabulary": "truncate",
+            "tokenizer": {
+                "tokens": [],
+                "missing": "base",
+                "pad_to_multiple_of": None,
+                "chat_template": "chatml",
+                "copy": True,
+            },
             "rename": [],
             "unmatched": "error",
             "rules": [],
@@ -389,8 +397,8 @@ class TestBadInput:
         checkpoints.write(models / "c", checkpoints.random_model(4, shapes))
         assert fails("--models=a,c") == (
             "tensor 'model.embed_tokens.weight' has shape [11, 5] in base, [11, 5] in "
-            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to mean or "
-            "truncate)"
+            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to union or base "
+            "to merge by token, to mean or truncate to merge by row)"
         )
 
     def test_no_such_model(self, fails):

@@ -21,6 +21,13 @@ DEFAULTS = {
     "mixup": {"alpha": 0.5, "ratios": None, "granularity": "model"},
     "exclude": (),
     "vocabulary": "error",
+    "tokenizer": {
+        "tokens": (),
+        "missing": "base",
+        "pad_to_multiple_of": None,
+        "chat_template": None,
+        "copy": True,
+    },
     "dtype": "input",
     "max_shard_size": "5GB",
     "rename": (),
@@ -207,7 +214,23 @@ def test_numbers_of_numpy_and_jax(made):
         ({"dare": {"target": "both"}}, "dare.target='both' needs one of delta, wei"),
         ({"exclude": "lm_head"}, "exclude='lm_head' needs a tuple of regular expr"),
         ({"exclude": ("[",)}, "exclude[0]='[' needs a regular expression"),
-        ({"vocabulary": "pad"}, "vocabulary='pad' needs one of error, mean, trunc"),
+        ({"vocabulary": 1}, "vocabulary=1 needs one of error, mean, trunc"),
+        (
+            {"tokenizer": {"missing": "mean"}},
+            "vocabulary='error' needs union, base or a model's name, for the tokenizer",
+        ),
+        (
+            {"vocabulary": "union", "tokenizer": {"tokens": (("a", None, 3),)}},
+            "tokenizer.tokens=(TokenRow(token='a', model=None, row=3, force=False),)",
+        ),
+        (
+            {"vocabulary": "union", "tokenizer": {"pad_to_multiple_of": 0}},
+            "tokenizer.pad_to_multiple_of=0 needs None, or a number from 1",
+        ),
+        (
+            {"tokenizer": {"chat": "x"}},
+            "unknown recipe field 'tokenizer.chat'; known: ",
+        ),
         ({"dtype": "int8"}, "dtype='int8' needs one of input, float32, float16, b"),
         ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples' needs such as"),
         ({"max_shard_size": 0}, "max_shard_size=0 needs such as 5GB or 200MB"),

@@ -203,7 +203,8 @@ def _modules(folder: Location) -> list[str]:
         raise CheckpointError(
             f"{folder / MODULES}: is not valid JSON; fetch it again, or mend it"
         ) from None
-    paths: list[Any] = [m.get("path") for m in modules if isinstance(m, dict)][:_FEW]
+    listed = modules if isinstance(modules, list) else []
+    paths: list[Any] = [m.get("path") for m in listed if isinstance(m, dict)][:_FEW]
     return [path for path in paths if is_plain_name(path)]
 
 

@@ -6,10 +6,9 @@ import dataclasses
 import difflib
 import json
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict, config_flags
 
@@ -19,6 +18,9 @@ from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.groups import group
 from m3jax.recipe.recipe import FLAT, renaming
+
+if TYPE_CHECKING:
+    from m3jax.moe.document import Mixture
 
 
 def all_fields(recipe: Recipe) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def default() -> config_dict.ConfigDict:
 
     Fields take any Python literal: `None`, a number or a tuple. `Recipe` checks them.
     """
-    return _as_config(RECIPE_FIELDS)
+    return as_config(RECIPE_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Asked:
       tokenizer_from: of the record, None without one.
       statistics: beside the models, of the record.
       documents: merges that give some of the models, in order.
+      mixture: of experts, that is built in the place of the models; None: none.
+      notes: what of the file has no effect.
     """
 
     recipe: Recipe
@@ -57,7 +61,9 @@ class Asked:
     seed: int
     tokenizer_from: str | None
     statistics: list[str]
+    mixture: Mixture | None = None
     documents: tuple[Document, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 _holder: Any = None
@@ -77,10 +83,10 @@ def prepare(arguments: list[str]) -> list[str]:
       UsageError, RecipeError: the file cannot be used or a field is unknown.
     """
     global _holder, _record
-    source, rest = _take("--config", arguments)
+    source, rest = take("--config", arguments)
     fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
-    config = _as_config(all_fields(Recipe.from_dict(fields)))
-    known = _dotted(RECIPE_FIELDS)
+    config = as_config(all_fields(Recipe.from_dict(fields)))
+    known = dotted(RECIPE_FIELDS)
     for argument in rest:
         name = argument.partition("=")[0].lstrip("-")
         field = name.removeprefix("config.")
@@ -125,17 +131,19 @@ def asked(
     own_base = (_record.get("base") or {}).get("path")
     own_models = [model["path"] for model in _record.get("models", [])]
     return Asked(
-        recipe=recipe,
+        recipe=recipe.renamed(lambda own: renamed(own, names)),
         base=base or (own_base and renamed(own_base, names)),
         models=models or [renamed(model, names) for model in own_models],
         seed=_record.get("seed", 0) if seed is None else seed,
         tokenizer_from=_record.get("tokenizer_from"),
         statistics=[own["path"] for own in _record.get("statistics", [])],
         documents=tuple(own.renamed(names) for own in documents),
+        mixture=_mixture(),
+        notes=tuple(_record.get("notes", ())),
     )
 
 
-def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+def take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Takes `--flag=VALUE` or `--flag VALUE` out; the last one counts."""
     found: str | None = None
     rest: list[str] = []
@@ -198,14 +206,17 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields and record of a mergekit configuration."""
+    from m3jax.moe import document as moe
     from m3jax.recipe import mergekit
 
     try:
-        found = mergekit.parse(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        keys = moe.loaded(text)
+        if keys is not None:
+            return mixture_fields(moe.parse(keys))
+        found = mergekit.parse(text)
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
-    for note in found.notes:
-        print(f"{source}: {note}", file=sys.stderr)
     result = found.result
     return result.recipe.to_dict(), {
         "base": {"path": result.base},
@@ -213,7 +224,36 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": result.seed or 0,
         "vocabulary": result.recipe.vocabulary,
         "documents": [own.to_dict() for own in found.named],
+        "notes": [f"{source}: {note}" for note in found.notes],
     }
+
+
+def mixture_fields(mixture: Mixture) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and record of a mixture of experts, whose tensors are copied."""
+    recipe = {
+        "method": "passthrough",
+        "mixup": {"alpha": None},
+        "dtype": mixture.dtype or "promote",
+    }
+    record = {
+        "moe": mixture.to_dict(),
+        "models": [{"path": mixture.base}],
+        "seed": mixture.seed or 0,
+    }
+    return Recipe.from_dict(recipe).to_dict(), record
+
+
+def use(mixture: Mixture) -> None:
+    """Puts a mixture in the place of what `--config` says."""
+    global _record
+    fields, _record = mixture_fields(mixture)
+    _holder.value.update(fields)
+
+
+def _mixture() -> Mixture | None:
+    from m3jax.moe import document as moe
+
+    return moe.parse(_record["moe"]) if "moe" in _record else None
 
 
 def _hint(field: str, known: list[str]) -> str:
@@ -229,22 +269,22 @@ def _hint(field: str, known: list[str]) -> str:
     return f"known: {listed}{more}{meant}"
 
 
-def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
+def as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
     """Every field may hold any literal, so that `None` and tuples parse everywhere."""
     config = config_dict.ConfigDict()
     for name, value in fields.items():
         if isinstance(value, dict):
-            config[name] = _as_config(value)
+            config[name] = as_config(value)
         else:
             config[name] = config_dict.FieldReference(value, field_type=object)
     return config
 
 
-def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
+def dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
     names = []
     for name, value in fields.items():
         if isinstance(value, dict):
-            names += _dotted(value, f"{prefix}{name}.")
+            names += dotted(value, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names
@@ -252,4 +292,4 @@ def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
 
 def field_names() -> list[str]:
     """The recipe's fields, dotted."""
-    return _dotted(RECIPE_FIELDS)
+    return dotted(RECIPE_FIELDS)

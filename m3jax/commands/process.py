@@ -28,10 +28,17 @@ _ARM_FACTS = ("CPU ", "Features")
 _PROVEN, _UNFIT = "proven", "unfit"
 
 
-def begin() -> None:
-    """Takes the process as a command's own."""
+def begin(command: str = "") -> None:
+    """Takes the process as a command's own, before it imports NumPy.
+
+    Matrix products of NumPy's then have one thread, since a merge calls them from its
+    own threads, where those of OpenBLAS wait for each other by spinning: up to twenty
+    times the CPU. `m3jax lora` decomposes one matrix at a time, and has them all.
+    """
     global own
     own = True
+    if command != "lora":
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(100_000, 50, 100)  # a tenth of all imports is a search for garbage
 
 

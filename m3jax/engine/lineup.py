@@ -13,6 +13,7 @@ from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of
 from m3jax.checkpoints.naming.table import Table
 from m3jax.checkpoints.source import Converted, Repeated, Source
 from m3jax.engine import layer_config, unmatched, vocabulary
+from m3jax.engine.by_token import ByToken, Compared
 from m3jax.engine.inputs import (
     MergeInputs,
     MismatchError,
@@ -25,12 +26,15 @@ from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
 from m3jax.recipe.values import layer_of
 
+_NOTHING = Compared()
+
 
 def align(
     base: Checkpoint | None,
     models: list[Checkpoint],
     recipe: Recipe,
     statistics: list[Checkpoint] | None = None,
+    tokens: ByToken | Compared = _NOTHING,
 ) -> MergeInputs:
     """Lines up the checkpoints' tensors by name.
 
@@ -38,6 +42,7 @@ def align(
       base, models: the checkpoints.
       recipe: what is done to them.
       statistics: one checkpoint per model, for a method that reads what they hold.
+      tokens: how rows of tokens fit, or what a merge by rows must know of them.
 
     Raises:
       MismatchError: with every tensor that is missing, extra, or of another shape.
@@ -49,7 +54,11 @@ def align(
     notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
     notes += named.notes
     _check_related(checkpoints, tables)
+    notes += tokens.notes
     problems: list[str] = []
+    if isinstance(tokens, Compared):
+        problems += tokens.problems
+    resized: dict[str, list[Origin]] = {}
     tensors: list[TensorInputs] = []
     copied = named.copied
     hint = ""
@@ -76,15 +85,24 @@ def align(
             for owner, table in zip(checkpoints, tables, strict=True)
         ]
     for name in names:
+        found = [slot[name] for slot in slots if name in slot]
+        fitted = None
+        if len(found) == len(slots):
+            fitted = _fitted(name, found, recipe, tokens)
+        if fitted is not None:
+            resized[name] = found
+            found = [
+                dataclasses.replace(origin, source=source)
+                for origin, source in zip(found, fitted, strict=True)
+            ]
         if name in copied or recipe.excludes(name):
-            origin = slots[0][name]
+            origin = slots[0][name] if fitted is None else found[0]
             dtype = _output_dtype([origin.source], recipe)
             if name in named.copied:
                 dtype = origin.source.output_dtype
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
-        found = [slot[name] for slot in slots]
         owners = [origin.owner for origin in found]
         sources = [origin.source for origin in found]
         kinds = {source.dtype.kind for source in sources}
@@ -95,15 +113,11 @@ def align(
             )
             continue
         if len({source.shape for source in sources}) > 1:
-            fitted = vocabulary.fit(name, sources, owners, recipe.vocabulary)
-            if fitted is None:
-                problems.append(
-                    _differ(name, "shape", owners, [list(s.shape) for s in sources])
-                    + vocabulary.hint(name, sources, owners)
-                )
-                continue
-            changes["vocab_size"] = fitted[0].shape[0]
-            sources = fitted
+            problems.append(
+                _differ(name, "shape", owners, [list(s.shape) for s in sources])
+                + vocabulary.hint(name, sources, owners)
+            )
+            continue
         own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
@@ -143,7 +157,22 @@ def align(
         if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
+    changes |= _resizing(checkpoints[0], tensors, resized, recipe, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _fitted(
+    name: str, found: list[Origin], recipe: Recipe, tokens: ByToken | Compared
+) -> list[Source] | None:
+    """The sources with the rows of one vocabulary; None where there is nothing to do,
+    or nothing that can be done."""
+    owners = [origin.owner for origin in found]
+    sources = [origin.source for origin in found]
+    if isinstance(tokens, ByToken):
+        return tokens.fit(name, sources, owners)
+    if len({source.shape for source in sources}) == 1:
+        return None
+    return vocabulary.fit(name, sources, owners, recipe.vocabulary)
 
 
 def _named(checkpoints: list[Checkpoint], recipe: Recipe) -> naming.Named:
@@ -180,21 +209,21 @@ def _beside(
             f"{holders[0].name}; measure the same tensors of all models"
         )
         return {}
-    whole = recipe.method.unit == "matrix"
+    wanted = recipe.method.beside_shape(source.shape)
     for own in statistics:
         found = own.tensors[name]
         repeats = recipe.method.beside_repeats and repeatable(found.shape, source.shape)
-        if not whole and found.shape != source.shape and not repeats:
+        if found.shape != wanted and not repeats:
             problems.append(
                 f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
-                f"where {recipe.method.name} needs {list(source.shape)}"
+                f"where {recipe.method.name} needs {list(wanted)}"
             )
             return {}
     (key,) = recipe.method.beside
 
     def fitted(found: Source) -> Source:
         found = _converted(found, FLOAT32)
-        if whole or found.shape == source.shape:
+        if found.shape == wanted:
             return found
         return Repeated(found, source.shape)
 
@@ -246,7 +275,13 @@ def _check_related(checkpoints: list[Checkpoint], tables: list[Table]) -> None:
     first, *others = checkpoints
     for other, b in zip(others, tables[1:], strict=True):
         a = tables[0]
-        if a and b and not set(a) & set(b):
+        if bool(a) != bool(b):
+            empty = other if a else first
+            raise CheckpointError(
+                f"{empty.name} ({empty.format}) holds no tensors; fetch it again, or "
+                "save it again"
+            )
+        if a and not set(a) & set(b):
             raise CheckpointError(
                 f"{first.name} ({first.format}) and {other.name} ({other.format}) have "
                 f"no tensor name in common: {shown(min(a))} stands in one and "
@@ -262,7 +297,13 @@ def _differ(
         f"{value} in {checkpoint.name}"
         for checkpoint, value in zip(checkpoints, values, strict=True)
     )
-    return f"tensor {shown(name)} has {what} {each}"
+    pairs = zip(checkpoints, values, strict=True)
+    empty = ", ".join(checkpoint.name for checkpoint, value in pairs if value == [0])
+    hint = (
+        f" ({empty} was saved with empty tensors, as DeepSpeed's ZeRO-3 does without "
+        "gathering them: make its weights with zero_to_fp32.py)"
+    )
+    return f"tensor {shown(name)} has {what} {each}{hint if empty else ''}"
 
 
 def _output_dtype(sources: list[Source], recipe: Recipe) -> Dtype:
@@ -298,12 +339,26 @@ def _note_changes(
         for field in ("dtype", "torch_dtype"):
             if field in config:
                 changes[field] = floats.pop().numpy.name if floats else changes["dtype"]
-    if "vocab_size" in changes:
-        if config.get("vocab_size") == changes["vocab_size"]:
-            del changes["vocab_size"]
-        else:
-            notes.append(
-                f"the output has {changes['vocab_size']} vocabulary rows, "
-                f"{first.name} has {config.get('vocab_size')}; --tokenizer_from names "
-                "the model whose tokenizer goes along"
-            )
+
+
+def _resizing(
+    first: Checkpoint,
+    tensors: list[TensorInputs],
+    resized: dict[str, list[Origin]],
+    recipe: Recipe,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Changes to config.json for tensors of other rows than the first checkpoint's."""
+    changes: dict[str, Any] = {}
+    for tensor in tensors:
+        if tensor.name in resized:
+            rows, before = tensor.shape[0], resized[tensor.name][0].source.shape[0]
+            changes |= vocabulary.size_changes(first.config or {}, rows, before)
+    if resized and recipe.vocabulary == "truncate":
+        origins = resized[min(resized)]
+        had = dict.fromkeys(f"{o.owner.name} {o.source.shape[0]}" for o in origins)
+        kept = min(origin.source.shape[0] for origin in origins)
+        notes.append(
+            f"{', '.join(sorted(resized))}: truncated to {kept} rows ({', '.join(had)})"
+        )
+    return changes

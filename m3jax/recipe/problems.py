@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from m3jax.methods.fields import Number
@@ -89,3 +91,11 @@ def plain(value: Any) -> Any:
     if is_traced(value) or not hasattr(value, "tolist"):
         return value
     return plain(value.tolist())
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """For the end of an error: the right word that is meant, or all there are."""
+    near = difflib.get_close_matches(str(word), known, 1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}"

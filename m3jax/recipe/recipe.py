@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar
 from typing import Any
 
@@ -27,8 +27,8 @@ from m3jax.recipe.groups import (
 )
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
+from m3jax.recipe.tokenizer import VOCABULARIES, TokenizerConfig
 
-VOCABULARIES = ("error", "mean", "truncate")
 UNMATCHED = ("error", "base", "skip")
 COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
@@ -48,8 +48,10 @@ class Recipe:
       transforms: what is done to the models before, in this order.
       mixup: how the ratios are found.
       exclude: regular expressions (``re.match``) of tensors taken from the base.
-      vocabulary: what to do about different vocabulary sizes: ``error``,
-        ``mean`` (append mean rows) or ``truncate``.
+      vocabulary: what to do about different vocabularies. By rows: ``error``,
+        ``mean`` (append mean rows) or ``truncate``; by tokens: ``union``, ``base``, or
+        the name of the model whose vocabulary the output has.
+      tokenizer: the rows of single tokens, padding, chat template.
       rename: rules ``REGEX=REPLACEMENT`` (`re.sub`), in this order, for names of the
         models that the base (the first model without one) does not have.
       unmatched: what to do about tensors that some checkpoints lack: ``error``,
@@ -77,6 +79,7 @@ class Recipe:
     mixup: Mixup = dataclasses.field(default_factory=Mixup)
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     rename: tuple[str, ...] = ()
     unmatched: str = "error"
     dtype: str = "input"
@@ -168,7 +171,10 @@ class Recipe:
             self.mixup.check(problems)
         else:
             problems.add("mixup", self.mixup, "an m3jax.Mixup")
-        problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
+        if isinstance(self.tokenizer, TokenizerConfig):
+            self.tokenizer.check(problems, self.vocabulary)
+        else:
+            problems.add("tokenizer", self.tokenizer, "an m3jax.TokenizerConfig")
         problems.choice("unmatched", self.unmatched, UNMATCHED)
         problems.choice("dtype", self.dtype, DTYPES)
         problems.choice("compute", self.compute, COMPUTE)
@@ -266,6 +272,15 @@ class Recipe:
         if own not in self.transforms:
             others.append(changed)
         return dataclasses.replace(self, transforms=tuple(others))
+
+    def renamed(self, name: Callable[[str], str]) -> Recipe:
+        """The recipe with other names for the models that it names."""
+        known = self.vocabulary in VOCABULARIES
+        return dataclasses.replace(
+            self,
+            vocabulary=self.vocabulary if known else name(self.vocabulary),
+            tokenizer=self.tokenizer.renamed(name),
+        )
 
     def check(self, *, num_models: int, has_base: bool) -> None:
         """Raises RecipeError where the recipe does not fit this set of models."""
@@ -370,6 +385,7 @@ class Recipe:
             "mixup": dataclasses.asdict(self.mixup),
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer.to_dict(),
             "rename": self.rename,
             "unmatched": self.unmatched,
             "dtype": self.dtype,
@@ -391,9 +407,12 @@ class Recipe:
         """
         own = [field.name for field in dataclasses.fields(cls) if field.init]
         check_known("", fields, [*own, *FLAT, *TRANSFORMS, *METHODS])
-        known = {*own, *FLAT} - {"method", "transforms", "mixup", "rules"}
+        known = {*own, *FLAT} - {"method", "transforms", "mixup", "tokenizer", "rules"}
         mixup = fields.get("mixup", {})
         check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
+        tokenizer = fields.get("tokenizer", {})
+        own = [field.name for field in dataclasses.fields(TokenizerConfig)]
+        check_known("tokenizer.", tokenizer, own)
         *transforms, method = from_groups(fields)
         return cls(
             **{name: plain(given) for name, given in fields.items() if name in known}
@@ -401,6 +420,7 @@ class Recipe:
                 "method": method,
                 "transforms": tuple(transforms),
                 "mixup": Mixup(**mixup),
+                "tokenizer": TokenizerConfig(**tokenizer),
                 "rules": parsed_rules(fields.get("rules", ())),
             }
         )

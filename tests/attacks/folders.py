@@ -63,6 +63,11 @@ def _config(text: bytes | str) -> Builder:
     return files(model__safetensors=tensors("a"), config__json=text)
 
 
+def _fifo_adapter(folder: Path) -> Path:
+    os.mkfifo(folder / "adapter_model.safetensors")
+    return files(adapter_config__json="{}")(folder)
+
+
 def _in_place_of(name: str, make: Callable[[Path], object]) -> Builder:
     """A sound checkpoint but for one file."""
 
@@ -285,13 +290,21 @@ ATTACKS: dict[str, tuple[Builder, str]] = {
     ),
     "checkpoint of PyTorch Lightning, cut off": (files(last__ckpt=b""), "last.ckpt: s"),
     "GGUF, cut off": (files(**{"llama-q4__gguf": b"GGUF"}), "in the middle|gguf_file"),
-    "adapter": (
-        files(adapter_model__safetensors=tensors("a"), adapter_config__json="{}"),
-        "holds an adapter (LoRA), not a model; merge it into its base model first",
+    "adapter of another kind": (
+        files(
+            adapter_model__safetensors=tensors("a"),
+            adapter_config__json='{"peft_type": "IA3"}',
+        ),
+        "adapter_config.json: peft_type = 'IA3': only LORA is read; merge it into its",
     ),
+    "adapter whose config is a list": (
+        files(adapter_model__safetensors=tensors("a"), adapter_config__json="[]"),
+        "adapter_config.json is not a JSON object",
+    ),
+    "adapter that is a FIFO": (_fifo_adapter, "adapter_model.safetensors: is a FIFO"),
     "adapter without its config": (
         files(adapter_model__safetensors=tensors("a")),
-        "holds an adapter",
+        "holds an adapter (LoRA) and has no adapter_config.json; fetch it again",
     ),
     "pickle typed": (
         _typed("pytorch_model.bin", lambda path: path.write_bytes(b"\x80\x02}q\0.")),

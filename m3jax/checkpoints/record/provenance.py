@@ -38,6 +38,8 @@ class Facts:
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
       notes: what the user was told, a line each.
       side_files: the folder that each of them comes from, by name.
+      other_files: contents of those that are not as they stand there; None for one
+        that is left out.
     """
 
     recipe: Mapping[str, Any]
@@ -55,6 +57,7 @@ class Facts:
     tokenizer_from: str | None
     notes: Sequence[str]
     side_files: Mapping[str, Location]
+    other_files: Mapping[str, bytes | None]
 
 
 def write(folder: OutputFolder, facts: Facts) -> None:
@@ -71,11 +74,15 @@ def write(folder: OutputFolder, facts: Facts) -> None:
 
 
 def _side_files(facts: Facts) -> dict[str, bytes]:
-    files = {}
+    files: dict[str, bytes] = {}
     for name, folder in facts.side_files.items():
         content = side_files.read_side_file(folder, name)
         if content is not None:
             files[name] = content
+    for name, other in facts.other_files.items():
+        files.pop(name, None)
+        if other is not None:
+            files[name] = other
     if facts.config_changes and side_files.CONFIG in files:
         config = files[side_files.CONFIG]
         files[side_files.CONFIG] = side_files.changed_config(
@@ -101,6 +108,7 @@ def _manifest(
         "statistics": described[len(described) - len(facts.statistics) :],
         "measured": dict(facts.measured),
         **({"documents": list(facts.documents)} if facts.documents else {}),
+        **{key: own for model in facts.models for key, own in model.built.items()},
         "tokenizer_from": facts.tokenizer_from,
         "notes": list(facts.notes),
         "versions": {
