@@ -97,19 +97,33 @@ def found(
         lines += [line] if line else []
     whose = tokenizer_from.name
     generation = [_json(own, "generation_config.json") for own in checkpoints]
-    ends = [
-        _ends(own.config or {}, more)
-        for own, more in zip(checkpoints, generation, strict=True)
-    ]
-    lines += [_differ("the end token", names, ends, whose)]
-    templates = [_template(own) for own in checkpoints]
-    lines += [_differ("the chat template", names, templates, whose, text=_length)]
     keys = sorted(set().union(*(own or {} for own in generation)))
     for key in keys:
         if not any(fnmatch.fnmatch(key, own) for own in _SILENT):
             values = [(own or {}).get(key, _MISSING) for own in generation]
             lines += [_differ(f"generation_config.json: {key}", names, values, whose)]
     lines += unrelated(checkpoints, tensors)
+    return [line for line in lines if line]
+
+
+def of_chats(
+    checkpoints: Sequence[Checkpoint], tokenizer_from: Checkpoint
+) -> list[str]:
+    """Lines about end tokens and chat templates, of which `tokenizer_files` has notes.
+
+    Args:
+      checkpoints, tokenizer_from: as for `found`.
+    """
+    names, whose = [own.name for own in checkpoints], tokenizer_from.name
+    ends = [
+        _ends(own.config or {}, _json(own, "generation_config.json"))
+        for own in checkpoints
+    ]
+    templates = [_template(own) for own in checkpoints]
+    lines = [
+        _differ("the end token", names, ends, whose),
+        _differ("the chat template", names, templates, whose, text=_length),
+    ]
     return [line for line in lines if line]
 
 

@@ -403,6 +403,8 @@ def _compared(
     named = {own.name: own for own in checkpoints}
     owner = named.get(execution.tokenizer_from or "", checkpoints[0])
     lines = differences.found(checkpoints, inputs.tensors, owner)
+    if execution.strict:
+        lines += differences.of_chats(checkpoints, owner)
     if lines and execution.strict:
         raise MismatchError(lines, "refused, since --strict is set")
     return dataclasses.replace(inputs, notes=(*inputs.notes, *lines))
