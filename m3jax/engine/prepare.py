@@ -16,7 +16,7 @@ from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.output.orbax_output import OrbaxShard
-from m3jax.checkpoints.output.shards import Shard, make_shards
+from m3jax.checkpoints.output.shards import Shard, make_shards, stem_of
 from m3jax.checkpoints.places import caching, direct
 from m3jax.checkpoints.places.files import InputFile, Location
 from m3jax.checkpoints.record import companions
@@ -438,8 +438,9 @@ def _shards(
             )
         return [OrbaxShard(described, first.paths)]
     groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
+    files = [file.path.name for file in first.files]
     return [
-        *make_shards([[described[i] for i in g] for g in groups]),
+        *make_shards([[described[i] for i in g] for g in groups], stem_of(files)),
         *(Shard(f"{part}.safetensors", own) for part, own in others.items()),
     ]
 
