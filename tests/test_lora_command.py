@@ -257,14 +257,24 @@ def test_modules_that_only_one_has_and_what_is_saved_whole(
         ),
         (("lora", "merge", "--models=a,b", "--output=o", "--rank=2"), "cuts to a rank"),
         (("lora", "merge", "--models=a,b", "--output=base"), "base"),
+        (
+            ("lora", "merge", "--models=a,b", "--svd=full"),
+            "--svd is not of",
+        ),
+        (
+            ("lora", "extract", "--base=base", "--model=n", "--rank=1", "--output=o"),
+            "'model.norm.weight' is missing in base",
+        ),
     ],
 )
 def test_one_line_says_what_is_wrong(
     arguments: tuple[str, ...], message: str, three: dict[str, np.ndarray], run: Run
 ) -> None:
+    write(Path("n"), {"model.norm.weight": np.ones(3, np.float32)}, {})
     ran = run(*arguments)
     assert ran.code in (2, 3)
-    assert message in ran.error
+    assert message in ran.err
+    assert "Traceback" not in ran.err
     assert not Path("o").exists()
 
 

@@ -161,8 +161,10 @@ def _lined_up(base: Checkpoint, model: Checkpoint) -> dict[str, tuple[Source, So
         for owner, table, other in zip((base, model), tables, tables[::-1], strict=True)
         for name in sorted(set(other) - set(table))
     ]
+    if problems:
+        raise MismatchError(problems)
     pairs = {name: (tables[0][name], tables[1][name]) for name in tables[0]}
-    for name, (a, b) in () if problems else pairs.items():
+    for name, (a, b) in pairs.items():
         more_rows = _is_vocabulary(name) and a.shape[1:] == b.shape[1:]
         if a.shape != b.shape and not more_rows:
             problems.append(
