@@ -14,10 +14,12 @@ COMMANDS = {
     "evaluate": "score a checkpoint at tasks",
     "measure": "measure models: Fisher information, Gram matrices, similarity",
     "modulate": "make a task's model of what EMR-Merging wrote",
+    "convert": "write a mergekit YAML as an m3jax recipe, or the other way",
     "methods": "list the merging methods and their parameters",
     "lora": "extract a LoRA adapter from a model, or merge adapters",
     "moe": "build a mixture of experts from dense models",
     "explore": "merge many draws in memory, evaluate each, find the best",
+    "learn": "learn the coefficients of a merge from tasks, by gradient",
     "demo": "merge small built-in models, to see how it works",
 }
 

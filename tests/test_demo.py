@@ -21,6 +21,7 @@ def rows_of(text: str, header: str) -> dict[str, list[str]]:
 def test_the_demo_tells_the_truth(run, tmp_path, monkeypatch):
     # Each of the tests' eight devices would compile everything.
     monkeypatch.setattr("m3jax.commands.demo._MOST_AT_ONCE", 1)
+    monkeypatch.setattr("m3jax.commands.demo._LEARNED_STEPS", 2)
     folder = tmp_path / "with space"
     ran = run("demo", f"--output={folder}", "--draws=6", "--seed=3")
     assert ran.code == 0, ran.err
@@ -46,8 +47,15 @@ def test_the_demo_tells_the_truth(run, tmp_path, monkeypatch):
     objectives = [line["objective"] for line in trials if "objective" in line]
     assert len(objectives) == 6
     assert float(winner[-1]) == pytest.approx(max(objectives), abs=6e-4)
-    for command in re.findall(r"^    m3jax (.*)$", ran.out, re.M)[:5]:
+    for command in re.findall(r"^    m3jax (.*)$", ran.out, re.M)[:6]:
         assert "with space" in command or "winner" in command
+
+    learned = rows_of(ran.out, "test   metric    equal ratios")
+    for row in ("maths", "code", "words"):
+        near = pytest.approx(
+            float(scores["equal ratios"]["mcw".index(row[0])]), abs=0.01
+        )
+        assert float(learned[row][1]) == near  # weights in other order, bfloat16
 
     explored, merged = folder / "explored" / "winner.json", folder / "winner"
     ran = run("merge", f"--config={explored}", f"--output={merged}")

@@ -69,3 +69,10 @@ def test_peak_memory_is_that_of_a_few_chunks(tmp_path, recipe):
     large = peak_memory(tmp_path / "large", LARGE, RECIPES[recipe])
     assert large - small < MAY_GROW, (small, large)
     assert large < 10**9
+
+
+def test_what_is_measured_by_tensor_has_a_bound(tmp_path):
+    """Tensors that are read once, measured and merged lie in a fixed number of buffers;
+    half a gigabyte holds all of it at any size."""
+    flags = ["--config.method=model_stock", "--config.mixup.alpha=None"]
+    assert peak_memory(tmp_path, LARGE, flags) < 500 << 20

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import checkpoints
+import jax
 import numpy as np
 import pytest
 from interruptions import Observer, write_models
@@ -16,7 +17,9 @@ from interruptions import Observer, write_models
 import m3jax
 from m3jax.engine import resident, streamed, tiles
 from m3jax.engine.buffers import Buffers, Pool
-from m3jax.methods import TRANSFORMS
+from m3jax.engine.kernel import Numbers, Program
+from m3jax.methods import METHODS, TRANSFORMS, sums
+from m3jax.methods.step import Operands, Problem, Reduction, run_statistics
 
 SHAPES = {
     "model.embed_tokens.weight": (97, 71),
@@ -127,6 +130,23 @@ def test_masks_are_drawn_once(merge, tmp_path, monkeypatch):
     assert len(drawn) - once > 2 * once * 0.9
 
 
+@pytest.mark.parametrize("recipe", ["largest", "outliers"])
+def test_a_sample_of_what_is_in_memory_changes_nothing(
+    recipe, merge, tmp_path, monkeypatch
+):
+    """It chooses a window for the threshold of a tensor, good or bad."""
+    monkeypatch.setattr(resident.Resident, "few", 0)
+    merge(tmp_path / "without", RECIPES[recipe])
+    monkeypatch.setattr(resident, "_SAMPLED", 1)
+    monkeypatch.setattr(resident, "_STRIDE", 3)
+    merge(tmp_path / "with", RECIPES[recipe])
+    merge(tmp_path / "chunk", RECIPES[recipe], chunk_size=None)
+    digests = [
+        checkpoints.digest(tmp_path / name) for name in ("without", "with", "chunk")
+    ]
+    assert digests[0] == digests[1] == digests[2]
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path):
     own = write_models(tmp_path / "models", SHAPES)
     bad = checkpoints.read(own.models[1])
@@ -135,6 +155,33 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     checkpoints.write(own.models[1], bad)
     with pytest.raises(m3jax.CheckpointError, match=r"norm.weight.*nan.*\[7\]"):
         own(tmp_path / "merged", RECIPES["largest"])
+
+
+def test_several_sums_write_out_little():
+    """XLA's intermediates of dot products are a few blocks, not several chunks."""
+    count = 1024
+    shape = jax.ShapeDtypeStruct((count, 1024), np.float32)
+    stack = jax.ShapeDtypeStruct((2, *shape.shape), np.float32)
+    unit = jax.ShapeDtypeStruct((3, count, 1), np.float32)
+    limbs: list[Reduction] = []
+
+    def answer(reduction: Reduction) -> tuple[np.ndarray, ...]:
+        limbs.append(reduction)
+        return tuple(np.ones(3) for _ in reduction.combine)
+
+    run_statistics(sums.gram(sums.deltas, Problem(2, 7, {})), answer)
+    kernel = tiles.reduce_tiles(
+        Program((), METHODS["average"]()),
+        0,
+        limbs[-1].function,
+        limbs[-1].combine,
+        None,
+        False,
+    )
+    valid = jax.ShapeDtypeStruct((count, 1), np.int32)
+    x = Operands(shape, stack)
+    lowered = kernel.lower(x, Numbers((), ()), None, {"unit": unit}, valid)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 8 << 20
 
 
 def test_buffers_are_shared():

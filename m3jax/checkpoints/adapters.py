@@ -133,16 +133,16 @@ def open_adapter(name: str, folder: Location) -> Adapter:
     if not exists(folder / peft.CONFIG):
         raise CheckpointError(f"{folder}: has no {peft.CONFIG}, so it is no adapter")
     config = peft.read_config(folder)
-    safe = exists(folder / peft.WEIGHTS) or not exists(folder / peft.PICKLED)
+    held = [own for own in (peft.WEIGHTS, peft.PICKLED) if exists(folder / own)]
+    if not held:
+        raise CheckpointError(f"{folder}: has no {peft.WEIGHTS}; fetch it again")
     with contextlib.ExitStack() as stack:
-        path = inside(folder, peft.WEIGHTS if safe else peft.PICKLED)
-        file = stack.enter_context(open_file(path))
-        tensors: Mapping[str, Stored]
-        if safe:
-            entries = header_of(file).tensors
-            tensors = {key: FileTensor(file, entry) for key, entry in entries.items()}
-        else:
-            tensors = torch_file.read_tensors(file).tensors
+        file = stack.enter_context(open_file(inside(folder, held[0])))
+        tensors: Mapping[str, Stored] = (
+            torch_file.read_tensors(file).tensors
+            if held[0] == peft.PICKLED
+            else {n: FileTensor(file, e) for n, e in header_of(file).tensors.items()}
+        )
         modules, others = peft.modules(tensors)
         stack.pop_all()
     return Adapter(name, folder, config, file, tensors, tuple(modules), others)

@@ -166,11 +166,10 @@ def _refuse_several(folder: Location, names: list[str], whole: str) -> NoReturn:
 
 def _nothing(present: list[str]) -> str:
     """What is wrong with a folder of these files, and the way out."""
+    config, *tensors = ADAPTERS
     if set(present) & set(ADAPTERS):
-        return (
-            f"holds a part of an adapter (LoRA): it needs {ADAPTERS[0]} and "
-            f"{ADAPTERS[1]}; fetch it again"
-        )
+        missing = tensors[0] if config in present else config
+        return f"holds an adapter (LoRA) and has no {missing}; fetch it again"
     for name in present:
         if name.endswith(_OTHER_FORMATS):
             return f"weights in another format ({shown(name)}); {_HOW_TO_CONVERT}"

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import runpy
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.groups import group
-from m3jax.recipe.recipe import FLAT
+from m3jax.recipe.recipe import FLAT, renaming
 
 if TYPE_CHECKING:
     from m3jax.moe.document import Mixture
@@ -39,7 +39,7 @@ def default() -> config_dict.ConfigDict:
 
     Fields take any Python literal: `None`, a number or a tuple. `Recipe` checks them.
     """
-    return _as_config(RECIPE_FIELDS)
+    return as_config(RECIPE_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Asked:
       recipe, base, models, seed: what to merge, and how.
       tokenizer_from: of the record, None without one.
       statistics: beside the models, of the record.
-      mixture: of experts, that is built in the place of the models; None: none.
       documents: merges that give some of the models, in order.
+      mixture: of experts, that is built in the place of the models; None: none.
+      notes: what of the file has no effect.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Asked:
     statistics: list[str]
     mixture: Mixture | None = None
     documents: tuple[Document, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 _holder: Any = None
@@ -81,10 +83,10 @@ def prepare(arguments: list[str]) -> list[str]:
       UsageError, RecipeError: the file cannot be used or a field is unknown.
     """
     global _holder, _record
-    source, rest = _take("--config", arguments)
+    source, rest = take("--config", arguments)
     fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
-    config = _as_config(all_fields(Recipe.from_dict(fields)))
-    known = _dotted(RECIPE_FIELDS)
+    config = as_config(all_fields(Recipe.from_dict(fields)))
+    known = dotted(RECIPE_FIELDS)
     for argument in rest:
         name = argument.partition("=")[0].lstrip("-")
         field = name.removeprefix("config.")
@@ -96,16 +98,25 @@ def prepare(arguments: list[str]) -> list[str]:
     return rest
 
 
-def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked:
+def asked(
+    base: str | None,
+    models: list[str] | None,
+    seed: int | None,
+    rename: Sequence[str] = (),
+) -> Asked:
     """The recipe, and what else the flags say; for the rest, the m3jax.json's word.
 
     Args:
       base, models, seed: of the command's own flags, None where they are not given.
+      rename: more rules for the recipe's `rename`.
 
     Raises:
       RecipeError: the recipe, or documents that a record has.
     """
-    recipe = Recipe.from_dict(_holder.value.to_dict())
+    fields = _holder.value.to_dict()
+    if rename:
+        fields["rename"] = (*renaming(fields["rename"]), *rename)
+    recipe = Recipe.from_dict(fields)
     documents, names = [], {}
     for own in _record.get("documents", []):
         own = {"path": None, **own}
@@ -120,18 +131,19 @@ def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked
     own_base = (_record.get("base") or {}).get("path")
     own_models = [model["path"] for model in _record.get("models", [])]
     return Asked(
-        recipe=recipe,
+        recipe=recipe.renamed(lambda own: renamed(own, names)),
         base=base or (own_base and renamed(own_base, names)),
         models=models or [renamed(model, names) for model in own_models],
         seed=_record.get("seed", 0) if seed is None else seed,
         tokenizer_from=_record.get("tokenizer_from"),
         statistics=[own["path"] for own in _record.get("statistics", [])],
-        mixture=_mixture(),
         documents=tuple(own.renamed(names) for own in documents),
+        mixture=_mixture(),
+        notes=tuple(_record.get("notes", ())),
     )
 
 
-def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+def take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Takes `--flag=VALUE` or `--flag VALUE` out; the last one counts."""
     found: str | None = None
     rest: list[str] = []
@@ -205,8 +217,6 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found = mergekit.parse(text)
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
-    for note in found.notes:
-        print(f"{source}: {note}", file=sys.stderr)
     result = found.result
     return result.recipe.to_dict(), {
         "base": {"path": result.base},
@@ -214,6 +224,7 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": result.seed or 0,
         "vocabulary": result.recipe.vocabulary,
         "documents": [own.to_dict() for own in found.named],
+        "notes": [f"{source}: {note}" for note in found.notes],
     }
 
 
@@ -258,22 +269,22 @@ def _hint(field: str, known: list[str]) -> str:
     return f"known: {listed}{more}{meant}"
 
 
-def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
+def as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
     """Every field may hold any literal, so that `None` and tuples parse everywhere."""
     config = config_dict.ConfigDict()
     for name, value in fields.items():
         if isinstance(value, dict):
-            config[name] = _as_config(value)
+            config[name] = as_config(value)
         else:
             config[name] = config_dict.FieldReference(value, field_type=object)
     return config
 
 
-def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
+def dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
     names = []
     for name, value in fields.items():
         if isinstance(value, dict):
-            names += _dotted(value, f"{prefix}{name}.")
+            names += dotted(value, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names
@@ -281,4 +292,4 @@ def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
 
 def field_names() -> list[str]:
     """The recipe's fields, dotted."""
-    return _dotted(RECIPE_FIELDS)
+    return dotted(RECIPE_FIELDS)

@@ -1,7 +1,7 @@
-"""Merges small built-in models, explores their merges, and says what it found.
+"""Merges small built-in models, explores and learns merges, and says what it found.
 
 A base of 142,000 parameters and three experts come with m3jax: maths adds numbers, code
-closes brackets, words sorts letters. The demo takes less than a minute and no network.
+closes brackets, words sorts letters. The demo takes about a minute and no network.
 All that it makes is normal output: look at it with `m3jax inspect`, `m3jax diff`,
 `m3jax verify` and `m3jax evaluate`.
 """
@@ -22,6 +22,7 @@ from m3jax.engine.pipeline import available_cores
 
 if TYPE_CHECKING:
     from m3jax.exploration.search.result import Exploration, Row
+    from m3jax.learn import Learning
 
 USAGE = "m3jax demo [--output=DIR] [--draws=N] [--seed=N]"
 
@@ -43,6 +44,9 @@ _EXPLORED = m3jax.Recipe(
 )
 
 
+_LEARNED_STEPS = 40
+
+
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
@@ -52,6 +56,7 @@ def main(positional: list[str]) -> int:
     last = _merge_all(output, seed)
     found = _explore(output / "explored", seed, _DRAWS.value)
     _say_what_was_found(found, output / "explored")
+    _say_what_was_learned(_learn(output / "learned", seed))
     _say_what_next(output, last)
     return 0
 
@@ -169,9 +174,54 @@ def _row(row: Row) -> tuple[str, ...]:
     return row.name, *(f"{number:.3f}" for number in numbers)
 
 
+def _learn(output: Path, seed: int) -> Learning:
+    """Learns a weight for each tensor of each expert, without labels."""
+    from m3jax.learn import Config, Optimizer, Space
+    from m3jax.learn.training.learner import learn
+
+    print(f"""
+3. Learn. The same task vectors, a weight for each tensor, by {_LEARNED_STEPS} steps of
+   gradient descent. No answer is read: the merge is to speak like each
+   expert on what that one writes itself. It starts at equal ratios.
+""")
+    config = Config(
+        recipe=m3jax.Recipe(method="task_arithmetic"),
+        space=Space(granularity="tensor", initial=0.5),
+        objective={"kl": 1.0},
+        inputs="continuation",
+        optimizer=Optimizer(rate=0.02),
+        steps=_LEARNED_STEPS,
+        validate_every=20,
+    )
+    tasks = {
+        part: [_DATA / "tasks" / f"{part}.json"]
+        for part in ("train", "validation", "test")
+    }
+    return learn(
+        str(_DATA / "base"),
+        [str(_DATA / expert) for expert in _EXPERTS],
+        config,
+        tasks=tasks["train"],
+        validation=tasks["validation"],
+        test=tasks["test"],
+        seed=seed,
+        output=output,
+        overwrite=True,
+    )
+
+
+def _say_what_was_learned(found: Learning) -> None:
+    from m3jax.learn.report.outputs import rows
+
+    header, lines = rows(found.comparisons)
+    header[2] = "equal ratios"
+    print("\n".join(table(header, lines, "<<>>>>")))
+
+
 def _say_what_next(output: Path, name: str) -> None:
     folder = shlex.quote(str(output / name))
     winner = shlex.quote(str(output / "explored" / "winner.json"))
+    learned = shlex.quote(str(output / "learned" / "recipe.json"))
     tasks = shlex.quote(str(_DATA / "tasks" / "test.json"))
     print(f"\nEverything is in {output}. Look at a merge, and make the winner:")
     for command in (
@@ -179,6 +229,7 @@ def _say_what_next(output: Path, name: str) -> None:
         f"m3jax diff {shlex.quote(str(_DATA / 'maths'))} {folder}",
         f"m3jax verify {folder}",
         f"m3jax merge --config={winner} --output=winner",
+        f"m3jax merge --config={learned} --output=learned",
         f"m3jax evaluate winner --tasks={tasks} --attacks=deepwordbug",
     ):
         print(f"    {command}")

@@ -35,7 +35,7 @@ from absl import flags
 from m3jax.checkpoints.places import durable
 from m3jax.commands import cli, scoring
 from m3jax.commands.cli import UsageError, define_names
-from m3jax.commands.tables import clean, table
+from m3jax.commands.tables import clean, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,8 +122,8 @@ def _results(
     for attack in attacks:
         if attack not in ATTACKS:
             raise UsageError(f"--attacks={attack}: known: {', '.join(ATTACKS)}")
-    names = [name for name in asked if not _is_file(name)]
-    files = [name for name in asked if _is_file(name)]
+    names = [name for name in asked if not scoring.is_file(name)]
+    files = [name for name in asked if scoring.is_file(name)]
     tasks = [task for path in files for task in load_tasks(path)]
     for task in tasks:
         for attack in attacks:
@@ -144,7 +144,7 @@ def _results(
     results: list[Any] = []
     for result in evaluator(tasks).results(model.parameters, limit, key):
         results.append(result)
-        scoring.say(f"{len(results)} of {len(tasks)} tasks: {result.task}")
+        say(f"{len(results)} of {len(tasks)} tasks: {result.task}")
     attacked: list[Robustness] = []
     for found in under_attack(
         tasks,
@@ -159,29 +159,19 @@ def _results(
     ):
         attacked.append(found)
         of = f"{len(attacked)} of {len(tasks) * len(attacks)} attacks"
-        scoring.say(f"{of}: {found.attack} on {found.clean.task}")
+        say(f"{of}: {found.attack} on {found.clean.task}")
     if run_names is not None:
         results += run_names(model, tokenizer, seed)
     return results, attacked
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith(".json") or "/" in name or Path(name).is_file()
 
 
 def _harness(
     names: list[str],
 ) -> Callable[[Model, Tokenizer, int], list[HarnessResult]]:
     """What runs tasks of lm-evaluation-harness; fails at once if it cannot."""
-    try:
-        from m3jax.evaluation.harness.model import HarnessModel
-        from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
-    except ImportError as error:
-        raise UsageError(
-            f"--tasks={','.join(names)}: no file of that name, and tasks of "
-            f"lm-evaluation-harness need the extra harness (missing: {error.name}): "
-            "from a checkout, pip install '.[harness]'"
-        ) from None
+    model_of = scoring.harness(names, "HarnessModel")
+    from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
+
     manager = find_tasks(names, _HARNESS_TASKS_PATH.value)
 
     def run(model: Model, tokenizer: Tokenizer, seed: int) -> list[HarnessResult]:
@@ -189,7 +179,7 @@ def _harness(
 
         key, options = jax.random.key(seed), scoring.options()
         return run_tasks(
-            HarnessModel(model.parameters, model.config, tokenizer, key=key, **options),
+            model_of(model.parameters, model.config, tokenizer, key=key, **options),
             names,
             manager,
             limit=scoring.LIMIT.value,

@@ -58,6 +58,12 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
     return "\n".join(f"{name:11}{fact}" for name, fact in [*facts.items(), *notes])
 
 
+def notes(lines: Sequence[str]) -> None:
+    """Says on standard error what the user should know."""
+    for line in lines:
+        print(f"m3jax: note: {line}", file=sys.stderr)
+
+
 def documents(named: Sequence[Document]) -> str:
     """What --dry_run prints of several documents: their order."""
     lines = [
@@ -69,7 +75,10 @@ def documents(named: Sequence[Document]) -> str:
 
 def _method(job: Job) -> str:
     """The steps of a job, the last one first; and of how many tensors, by a rule."""
-    steps = " after ".join(step.name for step in reversed(job.recipe.steps))
+    own = job.recipe
+    after = [step.name for step in own.transforms if step.after]
+    before = [step.name for step in own.transforms if not step.after]
+    steps = " after ".join([*reversed(after), own.method.name, *reversed(before)])
     return f"{job.label}{steps} ({len(job.places)} tensors)" if job.label else steps
 
 

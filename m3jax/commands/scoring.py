@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from m3jax.commands import mesh
 from m3jax.commands.cli import UsageError
-from m3jax.commands.tables import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,6 +86,24 @@ def evaluator(
     )
 
 
-def say(line: str) -> None:
-    """Tells the user how far it is, on standard error."""
-    print(f"m3jax: {clean(line)}", file=sys.stderr, flush=True)
+def is_file(name: str) -> bool:
+    """Whether a task is a JSON file, rather than one of the harness's."""
+    return name.endswith(".json") or "/" in name or Path(name).is_file()
+
+
+def harness(names: Sequence[str], what: str) -> Any:
+    """Something of `m3jax.evaluation.harness`, or the way to have it.
+
+    Raises:
+      UsageError: the harness is not installed.
+    """
+    homes = {"HarnessModel": "model", "HarnessEvaluator": "evaluator"}
+    try:
+        module = importlib.import_module(f"m3jax.evaluation.harness.{homes[what]}")
+    except ImportError as error:
+        raise UsageError(
+            f"{', '.join(names)}: no file of that name, and tasks of "
+            f"lm-evaluation-harness need the extra harness (missing: {error.name}): "
+            "from a checkout, pip install '.[harness]'"
+        ) from None
+    return getattr(module, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 _LABEL = 14  # columns of a fact's label
@@ -55,3 +56,8 @@ def percent(part: int, whole: int) -> str:
 def shape(sizes: tuple[int, ...]) -> str:
     """``2048 × 5632``, or ``scalar``."""
     return " × ".join(map(str, sizes)) or "scalar"
+
+
+def say(line: str) -> None:
+    """Tells the user how far it is, on standard error."""
+    print(f"m3jax: {clean(line)}", file=sys.stderr, flush=True)

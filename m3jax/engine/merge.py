@@ -352,7 +352,9 @@ def _complete(
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            notes=prepared.inputs.notes,
             side_files=prepared.side_files,
+            other_files=prepared.other_files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

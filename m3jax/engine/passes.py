@@ -33,8 +33,10 @@ class Pass:
         groups: Groups,
         reductions: Sequence[Reduction],
         count: int,
+        stride: int = 1,
     ):
-        """`count`: N, of the tensors."""
+        """`count`: N, of the tensors; `stride`: of so many tiles look at one."""
+        self.stride = stride
         self.program, self.depth, self.numbers = program, depth, numbers
         self.first = reductions[0]
         self.arguments = stacked(reductions)
@@ -68,7 +70,13 @@ class Pass:
 
 
 def by_group(
-    how: str, part: np.ndarray, chunk: Chunk, slots: np.ndarray, *, counted: bool
+    how: str,
+    part: np.ndarray,
+    chunk: Chunk,
+    slots: np.ndarray,
+    *,
+    counted: bool,
+    stride: int,
 ) -> dict[int, Any]:
     """What a chunk gives to each group of which it holds elements.
 
@@ -78,6 +86,7 @@ def by_group(
       chunk: of which it is.
       slots: of `Pass`.
       counted: histograms were made on the device, of a chunk of one group.
+      stride: of so many tiles count one; histograms alone.
     """
     runs = [(int(slots[run.item]), run) for run in chunk.runs]
     runs = [(g, run) for g, run in runs if g >= 0]
@@ -89,7 +98,11 @@ def by_group(
         values = [(g, flat[:, run.elements]) for g, run in runs]
     elif how == "histogram":
         rows = _joined([(g, _rows(run, chunk)) for g, run in runs])
-        values = [(g, count_codes_on_host(part[0][:, own])) for g, own in rows]
+        codes = part[0]
+        values = [
+            (g, count_codes_on_host(codes[:, own.start : own.stop : stride]))
+            for g, own in rows
+        ]
     else:
         rows = _joined([(g, _rows(run, chunk)) for g, run in runs])
         values = [(g, int64_rows(how, part[own])) for g, own in rows]

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 # Bytes of all buffers where tensors are measured and merged at one reading. Two of the
 # largest matrices of a model of 1 G parameters fit.
-_MOST = 160 << 20
+_MOST = 140 << 20
+# Of the tiles of a tensor of at least so many elements, a sample takes one in a few: it
+# costs a histogram of all of them less, and finds a threshold to a tenth of a percent.
+_SAMPLED, _STRIDE = 1 << 20, 8
 
 
 def possible(devices: Sequence[jax.Device]) -> bool:
@@ -139,10 +142,14 @@ class Resident:
         everywhere: bool,
     ) -> list[tuple[Any, ...] | None]:
         """See `measure.Bench`."""
+        stride = 1
         if reductions[0].sample:
-            return [None] * len(groups)
+            sizes = (sum(self.sizes[i] for i in places) for places in groups)
+            pairs = zip(groups, sizes, strict=True)
+            groups = [own if size >= _SAMPLED else [] for own, size in pairs]
+            stride = _STRIDE
         count = len(self.names)
-        asked = Pass(program, depth, numbers, groups, reductions, count)
+        asked = Pass(program, depth, numbers, groups, reductions, count, stride)
         for i, (chunk, x) in enumerate(zip(self.chunks, self.filled, strict=True)):
             if asked.asks(chunk):
                 draw = self.draw(program, depth, numbers, i)

@@ -194,7 +194,12 @@ class Stream:
                 result = self._reduce_block(asked, chunk, x)
             return [
                 by_group(
-                    how, np.asarray(part), chunk, asked.slots, counted=not self._on_host
+                    how,
+                    np.asarray(part),
+                    chunk,
+                    asked.slots,
+                    counted=not self._on_host,
+                    stride=asked.stride,
                 )
                 for how, part in zip(first.combine, result, strict=True)
             ]

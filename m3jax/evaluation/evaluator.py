@@ -49,6 +49,38 @@ class Evaluator(Protocol):
         ...
 
 
+class Together:
+    """Several evaluators as one, which has the scores of all."""
+
+    def __init__(self, evaluators: Sequence[Evaluator]):
+        self._evaluators = tuple(evaluators)
+
+    def __call__(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> Mapping[str, float]:
+        """See `Evaluator`."""
+        found: dict[str, float] = {}
+        for evaluator in self._evaluators:
+            for name, score in evaluator(parameters, budget, key).items():
+                if name in found:
+                    raise TaskError(f"two tasks are named {name!r}; leave one out")
+                found[name] = score
+        return found
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """The tasks of which less is better."""
+        none: frozenset[str] = frozenset()
+        return none.union(*(getattr(own, "losses", none) for own in self._evaluators))
+
+    def fingerprint(self) -> list[Any]:
+        """What a resumed exploration has to have in common with the first one."""
+        return [
+            own.fingerprint() if hasattr(own, "fingerprint") else type(own).__name__
+            for own in self._evaluators
+        ]
+
+
 class TaskEvaluator:
     """Scores parameters at tasks. Reads and tokenises once, compiles once per shape.
 
@@ -103,6 +135,11 @@ class TaskEvaluator:
         }
         self._prepare = functools.cache(self._prepared)
 
+    @property
+    def losses(self) -> frozenset[str]:
+        """The tasks of which less is better."""
+        return frozenset(t.name for t in self.tasks if not t.higher_is_better)
+
     @classmethod
     def of_checkpoint(
         cls, name: str, specs: Sequence[str | Path], **options: Any
@@ -131,12 +168,10 @@ class TaskEvaluator:
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the scores depend on beside parameters, budget and key."""
-        tasks = {}
-        for task, examples in zip(self.tasks, self._examples, strict=True):
-            fields = {**dataclasses.asdict(task), "data": None}
-            content = [fields, [dataclasses.asdict(example) for example in examples]]
-            digest = hashlib.sha256(json.dumps(content).encode())
-            tasks[task.name] = digest.hexdigest()
+        tasks = {
+            task.name: fingerprint(task, examples)
+            for task, examples in zip(self.tasks, self._examples, strict=True)
+        }
         options = {name: self._options[name] for name in ("dtype", "tokens_per_batch")}
         if options["dtype"] is not None:
             options["dtype"] = np.dtype(options["dtype"]).name
@@ -259,6 +294,14 @@ class TaskEvaluator:
             return list(map(functools.partial(_compare, task), examples, outputs))
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(functools.partial(_run, task), examples, outputs))
+
+
+def fingerprint(task: Task, examples: Sequence[Example] | None = None) -> str:
+    """Tells a task and its data from others, wherever the data stand."""
+    examples = load_examples(task) if examples is None else examples
+    fields = {**dataclasses.asdict(task), "data": None}
+    content = [fields, [dataclasses.asdict(example) for example in examples]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _compare(task: Task, example: Example, output: str) -> dict[str, Any]:

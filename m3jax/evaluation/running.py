@@ -146,7 +146,7 @@ def plan_batches(
     """
     by_slots: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
-        by_slots.setdefault(_round_up(max(length, _SHORTEST)), []).append(i)
+        by_slots.setdefault(round_up(max(length, _SHORTEST)), []).append(i)
     batches = []
     for slots, members in sorted(by_slots.items(), reverse=True):
         most = 1 << (max(1, tokens_per_batch // (slots + extra)).bit_length() - 1)
@@ -170,6 +170,7 @@ def pad(
     return tokens, valid
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
+    """The next power of two, or one and a half times one."""
     power = 1 << (length - 1).bit_length()
     return power * 3 // 4 if length <= power * 3 // 4 else power

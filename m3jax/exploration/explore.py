@@ -6,30 +6,28 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import jax
 
 import m3jax
 from m3jax import prng
-from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.formats import tree
-from m3jax.checkpoints.places import store
 from m3jax.engine.load import load
 from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.tasks.apart import check_apart
 from m3jax.exploration.groups import layer_groups
+from m3jax.exploration.inputs import described, is_path, local, names_of
 from m3jax.exploration.report import folder as files
 from m3jax.exploration.report.log import Log
 from m3jax.exploration.run import Run, Say, nothing
 from m3jax.exploration.search import samplers, searches
+from m3jax.exploration.search.make import make_search, tasks_of
 from m3jax.exploration.search.result import Exploration
 from m3jax.exploration.search.samplers import ADAPTIVE
 from m3jax.exploration.search.scoring import Objective, describe, losses
-from m3jax.exploration.search.searches import Search
 from m3jax.exploration.space import WHOLE, Space
 from m3jax.recipe import Recipe, RecipeError
 
@@ -157,7 +155,7 @@ def explore(
             if isinstance(other, TaskEvaluator):
                 for note in check_apart(evaluator.tasks, other.tasks):
                     say(f"note: {note}")
-    asks, total = _search(
+    asks, total = make_search(
         sampler,
         recipe,
         space,
@@ -168,15 +166,15 @@ def explore(
         budget=full,
         halving=halving,
         hyperband=hyperband,
-        tasks=_tasks(evaluator, objective),
+        tasks=tasks_of(evaluator, objective),
     )
     lists = {"validation": evaluator, "test": test, "ood": ood}
     header = {
         "m3jax": m3jax.__version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "base": _describe(base),
-        "models": [_describe(model) for model in models],
+        "base": described(base),
+        "models": [described(model) for model in models],
         "recipe": recipe.to_dict(),
         "seed": seed,
         "sampler": sampler,
@@ -193,7 +191,7 @@ def explore(
         "mesh": mesh and dict(mesh),  # sums round by it
         **{name: describe(own) for name, own in lists.items()},
     }
-    path = None if output is None else _local(fspath(output))
+    path = None if output is None else local(fspath(output))
     with contextlib.ExitStack() as stack:
         if path is not None:
             claim = files.claimed(path, overwrite=overwrite, resume=resume)
@@ -217,10 +215,10 @@ def explore(
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
         trees = [
-            load(model, sharding) if _is_path(model) else model
+            load(model, sharding) if is_path(model) else model
             for model in (base, *models)
         ]
-        found = run(trees, _names(models), asks, total)
+        found = run(trees, names_of(models), asks, total)
         replay = _replay(found, base, models, tokenizer_from)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
@@ -242,102 +240,12 @@ def _full(
     return budget
 
 
-def _tasks(evaluator: Evaluator, objective: Objective) -> list[str]:
-    """The names of the scores, as far as they are known before there are any."""
-    if isinstance(evaluator, TaskEvaluator):
-        return [task.name for task in evaluator.tasks]
-    return list(objective.weights)
-
-
-def _search(
-    sampler: str,
-    recipe: Recipe,
-    space: Space | None,
-    objective: Objective,
-    *,
-    draws: int,
-    seed: int,
-    generation: int,
-    budget: int | None,
-    halving: int | None,
-    hyperband: int | None,
-    tasks: Sequence[str],
-) -> tuple[Search, int]:
-    """What is evaluated, and how many trials that makes."""
-    if sampler in ADAPTIVE:
-        if sampler == "nsga2" and len(tasks) < 2:
-            raise RecipeError(
-                "sampler='nsga2' needs two tasks or more, or weights that name the "
-                "scores of a function"
-            )
-        own = samplers.Draws(recipe, seed, budget, space)
-        found = samplers.optimised(
-            sampler, own, objective, draws=draws, generation=generation, tasks=tasks
-        )
-        return found, draws
-    brackets = []
-    if hyperband is not None:
-        assert budget is not None
-        brackets = searches.brackets(budget, hyperband)
-        draws = sum(rungs[0].draws for rungs in brackets)
-    listed, count = samplers.listed(
-        sampler, recipe, space, draws=draws, seed=seed, budget=budget
-    )
-    if brackets:
-        if count < draws:
-            raise RecipeError(f"hyperband needs {draws} draws, a grid has {count}")
-        total = sum(map(searches.total, brackets))
-        return searches.hyperband(listed, brackets), total
-    rungs = searches.rungs(count, budget, halving)
-    proposals = [listed(index) for index in range(count)]
-    return searches.in_rungs(proposals, rungs), searches.total(rungs)
-
-
-def _local(output: str) -> Path:
-    path = store.parse(output)
-    if not isinstance(path, Path):
-        raise CheckpointError(
-            f"{output}: explorations are written to folders of this machine; choose "
-            "another --output, and copy it afterwards"
-        )
-    return path
-
-
-def _is_path(model: Any) -> bool:
-    return isinstance(model, str | PathLike)
-
-
-def _names(models: Sequence[Any]) -> list[str]:
-    """Short names of the models, all different."""
-    paths = [fspath(m) if _is_path(m) else f"model {i}" for i, m in enumerate(models)]
-    names = [Path(path).name or path for path in paths]
-    return names if len({"base", *names}) == len(names) + 1 else paths
-
-
 def _tensors(model: Any) -> list[str]:
     """The names of a model's tensors."""
-    if not _is_path(model):
+    if not is_path(model):
         return list(tree.flatten(model)[0])
     with open_checkpoint(fspath(model)) as checkpoint:
         return list(checkpoint.tensors)
-
-
-def _describe(model: Any) -> Any:
-    """What tells an input from another one, without reading all of it."""
-    if model is None:
-        return None
-    if not _is_path(model):
-        leaves = jax.tree.leaves_with_path(model)
-        return [
-            [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape)]
-            for path, leaf in leaves
-        ]
-    with open_checkpoint(fspath(model)) as checkpoint:
-        files = [
-            [str(file.path.resolve()), file.size, file.version]
-            for file in checkpoint.files
-        ]
-    return {"path": fspath(model), "files": files}
 
 
 def _replay(
@@ -351,7 +259,7 @@ def _replay(
         "ratios": winner.ratios,
         "tokenizer_from": tokenizer_from,
     }
-    if all(map(_is_path, models)):
+    if all(map(is_path, models)):
         replay["base"] = base if base is None else {"path": fspath(base)}
         replay["models"] = [{"path": fspath(model)} for model in models]
     return replay

@@ -1,18 +1,24 @@
-"""What is learned from data: statistics of models, and coefficients of merges.
+"""What is learned from data: coefficients of merges, and statistics of models.
 
-Pure functions on pytrees of JAX arrays; the learners need Optax
-(``pip install "m3jax[learn]"``).
+`m3jax.learn(...)` is a run, from checkpoints and tasks to a recipe: see
+`m3jax.learn.training.learner.learn`. Beside it stand pure functions on pytrees:
 
 result = m3jax.learn.adamerging(base, [maths, code], apply_fn, batches)
 m3jax.save(result.params, "merged")
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 # Files are named by what they do, so that no module hides a function of its name.
 _HOMES = {
+    "Config": "training.config",
     "Learned": "descent",
+    "Learning": "training.result",
+    "Optimizer": "training.optimizer",
+    "Space": "coefficients.space",
     "adamerging": "entropy",
     "dam_loss": "distillation",
     "dam_merge": "distillation",
@@ -27,6 +33,7 @@ __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
+    from m3jax.learn.coefficients.space import Space
     from m3jax.learn.descent import Learned
     from m3jax.learn.distillation import dam_loss, dam_merge
     from m3jax.learn.elementwise import np_merge
@@ -35,6 +42,9 @@ if TYPE_CHECKING:
     from m3jax.learn.information import fisher
     from m3jax.learn.mofo import mofo_adamw
     from m3jax.learn.soup import learned_soup
+    from m3jax.learn.training.config import Config
+    from m3jax.learn.training.optimizer import Optimizer
+    from m3jax.learn.training.result import Learning
     from m3jax.learn.uld import uld_loss
 
 
@@ -46,3 +56,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+class _Callable(types.ModuleType):
+    """A module that is also the function it is named after."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from m3jax.learn.training.learner import learn
+
+        return learn(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -137,9 +137,7 @@ def dam_loss(
 
     for model, own in zip(models, inputs, strict=True):
         model = jax.tree.map(jnp.asarray, model)  # `ids` do not index NumPy under jit
-        found = _of_expert(
-            apply_fn(merged, own), apply_fn(model, own), own, temperature
-        )
+        found = of_expert(apply_fn(merged, own), apply_fn(model, own), own, temperature)
         if normalize == "reference":
             found["kl"] = found["kl"] / own["mask"].shape[0]
         for name, value in found.items():
@@ -150,7 +148,7 @@ def dam_loss(
     if lacking := set(chosen) - set(named):
         raise ValueError(f"regularized {sorted(lacking)} are no leaves of coefficients")
     for name in chosen:
-        for term, value in _of_coefficients(named[name]).items():
+        for term, value in of_coefficients(named[name]).items():
             if term in terms:
                 add("l1_l2" if term in ("l1", "l2") else term, terms[term] * value)
     if "weighted_overlap" in terms:
@@ -167,10 +165,11 @@ def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
     return same and all(own in (1, other) for own, other in pairs)
 
 
-def _of_expert(
+def of_expert(
     z: jax.Array, t: jax.Array, inputs: Mapping[str, Any], temperature: float
 ) -> dict[str, jax.Array]:
-    mask = (inputs["mask"] != 0).astype(wide(z))
+    """The terms of `dam_loss` that compare with one expert: kl, mse and entropy."""
+    mask = inputs["mask"].astype(bool).astype(wide(z))
     tokens = jnp.maximum(jnp.sum(mask), 1)
     z = z.astype(mask.dtype) * mask[..., None]
     t = jax.lax.stop_gradient(t.astype(mask.dtype) * mask[..., None])
@@ -185,7 +184,8 @@ def _of_expert(
     }
 
 
-def _of_coefficients(m: jax.Array) -> dict[str, jax.Array]:
+def of_coefficients(m: jax.Array) -> dict[str, jax.Array]:
+    """The terms of `dam_loss` that see the coefficients of one leaf, (K, ...)."""
     rows = list(m.reshape(len(m), -1))
     norms = [_norm(row) for row in rows]
     pairs = list(itertools.combinations(range(len(rows)), 2))

@@ -72,7 +72,7 @@ def adamerging(
         merged = {}
         named = tree.flatten(coefficients)[0]
         for name, tau in taus.items():
-            factor = _bounded(named.get(name, coefficients), *bounds)
+            factor = bounded(named.get(name, coefficients), *bounds)
             merged[name] = bases[name] + weighted_sum(factor, tau)
         return own.params(merged)
 
@@ -99,11 +99,11 @@ def mean_entropy(logits: jax.Array, inputs: Any = None) -> jax.Array:
     entropies = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
     if not (isinstance(inputs, Mapping) and "mask" in inputs):
         return jnp.mean(entropies)
-    mask = (inputs["mask"] != 0).astype(entropies.dtype)
+    mask = inputs["mask"].astype(bool).astype(entropies.dtype)
     return jnp.sum(entropies * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def _bounded(value: jax.Array, low: float, high: float) -> jax.Array:
+def bounded(value: jax.Array, low: float, high: float) -> jax.Array:
     """Clipped. `jnp.clip` has a gradient of one half at a bound, the release's 1."""
     lower, upper = jnp.full_like(value, low), jnp.full_like(value, high)
     return jnp.where(value < lower, lower, jnp.where(value > upper, upper, value))

@@ -54,23 +54,25 @@ def uld_loss(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} needs 1 or more, or None")
     other = temperature if teacher_temperature is None else teacher_temperature
-    student = _sorted(student_logits, temperature, top_k, standardize)
-    teacher = _sorted(jax.lax.stop_gradient(teacher_logits), other, top_k, standardize)
+    student = sorted_probabilities(student_logits, temperature, top_k, standardize)
+    teacher = sorted_probabilities(
+        jax.lax.stop_gradient(teacher_logits), other, top_k, standardize
+    )
     if student_labels is None or teacher_labels is None:
-        return jnp.mean(_distance(student, teacher))
+        return jnp.mean(distance(student, teacher))
     rows = min(student.shape[1], teacher.shape[1])
     own, own_lengths = _answers(student, student_labels, rows)
     others, other_lengths = _answers(teacher, teacher_labels, rows)
     lengths = jnp.minimum(own_lengths, other_lengths)
     counted = (jnp.arange(rows)[None] < lengths[:, None]).astype(own.dtype)
-    sums = jnp.sum(_distance(own, others) * counted, axis=1)
+    sums = jnp.sum(distance(own, others) * counted, axis=1)
     return jnp.mean(sums / jnp.maximum(lengths, 1).astype(sums.dtype))
 
 
-def _sorted(
+def sorted_probabilities(
     logits: jax.Array, temperature: float, top_k: int | None, standardize: bool
 ) -> jax.Array:
-    """Probabilities, falling."""
+    """Probabilities (..., K), falling; the steps of `uld_loss` before the distance."""
     z = logits.astype(wide(logits))
     if standardize:
         deviation = jnp.std(z, axis=-1, keepdims=True)
@@ -80,7 +82,8 @@ def _sorted(
     return jax.nn.softmax(jax.lax.top_k(z, kept)[0] / temperature, axis=-1)
 
 
-def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
+def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Σ |a − b| over the last axis, the shorter one padded with 0."""
     width = max(a.shape[-1], b.shape[-1])
     a, b = (
         jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in (a, b)

@@ -40,6 +40,10 @@ class Sparsify(Transform):
     `breadcrumbs`, `dare_linear` and `dare_ties`, `della`.
     """
 
+    studies = (
+        "over pairs of multimodal models every sparsifier lost to plain "
+        "interpolation on average (2503.23733)"
+    )
     by: Any = choice(
         default="magnitude",
         help="what is kept: the largest (`magnitude`), all but the largest and the "
@@ -57,6 +61,12 @@ class Sparsify(Transform):
     )
     gamma: Any = number(
         default=0.01, help="γ, share of the outliers", low=0.0, high=1.0, per_model=True
+    )
+    over: Any = choice(
+        default="tensor",
+        help="by magnitude or outliers: of each `tensor`, or of the whole `model`, as "
+        "one",
+        options=("tensor", "model"),
     )
     epsilon: Any = number(
         default=0.15,
@@ -76,7 +86,7 @@ class Sparsify(Transform):
 
     @property
     def scope(self) -> str:
-        return "" if self.draws else "tensor"
+        return "" if self.draws else str(self.over)
 
     @property
     def unit(self) -> str:
@@ -93,11 +103,11 @@ class Sparsify(Transform):
             gamma = xp.floor(problem.numbers["gamma"] * n)
             top = xp.minimum(gamma, n - kept)
         # Ranks of the smallest and of the largest entry that is kept.
-        rank = xp.concatenate([n - top - kept + 1, n - top])
-        both = dataclasses.replace(problem, num_models=2 * count)
-        rates = xp.minimum((rank + 0.5) / n, 1.0)
-        found = yield from kth_smallest(deltas, rates, both)
-        low, high = found[:count], found[count:]
+        ranks = [n - top - kept + 1, n - top][: 1 if self.by == "magnitude" else 2]
+        rates = xp.minimum((xp.concatenate(ranks) + 0.5) / n, 1.0)
+        rows = dataclasses.replace(problem, num_models=len(ranks) * count)
+        found = yield from kth_smallest(deltas, rates, rows)
+        low, high = found[:count], found[-count:]
         low = xp.where(density >= 1, 0.0, xp.where(kept > 0, low, xp.inf))
         high = xp.where((density >= 1) | (top == 0), xp.inf, high)
         return {"low": low.astype(np.float32), "high": high.astype(np.float32)}
@@ -166,13 +176,21 @@ def _norms(x: Operands) -> Any:
 
 def _rank_thresholds(tau: Any, p: Numbers) -> Any:
     """The lanes from which on an entry is kept, uint32, by its rank in its row."""
-    rows = magnitudes(tau).reshape(*tau.shape, *(1,) * (tau.ndim == 1))
-    order = jnp.argsort(rows, axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1).reshape(tau.shape)
-    last = max(rows.shape[-1] - 1, 1)
-    middle = 0.5 * (rows.shape[-1] == 1)
+    rank, count = ranks_in_rows(tau)
+    last = max(count - 1, 1)
+    middle = 0.5 * (count == 1)
     place = 2 * (rank.astype(jnp.float32) / last + middle) - 1
     density = p["density"].astype(jnp.float32)
     keep = density + p["epsilon"].astype(jnp.float32) * place
     keep = jnp.where((density <= 0) | (density >= 1), density, jnp.clip(keep, 0, 1))
     return jnp.round((1 - keep) * RATE_STEPS).astype(jnp.uint32)
+
+
+def ranks_in_rows(tau: Any) -> tuple[Any, int]:
+    """The rank of each magnitude in its row, from 0 for the smallest, and the row's c.
+
+    A row is all of the last axis; of equal ones the first is the smaller.
+    """
+    rows = magnitudes(tau).reshape(*tau.shape, *(1,) * (tau.ndim == 1))
+    order = jnp.argsort(rows, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1).reshape(tau.shape), rows.shape[-1]

@@ -120,6 +120,7 @@ class Step:
         whole ``model``; "": it measures nothing.
       needs_base: whether it reads `Operands.base`.
       beside: names of the operands that come beside the models.
+      studies: what others than its authors found, with the source, for who chooses.
     """
 
     name: ClassVar[str]
@@ -127,6 +128,7 @@ class Step:
     scope: ClassVar[Any] = ""
     needs_base: ClassVar[Any] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    studies: ClassVar[str] = ""
 
     @classmethod
     def fields(cls) -> dict[str, Field]:
@@ -227,6 +229,10 @@ class Method(Step):
         """What is made of a tensor, by part of the output; "" is the model itself."""
         del num_models
         return {"": spec}
+
+    def beside_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what comes beside a tensor of that shape."""
+        return shape
 
     def equal_weights(self, num_models: int) -> tuple[float, ...] | None:
         """The coefficient of each model where nothing is said; None: it has none."""

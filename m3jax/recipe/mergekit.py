@@ -15,7 +15,9 @@
 A model's parameters stand before those of the document. A list of numbers is a
 gradient over the layers; a list of filters holds for the tensors whose names contain
 them, the others go on to the next level. `m3jax` has what mergekit does not: `seed`,
-`mixup`, `transforms`, `exclude`, `vocabulary`, `max_shard_size`.
+`mixup`, `transforms`, `exclude`, `vocabulary`, `max_shard_size`; `threshold: model` for
+one threshold over the whole model, and `rescaling: rate` for DARE's 1/(1 − p), as the
+papers have them.
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3jax.methods import TRANSFORMS
+from m3jax.recipe import mergekit_tokenizer
 from m3jax.recipe.documents import Document, in_order
 from m3jax.recipe.mergekit_layout import laid_out
-from m3jax.recipe.mergekit_methods import METHODS
+from m3jax.recipe.mergekit_methods import METHODS, MergekitMethod, Steps, method_of
 from m3jax.recipe.mergekit_parts import Part, parts_of
-from m3jax.recipe.mergekit_values import check_keys, mapping, nearest
+from m3jax.recipe.mergekit_values import check_keys, mapping
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe
-from m3jax.recipe.values import as_json
+from m3jax.recipe.values import as_json, mapped
 
 _KEYS = (
+    *mergekit_tokenizer.KEYS,
     "base_model",
     "dtype",
     "m3jax",
@@ -46,12 +51,16 @@ _KEYS = (
     "parameters",
     "slices",
 )
-_LATER = (
-    "chat_template",
-    "tokenizer",
-    "tokenizer_source",
+_OURS = (
+    "exclude",
+    "max_shard_size",
+    "mixup",
+    "rescaling",
+    "seed",
+    "threshold",
+    "transforms",
+    "vocabulary",
 )
-_OURS = ("exclude", "max_shard_size", "mixup", "seed", "transforms", "vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +109,9 @@ def parse(text: str) -> Configuration:
 
 def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     """A document, and what of it is ignored."""
-    check_keys("", document, _KEYS, _LATER)
+    check_keys("", document, _KEYS)
     name = document.get("merge_method")
-    if name not in METHODS:
-        raise RecipeError(f"merge_method={name!r}{nearest(name, METHODS)}")
+    method = method_of(name)
     ours = mapping(document.get("m3jax"), "m3jax")
     check_keys("m3jax.", ours, _OURS)
     base = _model_name(document.get("base_model"), "base_model")
@@ -113,21 +121,25 @@ def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
         None,
         None,
     )
-    method = METHODS[name]
     layout = laid_out(name, method, base, parts, drawn)
     plain = ("exclude", "vocabulary", "max_shard_size")
     recipe: dict[str, Any] = {key: ours[key] for key in plain if key in ours}
     recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
     recipe |= {"slices": layout.slices, **_dtypes(document)}
-    recipe |= _transforms(ours, layout.steps)
+    recipe |= _transforms(ours, _ours(ours, layout.steps))
+    recipe |= mergekit_tokenizer.fields(document, layout.base, _model_name)
     recipe["rules"] = [
-        {"tensors": names, "method": method.native, **_transforms(ours, steps)}
+        {
+            "tensors": names,
+            "method": method.native,
+            **_transforms(ours, _ours(ours, steps)),
+        }
         for names, steps in layout.rules
     ]
     made = Recipe.from_dict(recipe)
     whose = document.get("name")
     found = Document(layout.base, layout.models, made, ours.get("seed"), whose)
-    return found, _ignored(name, parts)
+    return found, _ignored(name, method, parts)
 
 
 def _loaded(text: str) -> list[dict[str, Any]]:
@@ -180,6 +192,31 @@ def _dtypes(document: Mapping[str, Any]) -> dict[str, str]:
     return {"dtype": words[1] or words[0] or "promote", **compute}
 
 
+def _ours(ours: Mapping[str, Any], steps: Steps) -> Steps:
+    """The steps with the papers' threshold or rescaling, where the document says so."""
+    steps = dict(steps)
+    by = steps.get("sparsify", {}).get("by")
+    for key, allowed, fitting in (
+        ("threshold", ("tensor", "model"), ("magnitude", "outliers")),
+        ("rescaling", ("norm", "rate"), ("random",)),
+    ):
+        word = ours.get(key)
+        if word is None:
+            continue
+        if word not in allowed or by not in fitting:
+            raise RecipeError(
+                f"m3jax.{key}={word!r} needs {' or '.join(allowed)}, and a method that "
+                f"keeps entries by {' or '.join(fitting)}"
+            )
+        if word == "model":
+            steps["sparsify"] = {**steps["sparsify"], "over": "model"}
+        if word == "rate":
+            dropped = mapped(steps.pop("sparsify")["density"], lambda d: 1 - d)
+            rescale = steps.pop("rescale")["norm"] != "none"
+            steps = {"dare": {"drop_rate": dropped, "rescale": rescale}, **steps}
+    return steps
+
+
 def _transforms(ours: Mapping[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
     """The groups of all steps: those of `m3jax.transforms` come first."""
     own = mapping(ours.get("transforms"), "m3jax.transforms")
@@ -188,7 +225,7 @@ def _transforms(ours: Mapping[str, Any], steps: dict[str, Any]) -> dict[str, Any
         raise RecipeError(
             f"m3jax.transforms.{min(twice)}: the merge_method has it already"
         )
-    order = [*own, *(name for name in steps if name in ("sparsify", "rescale"))]
+    order = [*own, *(name for name in steps if name in TRANSFORMS)]
     groups = {name: mapping(fields, name) for name, fields in own.items()}
     plain = {
         name: {field: as_json(value) for field, value in fields.items()}
@@ -197,16 +234,18 @@ def _transforms(ours: Mapping[str, Any], steps: dict[str, Any]) -> dict[str, Any
     return {"transforms": order, **groups, **plain}
 
 
-def _ignored(name: str, parts: Sequence[Part]) -> tuple[str, ...]:
+def _ignored(
+    name: str, method: MergekitMethod, parts: Sequence[Part]
+) -> tuple[str, ...]:
     """What stands in the document without an effect, as in mergekit.
 
     Raises:
       RecipeError: it looks like a parameter of the method, misspelt.
     """
-    parameters = METHODS[name].parameters
+    parameters = method.parameters
     by_model = {p.name for p in parameters if p.per_model} | {"int8_mask"}
     everywhere = {p.name for p in parameters} | {"int8_mask"}
-    of_others = {p.name for method in METHODS.values() for p in method.parameters}
+    of_others = {p.name for own in METHODS.values() for p in own.parameters}
     notes = []
 
     def note(given: Any, known: set[str], where: str) -> None:

@@ -162,7 +162,7 @@ def _fields(
             continue  # M3 draws them
         if not parameter.per_model:
             value = fields[parameter.name] = resolved(parameter, levels)
-            if value is None:
+            if value is None and parameter.required:
                 raise RecipeError(
                     f"{name} needs the parameter {parameter.name!r}, in parameters"
                 )
@@ -171,7 +171,7 @@ def _fields(
         for model, given in own.entries.items():
             shift = own.shift(model)
             value = resolved(parameter, [given, *levels], shift)
-            if value is None:
+            if value is None and (parameter.required or any(values)):
                 raise RecipeError(
                     f"{model}: {name} needs the parameter {parameter.name!r}, in "
                     "models[].parameters or parameters"

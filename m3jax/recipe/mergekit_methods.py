@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from m3jax.recipe.problems import RecipeError
+from m3jax.methods import METHODS as OURS
+from m3jax.methods.fields import Choice, Number, Weights
+from m3jax.recipe.problems import RecipeError, nearest
 from m3jax.recipe.values import mapped
 
 Entries = dict[str, dict[str, Any]]  # parameters by model
@@ -22,8 +24,10 @@ class Parameter:
       name: in the YAML.
       default: None: it is required, unless it is optional.
       per_model: it may stand with a model.
-      word: true or false for all tensors.
+      word: the same for all tensors: one of `options`.
       weight: M3 takes its place.
+      optional: it may be missing, and has no default then.
+      options: of a word.
     """
 
     name: str
@@ -31,10 +35,12 @@ class Parameter:
     per_model: bool = False
     word: bool = False
     weight: bool = False
+    optional: bool = False
+    options: tuple[Any, ...] = (True, False)
 
     @property
     def required(self) -> bool:
-        return self.default is None
+        return self.default is None and not self.optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,3 +247,53 @@ METHODS = {
     "della": _family("rank", vote=True, normalize=True, rescale=True),
     "della_linear": _family("rank", rescale=True),
 }
+
+
+def method_of(name: Any) -> MergekitMethod:
+    """The method of a `merge_method`: mergekit's, or one of ours by its own name.
+
+    Ours have the parameters that they have natively, but for `weight`.
+
+    Raises:
+      RecipeError: there is none of that name.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name not in OURS:
+        raise RecipeError(f"merge_method={name!r}{nearest(name, [*METHODS, *OURS])}")
+    ours = OURS[name]
+    parameters = []
+    for own, field in ours.fields().items():
+        known = "weight" if isinstance(field, Weights) else own
+        parameters.append(
+            Parameter(
+                known,
+                field.default,
+                per_model=isinstance(field, Number) and field.per_model,
+                word=isinstance(field, Choice),
+                weight=isinstance(field, Weights),
+                optional=field.default is None,
+                options=field.options if isinstance(field, Choice) else (),
+            )
+        )
+
+    def steps(fields: Fields, has_base: bool) -> Steps:
+        given = {
+            "weights" if own == "weight" else own: value
+            for own, value in fields.items()
+            if value is not None and value != (None,) * len(as_tuple(value))
+        }
+        return {ours.name: given}
+
+    exactly = ours.num_models
+    return MergekitMethod(
+        ours.name,
+        tuple(parameters),
+        steps,
+        base="task" if ours.needs_base else "origin",
+        others=(1, float("inf")) if exactly is None else (exactly, exactly),
+    )
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else ()

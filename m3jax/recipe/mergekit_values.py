@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3jax.recipe.mergekit_methods import Parameter
-from m3jax.recipe.problems import RecipeError
+from m3jax.recipe.problems import RecipeError, nearest
 from m3jax.recipe.values import Gradient, Rules
 
 _WORDS = {"true": True, "false": False}
@@ -63,14 +62,6 @@ def check_keys(
             raise RecipeError(f"unknown key {prefix}{key}{nearest(key, known)}")
 
 
-def nearest(word: Any, known: Iterable[str]) -> str:
-    """For the end of an error: the right word that is meant, or all there are."""
-    near = difflib.get_close_matches(str(word), known, 1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(sorted(known))}"
-
-
 def _conditions(parameter: Parameter, given: Any) -> list[tuple[str | None, Any]]:
     """Filters and their values; None without a filter."""
     name = parameter.name
@@ -97,6 +88,11 @@ def _value(parameter: Parameter, value: Any) -> Any:
         return Gradient(tuple(float(_value(parameter, point)) for point in value))
     if isinstance(value, str):
         value = _WORDS.get(value.lower(), value)
+    if parameter.word and parameter.options != (True, False):
+        if value not in parameter.options:
+            allowed = ", ".join(map(str, parameter.options))
+            raise RecipeError(f"{parameter.name}={value!r} needs one of {allowed}")
+        return value
     if isinstance(value, bool) or parameter.word:
         if value in (True, False) and isinstance(value, (bool, int, float)):
             return bool(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from m3jax.methods.fields import Number
@@ -59,6 +61,21 @@ class Problems:
             except (re.error, TypeError):
                 self.add(f"{field}[{i}]", value, "a regular expression")
 
+    def renaming(self, field: str, values: object) -> None:
+        """Notes what is no REGEX=REPLACEMENT; a "=" in the expression is none."""
+        if not isinstance(values, tuple):
+            self.add(field, values, "a tuple of rules, as (r'^model\\.=',)")
+            return
+        for i, value in enumerate(values):
+            pattern, equals, new = str(value).rpartition("=")
+            try:
+                re.sub(pattern, new, "")
+                valid = bool(equals and pattern) and isinstance(value, str)
+            except (re.error, IndexError):
+                valid = False
+            if not valid:
+                self.add(f"{field}[{i}]", value, "REGEX=REPLACEMENT, as for re.sub")
+
     def raise_if_any(self) -> None:
         if self._lines:
             raise RecipeError("; ".join(self._lines))
@@ -74,3 +91,11 @@ def plain(value: Any) -> Any:
     if is_traced(value) or not hasattr(value, "tolist"):
         return value
     return plain(value.tolist())
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """For the end of an error: the right word that is meant, or all there are."""
+    near = difflib.get_close_matches(str(word), known, 1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}"

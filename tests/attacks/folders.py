@@ -304,7 +304,7 @@ ATTACKS: dict[str, tuple[Builder, str]] = {
     "adapter that is a FIFO": (_fifo_adapter, "adapter_model.safetensors: is a FIFO"),
     "adapter without its config": (
         files(adapter_model__safetensors=tensors("a")),
-        "holds a part of an adapter (LoRA): it needs adapter_config.json",
+        "holds an adapter (LoRA) and has no adapter_config.json; fetch it again",
     ),
     "pickle typed": (
         _typed("pytorch_model.bin", lambda path: path.write_bytes(b"\x80\x02}q\0.")),

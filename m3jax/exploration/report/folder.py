@@ -21,17 +21,28 @@ FILES = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER)
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+def claimed(
+    folder: Path,
+    *,
+    overwrite: bool,
+    resume: bool,
+    what: str = "exploration",
+    files: tuple[str, ...] = FILES,
+    first: str = TRIALS,
+) -> Iterator[None]:
     """Makes the folder, and keeps others from writing into it meanwhile.
 
     Args:
       folder: may hold other files; they are left alone.
-      overwrite: remove what an earlier exploration has written.
+      overwrite: remove what an earlier run has written.
       resume: go on from there.
+      what: a run is called.
+      files: that it writes, as patterns.
+      first: of these, the one that says whose they are.
 
     Raises:
-      CheckpointError: an exploration is there, and neither was asked for; or another
-        process is writing.
+      CheckpointError: a run is there, and neither was asked for; or another process is
+        writing.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,18 +57,18 @@ def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"{folder}: another exploration is writing there; wait for it, or "
+                f"{folder}: another {what} is writing there; wait for it, or "
                 "choose another --output"
             ) from None
-        there = [name for name in FILES if (folder / name).exists()]
-        if there and TRIALS not in there:
+        there = [own.name for name in files for own in sorted(folder.glob(name))]
+        if there and first not in there:
             raise CheckpointError(
-                f"{folder}: holds {there[0]}, but no {TRIALS}, so it is not m3jax's; "
+                f"{folder}: holds {there[0]}, but no {first}, so it is not m3jax's; "
                 "move it away or choose another --output"
             )
         if there and not (overwrite or resume):
             raise CheckpointError(
-                f"{folder}: holds an exploration already; --resume goes on with it, "
+                f"{folder}: holds an earlier {what}; --resume goes on with it, "
                 "--overwrite begins anew"
             )
         if not resume:
@@ -67,7 +78,7 @@ def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
             yield
         except BaseException as error:
             # A ValueError would be raised again: something has to be mended first.
-            if (folder / TRIALS).exists() and not isinstance(error, ValueError):
+            if (folder / first).exists() and not isinstance(error, ValueError):
                 error.add_note(
                     f"what is done so far is kept in {folder}; the same command with "
                     "--resume goes on from there"
@@ -87,8 +98,8 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
         (WINNER, found.replay),
     ):
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        _write(folder / name, text + "\n")
-    _write(folder / TABLE, summary.as_markdown(found))
+        write(folder / name, text + "\n")
+    write(folder / TABLE, summary.as_markdown(found))
     try:
         from m3jax.exploration.report import picture
     except ImportError:
@@ -101,7 +112,7 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
         picture.draw(found, folder / PICTURE)
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Writes a file that is there completely or not at all."""
     unfinished = path.with_name(f".{path.name}.partial")
     try:

@@ -40,7 +40,7 @@ class Log:
         header = json.loads(_encode(header))  # tuples become lists
         found = _read(path)
         if found:
-            _compare(path, found[0], header)
+            compare(path, found[0], header)
             self.lines = found[1:]
         else:
             self.append(header)
@@ -83,7 +83,8 @@ def _read(path: Path) -> list[Line]:
     return lines
 
 
-def _compare(path: Path, found: Line, wanted: Line) -> None:
+def compare(path: Path, found: Line, wanted: Line) -> None:
+    """Raises CheckpointError, saying what differs, unless two headers are equal."""
     differing = [
         name for name in {**wanted, **found} if found.get(name) != wanted.get(name)
     ]

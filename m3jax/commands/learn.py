@@ -1,0 +1,214 @@
+"""Learns the coefficients of a merge from tasks, by gradient.
+
+--config says what is learned and how: a name in configs/learn (adamerging, dam,
+learned_soup, np_merge, safety_align, uld_fusion, ...) or a Python or JSON file. The
+best step on --validation_tasks is kept; what it is worth is read off --test_tasks.
+--output gets a recipe that makes the model without data, the same bytes every time:
+`m3jax merge --config=OUTPUT/recipe.json --output=DIR`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from m3jax.commands import learn_config, mesh
+from m3jax.commands.cli import UsageError
+from m3jax.commands.tables import clean, say, table
+
+USAGE = (
+    "m3jax learn --base=DIR --models=A,B[,C...] --tasks=SPEC.json[,...] --output=DIR "
+    "[--config=NAME]"
+)
+LESS_MEMORY = (
+    "--streamed leaves the models in their files, a smaller --config.batch and "
+    "--config.remat=True need less, and --mesh splits everything over devices"
+)
+MORE_HELP = [
+    "",
+    f"  --config=NAME          {', '.join(learn_config.names())}; or a file",
+    "  --config.FIELD=VALUE   one field of it, such as:",
+    *(
+        f"                           {name}"
+        for name in (
+            "space.granularity",
+            "space.constraint",
+            "objective",
+            "inputs",
+            "optimizer.rate",
+            "steps",
+            "recipe.method",
+        )
+    ),
+    "",
+    *(__doc__ or "").split("\n")[2:-1],
+]
+
+# Other commands have flags of these names, too; a process runs one command.
+_BASE = flags.DEFINE_string(
+    "base", None, "The base model: folder, file or org/name.", allow_override=True
+)
+_MODELS = flags.DEFINE_list(
+    "models", None, "The fine-tuned models, comma-separated.", allow_override=True
+)
+_TASKS = flags.DEFINE_list(
+    "tasks", None, "JSON files of tasks to learn from.", allow_override=True
+)
+_VALIDATION = flags.DEFINE_list(
+    "validation_tasks",
+    None,
+    "JSON files of tasks that say which step is kept.",
+    allow_override=True,
+)
+_TEST = flags.DEFINE_list(
+    "test_tasks", None, "JSON files of tasks to report.", allow_override=True
+)
+_TEACHERS = flags.DEFINE_list(
+    "teachers", None, "Checkpoints to learn from instead of the models, for uld."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder for recipe, table and pictures.", allow_override=True
+)
+_EXPORT = flags.DEFINE_string(
+    "export", None, "Folder for the learned checkpoint.", allow_override=True
+)
+_SEED = flags.DEFINE_integer(
+    "seed", None, "Of masks and the order of examples. [0]", allow_override=True
+)
+_STREAMED = flags.DEFINE_bool(
+    "streamed", False, "Read the models from their files in every step."
+)
+_MESH = flags.DEFINE_list(
+    "mesh",
+    None,
+    "Split everything over devices, such as rows=4 or rows=2,columns=2.",
+    allow_override=True,
+)
+_RESUME = flags.DEFINE_bool(
+    "resume", False, "Go on with an interrupted run.", allow_override=True
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Replace a previous output.", allow_override=True
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print what it takes and stop.", allow_override=True
+)
+_TOKENIZER_FROM = flags.DEFINE_string(
+    "tokenizer_from", None, "Model whose tokenizer is used. [base]", allow_override=True
+)
+prepare = learn_config.prepare  # --config, whose fields depend on the file it names
+
+
+def main(positional: list[str]) -> int:
+    if positional:
+        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
+    for name, value in (
+        ("models", _MODELS.value),
+        ("tasks", _TASKS.value),
+        ("output", _OUTPUT.value or _DRY_RUN.value),
+    ):
+        if not value:
+            raise UsageError(f"--{name} is missing; usage: {USAGE}")
+    config = learn_config.asked()
+    base, models, output = _BASE.value, _MODELS.value or [], _OUTPUT.value
+    tasks = _TASKS.value or []
+    devices = mesh.sizes(_MESH.value)
+
+    # Only now JAX, which takes a second to import.
+    from m3jax.checkpoints.output.folder import check_free
+    from m3jax.engine.merge import merge
+    from m3jax.engine.prepare import Execution
+    from m3jax.learn.report.outputs import RECIPE, rows
+    from m3jax.learn.training.learner import learn
+    from m3jax.learn.training.memory import needed
+
+    if _DRY_RUN.value:
+        print(
+            needed(
+                base,
+                models,
+                config,
+                tasks=tasks,
+                streamed=_STREAMED.value,
+                mesh=devices,
+            )
+        )
+        return 0
+    if _EXPORT.value is not None:
+        check_free(Path(_EXPORT.value), overwrite=_OVERWRITE.value)
+    found = learn(
+        base,
+        models,
+        config,
+        tasks=tasks,
+        validation=_VALIDATION.value or (),
+        test=_TEST.value or (),
+        teachers=_TEACHERS.value or (),
+        seed=_SEED.value or 0,
+        streamed=_STREAMED.value,
+        mesh=devices,
+        output=output,
+        resume=_RESUME.value,
+        overwrite=_OVERWRITE.value,
+        tokenizer_from=_TOKENIZER_FROM.value,
+        say=say,
+        progress=Line(),
+    )
+    print(
+        f"step {found.step} of {len(found.losses)}"
+        + (" (the best on validation)" if found.looks else "")
+    )
+    if found.comparisons:
+        header, lines = rows(found.comparisons)
+        lines = [list(map(clean, line)) for line in lines]
+        print("\n".join(table(header, lines, "<<>>>>")))
+    recipe = Path(output or "") / RECIPE
+    if _EXPORT.value is None:
+        print(f"\nmake the model: m3jax merge --config={recipe} --output=DIR")
+        return 0
+    merge(
+        base,
+        models,
+        _EXPORT.value,
+        found.recipe,
+        seed=found.seed,
+        execution=Execution(
+            overwrite=_OVERWRITE.value, tokenizer_from=_TOKENIZER_FROM.value
+        ),
+        statistics=[own["path"] for own in found.replay["statistics"]],
+    )
+    print(f"\nthe learned checkpoint is {_EXPORT.value}")
+    return 0
+
+
+class Line:
+    """The line of progress: rewritten on a terminal, else one every few seconds."""
+
+    _SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._last = 0.0
+
+    def __call__(
+        self, step: int, steps: int, loss: float, rate: float, left: float
+    ) -> None:
+        now, ended = time.monotonic(), step == steps
+        if not ended and now - self._last < (0.1 if self._live else self._SECONDS):
+            return
+        self._last = now
+        minutes, seconds = divmod(round(left), 60)
+        text = (
+            f"step {step} of {steps}, loss {loss:.5f}, rate {rate:.2g}, "
+            f"{minutes}:{seconds:02} left"
+        )
+        if not self._live:
+            say(text)
+            return
+        width = shutil.get_terminal_size().columns - 1
+        end = "\n" if ended else ""
+        print(f"\r{text[:width]:{width}}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,64 @@
+"""Makes the search that `explore` is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
+from m3jax.exploration.search import samplers, searches
+from m3jax.exploration.search.samplers import ADAPTIVE
+from m3jax.exploration.search.scoring import Objective
+from m3jax.exploration.search.searches import Search
+from m3jax.exploration.space import Space
+from m3jax.recipe import Recipe, RecipeError
+
+
+def tasks_of(evaluator: Evaluator, objective: Objective) -> list[str]:
+    """The names of the scores, as far as they are known before there are any."""
+    if isinstance(evaluator, TaskEvaluator):
+        return [task.name for task in evaluator.tasks]
+    return list(objective.weights)
+
+
+def make_search(
+    sampler: str,
+    recipe: Recipe,
+    space: Space | None,
+    objective: Objective,
+    *,
+    draws: int,
+    seed: int,
+    generation: int,
+    budget: int | None,
+    halving: int | None,
+    hyperband: int | None,
+    tasks: Sequence[str],
+) -> tuple[Search, int]:
+    """What is evaluated, and how many trials that makes."""
+    if sampler in ADAPTIVE:
+        if sampler == "nsga2" and len(tasks) < 2:
+            raise RecipeError(
+                "sampler='nsga2' needs two tasks or more, or weights that name the "
+                "scores of a function"
+            )
+        own = samplers.Draws(recipe, seed, budget, space)
+        found = samplers.optimised(
+            sampler, own, objective, draws=draws, generation=generation, tasks=tasks
+        )
+        return found, draws
+    brackets = []
+    if hyperband is not None:
+        assert budget is not None
+        brackets = searches.brackets(budget, hyperband)
+        draws = sum(rungs[0].draws for rungs in brackets)
+    listed, count = samplers.listed(
+        sampler, recipe, space, draws=draws, seed=seed, budget=budget
+    )
+    if brackets:
+        if count < draws:
+            raise RecipeError(f"hyperband needs {draws} draws, a grid has {count}")
+        total = sum(map(searches.total, brackets))
+        return searches.hyperband(listed, brackets), total
+    rungs = searches.rungs(count, budget, halving)
+    proposals = [listed(index) for index in range(count)]
+    return searches.in_rungs(proposals, rungs), searches.total(rungs)

@@ -1,0 +1,1 @@
+"""What is learned: coefficients, their groups and bounds, and how to replay them."""

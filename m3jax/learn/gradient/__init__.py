@@ -1,0 +1,1 @@
+"""The gradient in the coefficients: a pull-back of the merge, tensor by tensor."""

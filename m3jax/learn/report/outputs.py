@@ -1,0 +1,95 @@
+"""The folder of a run, and what it leaves there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from m3jax.checkpoints.places import durable
+from m3jax.evaluation.results import as_json
+from m3jax.exploration.report.folder import write
+from m3jax.learn.training.result import Comparison, Learning
+from m3jax.learn.training.state import STATE
+
+RECIPE, SUMMARY, CURVES = "recipe.json", "summary.json", "curves.png"
+PICTURE = "coefficients.png"
+# Of the coefficients of model k, where they are too many for the recipe.
+COEFFICIENTS = "coefficients-{}.safetensors"
+FILES = (STATE, RECIPE, SUMMARY, CURVES, PICTURE, COEFFICIENTS.format("*"))
+
+
+def write_outputs(found: Learning, folder: Path, say: Callable[[str], None]) -> None:
+    """Writes recipe, coefficients, summary and pictures.
+
+    Without matplotlib there are no pictures, and `say` is told so.
+    """
+    for k, own in enumerate(found.statistics):
+        _save(own, folder / COEFFICIENTS.format(k))
+    for name, content in ((RECIPE, found.replay), (SUMMARY, summary(found))):
+        text = json.dumps(as_json(content), indent=1, ensure_ascii=False)
+        write(folder / name, text + "\n")
+    try:
+        from m3jax.learn.report import picture
+    except ImportError:
+        say(
+            f"{CURVES} was not drawn, it needs matplotlib; install it from a checkout: "
+            "pip install '.[plot]'"
+        )
+        return
+    names = [Path(own["path"]).name for own in found.replay.get("models", ())]
+    with durable.naming(folder):
+        picture.curves(found, folder / CURVES)
+        picture.coefficients(found, names, folder / PICTURE)
+
+
+def summary(found: Learning) -> dict[str, Any]:
+    """What was learned, as JSON values."""
+    return {
+        "step": found.step,
+        "losses": list(found.losses),
+        "validation": [{"step": step, "loss": loss} for step, loss in found.looks],
+        "test": [dataclasses.asdict(own) for own in found.comparisons],
+        "coefficients": {
+            name: {
+                "mean": [float(row.mean()) for row in own],
+                "least": [float(row.min()) for row in own],
+                "most": [float(row.max()) for row in own],
+            }
+            for name, own in found.coefficients.items()
+            if own.size
+        },
+    }
+
+
+def rows(comparisons: tuple[Comparison, ...]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the test table, as text."""
+    header = ["test", "metric", "start", "learned", "gain", "95 % interval"]
+    return header, [
+        [
+            own.task,
+            own.metric,
+            f"{own.start:.4f}",
+            f"{own.learned:.4f}",
+            f"{own.gain:+.4f}",
+            "—"
+            if own.interval is None
+            else f"{own.interval[0]:+.4f} to {own.interval[1]:+.4f}",
+        ]
+        for own in comparisons
+    ]
+
+
+def _save(coefficients: dict[str, Any], path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        with durable.naming(path):
+            save_file(dict(sorted(coefficients.items())), unfinished)
+        durable.sync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Descends an objective on batches of tasks."""
