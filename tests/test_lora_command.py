@@ -133,6 +133,19 @@ def test_energy_and_the_randomised_svd(
     )
 
 
+def test_names_with_another_beginning(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change = _twins(tmp_path, 30, 20)
+    short = {n.removeprefix("model."): t for n, t in read(Path("model")).items()}
+    write(tmp_path / "short", short, {})
+    flags = ("--base=base", "--model=short", "--energy=1", "--output=a")
+    ran = run("lora", "extract", *flags)
+    assert ran.code == 0, ran.err
+    np.testing.assert_allclose(change_of("a"), change, atol=1e-6)
+
+
 @pytest.fixture
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """Adapters a, b and c of different ranks and scalings; their ΔW by name."""
