@@ -147,7 +147,7 @@ def test_the_chat_template(files, notes):
     (line,) = notes(files=files)
     assert line == (
         "the chat template is none in base, a; one of 7 characters in b; the output "
-        "has that of base"
+        "has that of base; --tokenizer_from takes another model's"
     )
 
 

@@ -367,6 +367,8 @@ def test_refuses_what_does_not_fit(here: Path, run: Run) -> None:
     other = {n.replace("q_proj", "k_proj"): t for n, t in pair(2, 6, 5).items()}
     adapter(here / "k", other, target_modules=["k_proj"])
     assert "changes 1 tensors that base does not have" in said("k")
+    adapter(here / "model", {"model.norm.weight": np.ones(5, np.float32)})
+    assert "holds no lora_A and lora_B, so it is no adapter" in said("model")
     half = pair(2, 6, 5)
     half.pop(f"{MODULE}.lora_B.weight")
     adapter(here / "half", half)

@@ -144,6 +144,11 @@ def open_adapter(name: str, folder: Location) -> Adapter:
             else {n: FileTensor(file, e) for n, e in header_of(file).tensors.items()}
         )
         modules, others = peft.modules(tensors)
+        if not modules:
+            raise CheckpointError(
+                f"{file.path}: holds no lora_A and lora_B, so it is no adapter (LoRA); "
+                "give it as a model, without its adapter_config.json"
+            )
         stack.pop_all()
     return Adapter(name, folder, config, file, tensors, tuple(modules), others)
 
@@ -204,7 +209,8 @@ class _Changes:
         adapter, made_for = self._adapter, self._adapter.config.base
         ranks = sorted(set(self._ranks))
         kind = "a DoRA adapter" if adapter.config.dora else "a LoRA adapter"
-        of = f" of rank {'–'.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}" * bool(ranks)
+        span = "–".join(map(str, dict.fromkeys([*ranks[:1], *ranks[-1:]])))
+        of = f" of rank {span}" if ranks else ""
         same = made_for is None or _last(made_for) == _last(self._base.name)
         said = "" if same else f"; it says it was made for {shown(made_for)}"
         lines = [
