@@ -272,6 +272,16 @@ def test_a_head_of_its_own_where_the_base_is_tied(here: Path, run: Run) -> None:
     assert config["tie_word_embeddings"] is False
 
 
+def test_a_tokenizer_that_stays_behind_is_named(here: Path) -> None:
+    for folder, content in (("base", "{}"), ("a", "{}")):
+        (here / folder / "tokenizer.json").write_text(content)
+    with open_checkpoint("base+a") as own:
+        assert len(own.notes) == 1
+    (here / "a" / "tokenizer.json").write_text('{"added_tokens": []}')
+    with open_checkpoint("base+a") as own:
+        assert "has a tokenizer of its own, which does not go along" in own.notes[1]
+
+
 def test_names_with_another_beginning(here: Path) -> None:
     stripped = {n.removeprefix("model."): t for n, t in read(here / "base").items()}
     write(here / "short", stripped, {})

@@ -27,6 +27,7 @@ from m3jax.checkpoints.places.files import (
     inside,
     open_file,
 )
+from m3jax.checkpoints.side_files import VOCABULARY_FILES, read_side_file
 from m3jax.checkpoints.source import FileTensor, Source, Stored
 from m3jax.checkpoints.sources.lora import (
     KEPT,
@@ -216,12 +217,25 @@ class _Changes:
             f"{adapter.name}: {kind}{of}, put on {self._base.name} "
             f"({len(self.tensors)} tensors){said}"
         ]
+        if self._has_other_words():
+            lines.append(
+                f"{adapter.name}: has a tokenizer of its own, which does not go along; "
+                f"that of {self._base.name} does"
+            )
         if self._passed_over:
             lines.append(
                 f"{adapter.name}: {len(self._passed_over)} modules passed over as peft "
                 f"does: {peft.CONFIG} does not target {shown(self._passed_over[0])}"
             )
         return lines
+
+    def _has_other_words(self) -> bool:
+        """Whether the adapter's folder has another vocabulary than the base's."""
+        return any(
+            content is not None and content != read_side_file(self._base.folder, name)
+            for name in VOCABULARY_FILES
+            for content in [read_side_file(self._adapter.folder, name)]
+        )
 
     def _source(self, name: str) -> tuple[str, Source | None]:
         """The base's name and tensor, as it is by now."""
