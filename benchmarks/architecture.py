@@ -17,6 +17,8 @@ _OUTPUT = flags.DEFINE_string("output", "docs/architecture.png", "The picture.")
 _PACKAGE = Path(__file__).parent.parent / "m3jax"
 _WHAT = {
     "commands": "flags in, lines out",
+    "lora": "adapters out of models and adapters",
+    "moe": "mixtures of experts",
     "measuring": "Fisher, Gram, on tasks",
     "exploration": "many draws, the best one",
     "learn": "coefficients by gradient",

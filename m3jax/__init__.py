@@ -21,6 +21,8 @@ _HOMES = {
     "Recipe": "m3jax.recipe",
     "RecipeError": "m3jax.recipe",
     "TaskEvaluator": "m3jax.evaluation.evaluator",
+    "TokenRow": "m3jax.recipe",
+    "TokenizerConfig": "m3jax.recipe",
     "explore": "m3jax.exploration.explore",
     "load": "m3jax.engine.load",
     "merge": "m3jax.engine.merge",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from m3jax.methods.ties import Ties
     from m3jax.models.module import Decoder
     from m3jax.modulation import modulate
-    from m3jax.recipe import Mixup, Recipe, RecipeError
+    from m3jax.recipe import Mixup, Recipe, RecipeError, TokenizerConfig, TokenRow
 
 
 def __getattr__(name: str) -> Any:

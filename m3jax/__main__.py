@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "write a mergekit YAML as an m3jax recipe, or the other way",
     "methods": "list the merging methods and their parameters",
     "lora": "extract a LoRA adapter from a model, or merge adapters",
+    "moe": "build a mixture of experts from dense models",
     "explore": "merge many draws in memory, evaluate each, find the best",
     "demo": "merge small built-in models, to see how it works",
 }

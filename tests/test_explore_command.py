@@ -203,6 +203,84 @@ def test_halving_by_the_command(folder, tmp_path, run):
     assert "at a budget of 1" in ran.out
 
 
+SCORE = """
+import json, sys
+from safetensors.numpy import load_file
+folder, budget = sys.argv[1:]
+assert json.load(open(folder + "/config.json"))["model_type"]
+weight = load_file(folder + "/model.safetensors")["model.norm.weight"]
+print("loading")
+print(json.dumps({"norm": float(weight.sum()), "budget": int(budget)}))
+"""
+
+
+def test_a_program_of_the_users_chooses(folder, tmp_path, run):
+    """It sees the bytes that the winner's recipe makes again."""
+    script = tmp_path / "score.py"
+    script.write_text(SCORE)
+    ran = run(
+        *command(
+            folder,
+            tmp_path / "out",
+            validation_tasks=None,
+            test_tasks=None,
+            limit=3,
+            evaluator_command=f"{sys.executable} {script} {{checkpoint}} {{budget}}",
+            export=tmp_path / "best",
+        )
+    )
+    assert ran.code == 0, ran.err
+    lines = (tmp_path / "out/trials.jsonl").read_text().splitlines()[1:]
+    trials = [json.loads(line) for line in lines]
+    best = max(trials, key=lambda trial: trial["objective"])
+    weight = checkpoints.read(tmp_path / "best")["model.norm.weight"]
+    assert best["scores"] == {"norm": float(weight.sum()), "budget": 3.0}
+    assert len({trial["scores"]["norm"] for trial in trials}) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("score.py", "needs {checkpoint} in the place of the folder"),
+        ("nowhere-to-be-found {checkpoint}", "nowhere-to-be-found: No such file"),
+        ("false {checkpoint}", "ended with 1, saying nothing"),
+        ("echo {checkpoint}", "last; needs a JSON object of numbers"),
+        ("echo '{checkpoint", "No closing quotation"),
+    ],
+)
+def test_a_program_that_does_not_score_is_named(folder, tmp_path, run, words, message):
+    flags = {"validation_tasks": None, "evaluator_command": words}
+    ran = run(*command(folder, tmp_path / "out", **flags))
+    assert (ran.code, message in ran.error) == (2, True), ran.err
+
+
+def test_tasks_of_the_harness_choose(folder, tmp_path, run):
+    pytest.importorskip("lm_eval.tasks")
+    yaml = {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "validation.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{right}}",
+        "doc_to_choice": ["ab", "cd"],
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(yaml))
+    tasks = f"tiny,{folder}/test.json"
+    flags = {"validation_tasks": tasks, "harness_tasks_path": tmp_path, "limit": 4}
+    flags["test_tasks"] = folder / "ood.json"
+    ran = run(*command(folder, tmp_path / "out", **flags))
+    assert ran.code == 0, ran.err
+    lines = (tmp_path / "out/trials.jsonl").read_text().splitlines()[1:]
+    for trial in map(json.loads, lines):
+        assert set(trial["scores"]) == {"tiny", "copy", "pick"}
+        assert trial["scores"]["tiny"] in (0, 0.25, 0.5, 0.75, 1)
+        tiny, copy, pick = (trial["scores"][n] for n in ("tiny", "copy", "pick"))
+        assert trial["objective"] == pytest.approx((tiny - copy + pick) / 3)
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
@@ -213,6 +291,7 @@ def test_halving_by_the_command(folder, tmp_path, run):
         ({"weights": "paste=1"}, 2, "'paste' is no validation task"),
         ({"limit": 0}, 2, "--limit=0 needs 1 or more"),
         ({"at_once": 0}, 2, "at_once=0 needs 1 or more"),
+        ({"evaluator_command": "a {checkpoint}"}, 2, "one of the two chooses"),
         ({"mesh": "rows"}, 2, "--mesh=rows needs AXIS=SIZE"),
         ({"mesh": "rows=9"}, 2, "mesh=rows=9 has 9 devices, there are 8"),
         ({"mesh": "rows=2", "at_once": 2}, 2, "at_once=2 needs to be 1 with a mesh"),
@@ -226,7 +305,9 @@ def test_halving_by_the_command(folder, tmp_path, run):
 )
 def test_errors_are_one_line(folder, tmp_path, run, flags, code, message):
     flags = {
-        name: value.format(folder=folder) if isinstance(value, str) else value
+        name: value.replace("{folder}", str(folder))
+        if isinstance(value, str)
+        else value
         for name, value in flags.items()
     }
     ran = run(*command(folder, tmp_path / "out", **flags))

@@ -288,7 +288,8 @@ class TestVocabulary:
         message = fails(*models, configs=configs)
         assert (
             "tensor 'lm_head.weight' has shape [32, 6] in base, [33, 6] in a, [32, 6] "
-            "in b (vocabulary sizes differ: set vocabulary to mean or truncate)"
+            "in b (vocabulary sizes differ: set vocabulary to union or base to merge "
+            "by token, to mean or truncate to merge by row)"
         ) in message
         assert "tensor 'model.embed_tokens.weight' has shape [32, 6] in base" in message
 
@@ -393,9 +394,10 @@ class TestMismatches:
         missing = {"model.norm.weight": self.BASE["model.norm.weight"]}
         extra = self.BASE | {"score.weight": np.ones(2)}
         assert fails(self.BASE, missing, extra) == (
-            "tensor 'model.layers.0.up_proj.weight' is missing in a; exclude it, or "
-            "merge models of one architecture; tensor 'score.weight' is missing in "
-            "base, a; exclude it, or merge models of one architecture"
+            "tensor 'model.layers.0.up_proj.weight' is missing in a; tensor "
+            "'score.weight' is missing in base, a; --config.unmatched=base keeps the "
+            "base's and passes over what it lacks, skip leaves them out; "
+            "--rename=REGEX=REPLACEMENT brings other names to the base's"
         )
 
     def test_shapes(self, fails):
@@ -418,7 +420,7 @@ class TestMismatches:
         others = {f"extra.{i}": np.ones(1) for i in range(5)}
         message = fails(self.BASE, self.BASE | others)
         assert message.count("is missing in base") == 3
-        assert message.endswith("; and 2 more (--dry_run lists them)")
+        assert "; and 2 more (--dry_run lists them); --config.unmatched" in message
 
     def test_no_tensors(self, fails):
         assert fails({}, {}) == "base: holds no tensors"

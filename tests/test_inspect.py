@@ -80,7 +80,7 @@ def test_json(tmp_path, run: Run):
     names = list(model)
     folder = write(tmp_path / "a", model, CONFIG, shards=[names[:3], names[3:]])
     found = json.loads(run("inspect", folder, "--json").out)
-    assert found["kind"] == "folder, 2 shards and an index"
+    assert found["kind"] == "folder, 2 shards of safetensors"
     assert found["parameters"] == sum(values.size for values in model.values())
     assert found["bytes"] == sum(values.nbytes for values in model.values())
     assert found["architecture"] == CONFIG

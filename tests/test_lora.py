@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from checkpoints import digest, encode, read, write
 from command_line import Run
+from test_torch_file import pickled_tensors
 
 import m3jax
 from m3jax.checkpoints.errors import CheckpointError
@@ -330,6 +331,20 @@ def test_refuses(config: dict[str, Any], message: str, here: Path) -> None:
         open_checkpoint("base+a")
 
 
+def test_a_pickled_adapter_is_the_same(here: Path) -> None:
+    named = {f"base_model.model.{n}": t for n, t in pair(2, 6, 5).items()}
+    described = {
+        n: (t.reshape(-1), 0, t.shape, (t.shape[1], 1)) for n, t in named.items()
+    }
+    with open_checkpoint("base+a") as checkpoint:
+        expected = read_whole(checkpoint.tensors[f"{MODULE}.weight"])
+    (here / "a" / "adapter_model.safetensors").unlink()
+    (here / "a" / "adapter_model.bin").write_bytes(pickled_tensors(described))
+    with open_checkpoint("base+a") as checkpoint:
+        made = read_whole(checkpoint.tensors[f"{MODULE}.weight"])
+    np.testing.assert_array_equal(made, expected)
+
+
 def test_refuses_what_does_not_fit(here: Path, run: Run) -> None:
     def said(model: str) -> str:
         ran = run("merge", "--base=base", f"--models={model}", "--output=out", OFF)
@@ -354,7 +369,10 @@ def test_refuses_what_does_not_fit(here: Path, run: Run) -> None:
     cut.write_bytes(cut.read_bytes()[:-3])
     assert "cut off" in said("cut")
     (here / "a" / "adapter_model.safetensors").rename(here / "a" / "adapter_model.bin")
-    assert "is pickled: load it with peft" in said("a")
+    assert "so it is no file of torch.save" in said("a")
+    assert "base: has no adapter_config.json" in said("base+base")
     assert "nowhere: no such file or folder" in said("base+nowhere")
     (here / "a" / "adapter_config.json").write_text("[]")
-    assert "not a JSON object" in said("a")
+    assert "not a JSON object" in said("base+a")
+    (here / "a" / "adapter_model.bin").unlink()
+    assert "and has no adapter_model.safetensors; fetch it again" in said("a")

@@ -108,6 +108,7 @@ class TestRecipes:
             "--config.dare.target=weights",
             "--config.exclude=('model.norm','lm_head')",
             "--config.vocabulary=truncate",
+            "--config.tokenizer.chat_template=chatml",
             "--config.dtype=float32",
             "--config.max_shard_size=500B",
             "--seed=4294967295",
@@ -128,7 +129,18 @@ class TestRecipes:
             },
             "exclude": ["model.norm", "lm_head"],
             "vocabulary": "truncate",
+            "tokenizer": {
+                "tokens": [],
+                "missing": "base",
+                "pad_to_multiple_of": None,
+                "chat_template": "chatml",
+                "copy": True,
+            },
+            "rename": [],
+            "unmatched": "error",
             "rules": [],
+            "compute": "float32",
+            "slices": [],
             "dtype": "float32",
             "max_shard_size": "500B",
         }
@@ -242,7 +254,9 @@ class TestDryRun:
         for name in extra:
             assert f"tensor '{name}' is missing in base, a" in ran.out
         assert len(ran.out.splitlines()) == 9
-        assert ran.error == "m3jax merge: the checkpoints do not fit: 9 mismatches"
+        assert ran.error.startswith(
+            "m3jax merge: the checkpoints do not fit: 9 mismatches; --config.unmatched"
+        )
 
 
 class TestMisuse:
@@ -383,8 +397,8 @@ class TestBadInput:
         checkpoints.write(models / "c", checkpoints.random_model(4, shapes))
         assert fails("--models=a,c") == (
             "tensor 'model.embed_tokens.weight' has shape [11, 5] in base, [11, 5] in "
-            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to mean or "
-            "truncate)"
+            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to union or base "
+            "to merge by token, to mean or truncate to merge by row)"
         )
 
     def test_no_such_model(self, fails):

@@ -239,7 +239,6 @@ SLICES = (
             "base_modle; did you mean 'base_model'",
         ),
         (DOCUMENT.replace("linear", "linaer"), "'linaer'; did you mean 'linear'"),
-        (DOCUMENT + "tokenizer_source: base", "tokenizer_source is not supported"),
         (
             DOCUMENT + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]",
             "one of the three is needed, not models and slices",

@@ -21,8 +21,20 @@ DEFAULTS = {
     "mixup": {"alpha": 0.5, "ratios": None, "granularity": "model"},
     "exclude": (),
     "vocabulary": "error",
+    "tokenizer": {
+        "tokens": (),
+        "missing": "base",
+        "pad_to_multiple_of": None,
+        "chat_template": None,
+        "copy": True,
+    },
     "dtype": "input",
     "max_shard_size": "5GB",
+    "rename": (),
+    "unmatched": "error",
+    "rules": (),
+    "compute": "float32",
+    "slices": (),
 }
 # As version 0.1 wrote it.
 VERSION_0_1 = {
@@ -184,7 +196,10 @@ def test_numbers_of_numpy_and_jax(made):
             {"dare": {"drop_rate": {"gradient": [0.1, 2]}}},
             "dare.drop_rate.gradient[1]=2 needs a number from 0 to 1",
         ),
-        ({"dare": {"drop_rate": {"slope": 1}}}, "{'slope': 1} needs 'gradient', or"),
+        (
+            {"dare": {"drop_rate": {"slope": 1}}},
+            "{'slope': 1} needs 'gradient', 'runs', or",
+        ),
         ({"mixup": {"alpha": -0.1}}, "mixup.alpha=-0.1 needs a finite number, 0 or"),
         ({"mixup": {"alpha": float("inf")}}, "mixup.alpha=inf needs a finite number"),
         ({"mixup": {"ratios": 0.5}}, "mixup.ratios=0.5 needs a tuple of numbers"),
@@ -199,7 +214,23 @@ def test_numbers_of_numpy_and_jax(made):
         ({"dare": {"target": "both"}}, "dare.target='both' needs one of delta, wei"),
         ({"exclude": "lm_head"}, "exclude='lm_head' needs a tuple of regular expr"),
         ({"exclude": ("[",)}, "exclude[0]='[' needs a regular expression"),
-        ({"vocabulary": "pad"}, "vocabulary='pad' needs one of error, mean, trunc"),
+        ({"vocabulary": 1}, "vocabulary=1 needs one of error, mean, trunc"),
+        (
+            {"tokenizer": {"missing": "mean"}},
+            "vocabulary='error' needs union, base or a model's name, for the tokenizer",
+        ),
+        (
+            {"vocabulary": "union", "tokenizer": {"tokens": (("a", None, 3),)}},
+            "tokenizer.tokens=(TokenRow(token='a', model=None, row=3, force=False),)",
+        ),
+        (
+            {"vocabulary": "union", "tokenizer": {"pad_to_multiple_of": 0}},
+            "tokenizer.pad_to_multiple_of=0 needs None, or a number from 1",
+        ),
+        (
+            {"tokenizer": {"chat": "x"}},
+            "unknown recipe field 'tokenizer.chat'; known: ",
+        ),
         ({"dtype": "int8"}, "dtype='int8' needs one of input, float32, float16, b"),
         ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples' needs such as"),
         ({"max_shard_size": 0}, "max_shard_size=0 needs such as 5GB or 200MB"),

@@ -127,7 +127,7 @@ def test_from_the_store_to_a_disk_and_back(remote, local, expected, staging, tmp
 
 def test_commands(remote, run: Run, tmp_path, local):
     remote(URL, AVERAGE)
-    assert "4 shards and an index" in run("inspect", URL).out
+    assert "4 shards of safetensors" in run("inspect", URL).out
     assert "every tensor" in run("verify", URL).out
     assert "A and B are equal" in run("diff", "memory://models/a", local.models[0]).out
     put("bucket/merged/model-00001-of-00004.safetensors", b"")

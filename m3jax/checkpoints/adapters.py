@@ -15,8 +15,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from m3jax.checkpoints import weights
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.formats import peft
+from m3jax.checkpoints.formats import peft, torch_file
 from m3jax.checkpoints.formats.peft import AdapterConfig, Module
 from m3jax.checkpoints.formats.safetensors import header_of
 from m3jax.checkpoints.places.files import (
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 HEAD = "lm_head"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-# What a folder of a model holds, beside which an adapter is a leftover.
-_MODELS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def parts(name: str) -> tuple[str, str] | None:
@@ -53,14 +52,16 @@ def parts(name: str) -> tuple[str, str] | None:
 
 
 def alone(location: Location) -> Location | None:
-    """The folder of an adapter that this folder or file is; None if it is none."""
+    """The folder of an adapter that this folder or file is; None if it is none.
+
+    An adapter beside the weights of a model is a leftover.
+    """
     if location.name in (peft.WEIGHTS, peft.PICKLED) and location.is_file():
         return location.parent if exists(location.parent / peft.CONFIG) else None
     if not location.is_dir() or not exists(location / peft.CONFIG):
         return None
-    model = any(exists(location / own) for own in _MODELS)
-    weights = any(exists(location / own) for own in (peft.WEIGHTS, peft.PICKLED))
-    return location if weights and not model else None
+    held = any(exists(location / own) for own in (peft.WEIGHTS, peft.PICKLED))
+    return location if held and not weights.any_of(location) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,23 +129,19 @@ def open_adapter(name: str, folder: Location) -> Adapter:
     Raises:
       CheckpointError: one line that names the file and the flaw.
     """
+    if not exists(folder / peft.CONFIG):
+        raise CheckpointError(f"{folder}: has no {peft.CONFIG}, so it is no adapter")
     config = peft.read_config(folder)
-    if not exists(folder / peft.WEIGHTS):
-        raise CheckpointError(
-            f"{folder}: has no {peft.WEIGHTS}"
-            + (
-                f"; {peft.PICKLED} is pickled: load it with peft and save_pretrained() "
-                "it again"
-                if exists(folder / peft.PICKLED)
-                else "; fetch it again"
-            )
-        )
+    held = [own for own in (peft.WEIGHTS, peft.PICKLED) if exists(folder / own)]
+    if not held:
+        raise CheckpointError(f"{folder}: has no {peft.WEIGHTS}; fetch it again")
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_file(inside(folder, peft.WEIGHTS)))
-        tensors = {
-            key: FileTensor(file, entry)
-            for key, entry in header_of(file).tensors.items()
-        }
+        file = stack.enter_context(open_file(inside(folder, held[0])))
+        tensors: Mapping[str, Stored] = (
+            torch_file.read_tensors(file).tensors
+            if held[0] == peft.PICKLED
+            else {n: FileTensor(file, e) for n, e in header_of(file).tensors.items()}
+        )
         modules, others = peft.modules(tensors)
         stack.pop_all()
     return Adapter(name, folder, config, file, tensors, tuple(modules), others)

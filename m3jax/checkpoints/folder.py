@@ -45,6 +45,7 @@ class Checkpoint:
         None removes the field.
       notes: what was done to open it that a user may not expect, one line each.
       dequantised: the kinds of codes whose weights stand in `tensors`.
+      built: what m3jax.json says of how it was put together, where it was.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Checkpoint:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dequantised: tuple[str, ...] = ()
+    built: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def folder(self) -> Location:
@@ -138,17 +140,6 @@ def open_checkpoint(
     )
 
 
-class _Opened(NamedTuple):
-    """What the files hold; see `Checkpoint`."""
-
-    format: str
-    stored: Mapping[str, Stored]
-    paths: Mapping[str, KeyPath] | None
-    cache_bytes: int
-    files: tuple[InputFile, ...]
-    notes: tuple[str, ...] = ()
-
-
 def _adapted(name: str, base: str | None, folder: Location) -> Checkpoint:
     """The base with the adapter of a folder on it; both names are the user's."""
     own = name.rpartition("+")[2]
@@ -183,6 +174,17 @@ def _adapter_alone(name: str, folder: Location, revision: str | None) -> Checkpo
         None,
         "adapter",
     )
+
+
+class _Opened(NamedTuple):
+    """What the files hold; see `Checkpoint`."""
+
+    format: str
+    stored: Mapping[str, Stored]
+    paths: Mapping[str, KeyPath] | None
+    cache_bytes: int
+    files: tuple[InputFile, ...]
+    notes: tuple[str, ...] = ()
 
 
 def _orbax_item(folder: Location) -> Location | None:

@@ -10,6 +10,7 @@ merge.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -202,7 +203,8 @@ def _modules(folder: Location) -> list[str]:
         raise CheckpointError(
             f"{folder / MODULES}: is not valid JSON; fetch it again, or mend it"
         ) from None
-    paths: list[Any] = [m.get("path") for m in modules if isinstance(m, dict)][:_FEW]
+    listed = modules if isinstance(modules, list) else []
+    paths: list[Any] = [m.get("path") for m in listed if isinstance(m, dict)][:_FEW]
     return [path for path in paths if is_plain_name(path)]
 
 
@@ -231,3 +233,15 @@ def read_config(folder: Location) -> dict[str, Any] | None:
         return load_json(content, str(folder / CONFIG), constants=True)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; fetch it again, or mend it") from None
+
+
+def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
+    """config.json with other fields: their dotted names and values, None to remove."""
+    config = json.loads(content)
+    for name, value in changes.items():
+        *path, field = name.split(".")
+        fields = functools.reduce(
+            lambda own, key: own.setdefault(key, {}), path, config
+        )
+        fields.pop(field, None) if value is None else fields.update({field: value})
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

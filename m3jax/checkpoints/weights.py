@@ -84,6 +84,16 @@ def find(folder: Location) -> Weights:
     raise CheckpointError(f"{folder}: {_nothing(present)}")
 
 
+def any_of(folder: Location) -> bool:
+    """Whether a folder holds weights of a model, whole or not."""
+    names = [path.name for path in folder.iterdir()]
+    return any(
+        name.endswith(suffixes) and not _NO_MODEL.match(name) and name[0] != "."
+        for name in names
+        for _, suffixes in _FORMS.values()
+    )
+
+
 def format_of(path: Location) -> str:
     """The format of a single file, by its name; safetensors where it says nothing.
 
@@ -156,11 +166,10 @@ def _refuse_several(folder: Location, names: list[str], whole: str) -> NoReturn:
 
 def _nothing(present: list[str]) -> str:
     """What is wrong with a folder of these files, and the way out."""
+    config, *tensors = ADAPTERS
     if set(present) & set(ADAPTERS):
-        return (
-            "holds an adapter (LoRA), not a model; merge it into its base model first, "
-            "for example with peft: merge_and_unload() and save_pretrained(NEW_FOLDER)"
-        )
+        missing = tensors[0] if config in present else config
+        return f"holds an adapter (LoRA) and has no {missing}; fetch it again"
     for name in present:
         if name.endswith(_OTHER_FORMATS):
             return f"weights in another format ({shown(name)}); {_HOW_TO_CONVERT}"

@@ -121,6 +121,8 @@ def _check_once(arguments: list[str]) -> None:
         if not name.startswith("-") or name.lstrip("-") not in _ONCE:
             continue
         value = value if equals else "".join(arguments[place + 1 : place + 2])
+        if not value:
+            raise UsageError(f"{name} is empty; give a value, or leave it out")
         before = given.setdefault(name.lstrip("-"), value)
         if before != value:
             flag = name.lstrip("-")

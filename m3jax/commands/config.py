@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import json
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict, config_flags
 
@@ -16,7 +17,10 @@ from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.groups import group
-from m3jax.recipe.recipe import FLAT
+from m3jax.recipe.recipe import FLAT, renaming
+
+if TYPE_CHECKING:
+    from m3jax.moe.document import Mixture
 
 
 def all_fields(recipe: Recipe) -> dict[str, Any]:
@@ -47,6 +51,7 @@ class Asked:
       tokenizer_from: of the record, None without one.
       statistics: beside the models, of the record.
       documents: merges that give some of the models, in order.
+      mixture: of experts, that is built in the place of the models; None: none.
       notes: what of the file has no effect.
     """
 
@@ -56,6 +61,7 @@ class Asked:
     seed: int
     tokenizer_from: str | None
     statistics: list[str]
+    mixture: Mixture | None = None
     documents: tuple[Document, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -92,16 +98,25 @@ def prepare(arguments: list[str]) -> list[str]:
     return rest
 
 
-def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked:
+def asked(
+    base: str | None,
+    models: list[str] | None,
+    seed: int | None,
+    rename: Sequence[str] = (),
+) -> Asked:
     """The recipe, and what else the flags say; for the rest, the m3jax.json's word.
 
     Args:
       base, models, seed: of the command's own flags, None where they are not given.
+      rename: more rules for the recipe's `rename`.
 
     Raises:
       RecipeError: the recipe, or documents that a record has.
     """
-    recipe = Recipe.from_dict(_holder.value.to_dict())
+    fields = _holder.value.to_dict()
+    if rename:
+        fields["rename"] = (*renaming(fields["rename"]), *rename)
+    recipe = Recipe.from_dict(fields)
     documents, names = [], {}
     for own in _record.get("documents", []):
         own = {"path": None, **own}
@@ -116,13 +131,14 @@ def asked(base: str | None, models: list[str] | None, seed: int | None) -> Asked
     own_base = (_record.get("base") or {}).get("path")
     own_models = [model["path"] for model in _record.get("models", [])]
     return Asked(
-        recipe=recipe,
+        recipe=recipe.renamed(lambda own: renamed(own, names)),
         base=base or (own_base and renamed(own_base, names)),
         models=models or [renamed(model, names) for model in own_models],
         seed=_record.get("seed", 0) if seed is None else seed,
         tokenizer_from=_record.get("tokenizer_from"),
         statistics=[own["path"] for own in _record.get("statistics", [])],
         documents=tuple(own.renamed(names) for own in documents),
+        mixture=_mixture(),
         notes=tuple(_record.get("notes", ())),
     )
 
@@ -190,10 +206,15 @@ def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields and record of a mergekit configuration."""
+    from m3jax.moe import document as moe
     from m3jax.recipe import mergekit
 
     try:
-        found = mergekit.parse(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        keys = moe.loaded(text)
+        if keys is not None:
+            return mixture_fields(moe.parse(keys))
+        found = mergekit.parse(text)
     except (RecipeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config={source}: {error}") from None
     result = found.result
@@ -205,6 +226,34 @@ def _mergekit(source: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "documents": [own.to_dict() for own in found.named],
         "notes": [f"{source}: {note}" for note in found.notes],
     }
+
+
+def mixture_fields(mixture: Mixture) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and record of a mixture of experts, whose tensors are copied."""
+    recipe = {
+        "method": "passthrough",
+        "mixup": {"alpha": None},
+        "dtype": mixture.dtype or "promote",
+    }
+    record = {
+        "moe": mixture.to_dict(),
+        "models": [{"path": mixture.base}],
+        "seed": mixture.seed or 0,
+    }
+    return Recipe.from_dict(recipe).to_dict(), record
+
+
+def use(mixture: Mixture) -> None:
+    """Puts a mixture in the place of what `--config` says."""
+    global _record
+    fields, _record = mixture_fields(mixture)
+    _holder.value.update(fields)
+
+
+def _mixture() -> Mixture | None:
+    from m3jax.moe import document as moe
+
+    return moe.parse(_record["moe"]) if "moe" in _record else None
 
 
 def _hint(field: str, known: list[str]) -> str:

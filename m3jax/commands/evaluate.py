@@ -122,8 +122,8 @@ def _results(
     for attack in attacks:
         if attack not in ATTACKS:
             raise UsageError(f"--attacks={attack}: known: {', '.join(ATTACKS)}")
-    names = [name for name in asked if not _is_file(name)]
-    files = [name for name in asked if _is_file(name)]
+    names = [name for name in asked if not scoring.is_file(name)]
+    files = [name for name in asked if scoring.is_file(name)]
     tasks = [task for path in files for task in load_tasks(path)]
     for task in tasks:
         for attack in attacks:
@@ -165,23 +165,13 @@ def _results(
     return results, attacked
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith(".json") or "/" in name or Path(name).is_file()
-
-
 def _harness(
     names: list[str],
 ) -> Callable[[Model, Tokenizer, int], list[HarnessResult]]:
     """What runs tasks of lm-evaluation-harness; fails at once if it cannot."""
-    try:
-        from m3jax.evaluation.harness.model import HarnessModel
-        from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
-    except ImportError as error:
-        raise UsageError(
-            f"--tasks={','.join(names)}: no file of that name, and tasks of "
-            f"lm-evaluation-harness need the extra harness (missing: {error.name}): "
-            "from a checkout, pip install '.[harness]'"
-        ) from None
+    model_of = scoring.harness(names, "HarnessModel")
+    from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
+
     manager = find_tasks(names, _HARNESS_TASKS_PATH.value)
 
     def run(model: Model, tokenizer: Tokenizer, seed: int) -> list[HarnessResult]:
@@ -189,7 +179,7 @@ def _harness(
 
         key, options = jax.random.key(seed), scoring.options()
         return run_tasks(
-            HarnessModel(model.parameters, model.config, tokenizer, key=key, **options),
+            model_of(model.parameters, model.config, tokenizer, key=key, **options),
             names,
             manager,
             limit=scoring.LIMIT.value,

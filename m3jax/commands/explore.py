@@ -5,7 +5,11 @@ tasks. --output gets a line for every trial, a table with parents and plain merg
 picture, and the winner as a recipe: `m3jax merge --config=OUTPUT/winner.json`.
 
 The objective is the weighted mean of the validation scores, a loss counting
-negative. Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
+negative. A task that is no file is one of lm-evaluation-harness, as for `m3jax
+evaluate`; --evaluator_command='python score.py {checkpoint}' runs a program of yours on
+each merge, which prints a JSON object of scores as its last line.
+
+Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
 `random`, `tpe`, `cmaes`, `gp` and `nsga2` (which weighs no task against another) set
 what --search names, each with a range, or words, where it has some:
 
@@ -21,6 +25,7 @@ best third of them on three times as many, and so on; the last one is evaluated 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -32,8 +37,10 @@ from m3jax.commands.cli import UsageError, define_names, leave_at_once, local, n
 from m3jax.commands.tables import clean, table
 
 if TYPE_CHECKING:
-    from m3jax.evaluation.evaluator import TaskEvaluator
+    from m3jax.evaluation.evaluator import Evaluator
     from m3jax.exploration.search.result import Exploration
+    from m3jax.models.config import Config
+    from m3jax.models.tokenizer import Tokenizer
 
 USAGE = (
     "m3jax explore --base=DIR --models=A,B[,C...] --output=DIR "
@@ -62,7 +69,20 @@ _MODELS = define_names(
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for trials, table and winner.", allow_override=True
 )
-_VALIDATION = define_names("validation_tasks", "JSON files of tasks to choose on.")
+_VALIDATION = define_names(
+    "validation_tasks", "JSON files of tasks, or names of harness tasks, to choose on."
+)
+_COMMAND = flags.DEFINE_string(
+    "evaluator_command",
+    None,
+    "Choose by what this prints, as 'python score.py {checkpoint}'.",
+)
+_HARNESS_TASKS_PATH = flags.DEFINE_string(
+    "harness_tasks_path",
+    None,
+    "Folder of more harness tasks, as YAML.",
+    allow_override=True,
+)
 _TEST = define_names("test_tasks", "JSON files of tasks to report.")
 _OOD = define_names("ood_tasks", "JSON files of tasks out of distribution, to report.")
 _DRAWS = flags.DEFINE_integer("draws", 32, "How many.")
@@ -120,11 +140,15 @@ def main(positional: list[str]) -> int:
     for name, value in (
         ("models", models),
         ("output", _OUTPUT.value),
-        ("validation_tasks", names(_VALIDATION)),
-        ("test_tasks", names(_TEST)),
+        ("validation_tasks", names(_VALIDATION) or _COMMAND.value),
+        ("test_tasks", names(_TEST) or _COMMAND.value),
     ):
         if not value:
             raise UsageError(f"--{name} is missing; usage: {USAGE}")
+    if _COMMAND.value and names(_VALIDATION):
+        raise UsageError(
+            "--evaluator_command and --validation_tasks: one of the two chooses"
+        )
     scoring.check()
     recipe.check(num_models=len(models), has_base=base is not None)
     weights = _weights(_WEIGHTS.value or [])
@@ -137,9 +161,11 @@ def main(positional: list[str]) -> int:
 
     if _EXPORT.value is not None:
         check_free(local(_EXPORT.value), overwrite=_OVERWRITE.value)
-    make = _task_evaluators(base, models)
-    validation, test = make(names(_VALIDATION) or []), make(names(_TEST) or [])
-    ood = make(ood_names) if (ood_names := names(_OOD)) else None
+    make = _evaluators(base, models)
+    test, ood = (make(own) if (own := names(flag)) else None for flag in (_TEST, _OOD))
+    validation = (
+        _of_command(base, models) if _COMMAND.value else make(names(_VALIDATION) or [])
+    )
     found = explore(
         base,
         models,
@@ -210,27 +236,58 @@ def _weights(given: list[str]) -> dict[str, float]:
     return weights
 
 
-def _task_evaluators(
+def _of_command(base: str | None, models: list[str]) -> Evaluator:
+    """What runs the user's program; its checkpoints look like the tokenizer's owner."""
+    from m3jax.evaluation.outside import CommandEvaluator
+
+    return CommandEvaluator(_COMMAND.value or "", like=_owner([base or models[0]]))
+
+
+def _owner(checkpoints: list[str]) -> str:
+    owner = _TOKENIZER_FROM.value or "base"
+    return checkpoints[0] if owner == "base" else owner
+
+
+def _evaluators(
     base: str | None, models: list[str]
-) -> Callable[[list[str]], TaskEvaluator]:
-    """Makes an evaluator of files of tasks; it runs every one of the models."""
+) -> Callable[[list[str]], Evaluator]:
+    """Makes an evaluator of tasks; it runs every one of the models."""
+    from m3jax.evaluation.evaluator import Together
     from m3jax.evaluation.tasks.task import load_tasks
     from m3jax.models.parameters import common_config
     from m3jax.models.tokenizer import Tokenizer
 
     checkpoints = [*([] if base is None else [base]), *models]
-    config, folders = common_config(checkpoints)
-    owner = _TOKENIZER_FROM.value or "base"
-    owner = checkpoints[0] if owner == "base" else owner
-    if owner not in folders:
-        raise UsageError(
-            f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
-        )
-    tokenizer = Tokenizer(folders[owner])
 
-    def make(paths: list[str]) -> TaskEvaluator:
-        tasks = [task for path in paths for task in load_tasks(path)]
-        return scoring.evaluator(tasks, config, tokenizer)
+    @functools.cache
+    def model() -> tuple[Config, Tokenizer]:
+        config, folders = common_config(checkpoints)
+        owner = _owner(checkpoints)
+        if owner not in folders:
+            raise UsageError(
+                f"--tokenizer_from={owner} needs base or one of {', '.join(models)}"
+            )
+        return config, Tokenizer(folders[owner])
+
+    def make(asked: list[str]) -> Evaluator:
+        files = [name for name in asked if scoring.is_file(name)]
+        names = [name for name in asked if not scoring.is_file(name)]
+        tasks = [task for path in files for task in load_tasks(path)]
+        found: list[Evaluator] = []
+        if files:
+            found.append(scoring.evaluator(tasks, *model()))
+        if names:
+            made = scoring.harness(names, "HarnessEvaluator")
+            found.append(
+                made(
+                    names,
+                    *model(),
+                    folder=_HARNESS_TASKS_PATH.value,
+                    allow_code_execution=scoring.ALLOW_CODE_EXECUTION.value,
+                    **scoring.options(),
+                )
+            )
+        return found[0] if len(found) == 1 else Together(found)
 
     return make
 

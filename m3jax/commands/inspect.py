@@ -107,6 +107,9 @@ def _record(checkpoint: Checkpoint) -> tuple[Record | None, str | None]:
         return None, str(error)
 
 
+_FORMATS = {"torch": "PyTorch", "gguf": "GGUF"}  # as people call them
+
+
 def _kind(checkpoint: Checkpoint) -> str:
     count = len(checkpoint.files)
     if checkpoint.format == "orbax":
@@ -114,10 +117,11 @@ def _kind(checkpoint: Checkpoint) -> str:
     if checkpoint.format == "adapter":
         return "an adapter (LoRA), to be put on its base: BASE+ADAPTER"
     if checkpoint.location.is_file():
-        return f"a single {checkpoint.format} file"
+        return f"a single {_FORMATS.get(checkpoint.format, checkpoint.format)} file"
     if checkpoint.format == "msgpack":
         return "folder with Flax's msgpack"
-    held = "one safetensors file" if count == 1 else f"{count} shards and an index"
+    named = _FORMATS.get(checkpoint.format, checkpoint.format)
+    held = f"one {named} file" if count == 1 else f"{count} shards of {named}"
     if checkpoint.revision:
         return f"Hugging Face repository at {checkpoint.revision}, {held}"
     return f"folder, {held}"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from m3jax.commands import config, reporting
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define_names, names
 from m3jax.commands.tables import shape, table
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ _BASE = flags.DEFINE_string(
     allow_override=True,
 )
 _MODEL = flags.DEFINE_string("model", None, "extract: the fine-tuned model.")
-_MODELS = flags.DEFINE_list(
-    "models", None, "merge: the adapters, comma-separated.", allow_override=True
+_MODELS = define_names(
+    "models", "merge: the adapters, comma-separated.", allow_override=True
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "The folder to make.", allow_override=True
@@ -94,7 +94,7 @@ def main(positional: list[str]) -> int:
 def _extract(output: str) -> list[Fit]:
     if _BASE.value is None or _MODEL.value is None:
         raise UsageError(f"--base and --model are needed; usage: {USAGE}")
-    if _MODELS.value:
+    if names(_MODELS):
         raise UsageError("--models is of `m3jax lora merge`; extract takes --model")
     from m3jax.checkpoints.output.destination import check_free
     from m3jax.checkpoints.places import store
@@ -114,7 +114,7 @@ def _extract(output: str) -> list[Fit]:
 
 
 def _merge(output: str) -> list[Fit]:
-    asked = config.asked(_BASE.value, _MODELS.value, _SEED.value)
+    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     if len(asked.models) < 2:
         raise UsageError(f"--models needs two adapters or more; usage: {USAGE}")
     if _MODEL.value:

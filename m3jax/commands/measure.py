@@ -28,14 +28,14 @@ from typing import Any
 from absl import flags
 
 from m3jax.commands import process, reporting
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define_names, names
 
 USAGE = "m3jax measure fisher|gram MODEL --tasks=SPEC.json[,...] | similarity MODEL ..."
 LESS_MEMORY = "a smaller --tokens_per_batch needs less"
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
-_TASKS = flags.DEFINE_list(
-    "tasks", None, "fisher, gram: JSON files of tasks.", allow_override=True
+_TASKS = define_names(
+    "tasks", "fisher, gram: JSON files of tasks.", allow_override=True
 )
 _KIND = flags.DEFINE_enum(
     "kind", "sampled", ["exact", "sampled", "empirical"], "fisher: see below."
@@ -97,7 +97,8 @@ def main(positional: list[str]) -> int:
 def _statistics(what: str, models: list[str]) -> int:
     if len(models) != 1:
         raise UsageError(f"needs one model, not {len(models)}; {_usage()}")
-    if not _TASKS.value:
+    asked = names(_TASKS)
+    if not asked:
         raise UsageError(f"needs --tasks; {_usage()}")
     (model,) = models
     output = _OUTPUT.value or f"{_stem(model)}-{what}"
@@ -106,7 +107,7 @@ def _statistics(what: str, models: list[str]) -> int:
     from m3jax.evaluation.tasks.task import load_tasks
     from m3jax.measuring.statistics import measure_fisher, measure_gram
 
-    tasks = [task for path in _TASKS.value for task in load_tasks(path)]
+    tasks = [task for path in asked for task in load_tasks(path)]
     given: dict[str, Any] = {
         "limit": _LIMIT.value,
         "tokens_per_batch": _TOKENS_PER_BATCH.value,

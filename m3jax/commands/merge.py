@@ -6,15 +6,22 @@ The recipe is --config; everything else is a flag. See configs/ and the README.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, distributed, mesh, process, reporting
 from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.recipe import Recipe
 from m3jax.recipe.documents import Document, renamed
+from m3jax.recipe.tokenizer import check_vocabulary
+
+if TYPE_CHECKING:
+    from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
 SHARED = [distributed]
@@ -29,7 +36,8 @@ MORE_HELP = [
 _BASE = flags.DEFINE_string(
     "base",
     None,
-    "The base model: a folder, a file or org/name; safetensors, Orbax or Flax msgpack.",
+    "The base model: a folder, a file or org/name; safetensors, .bin, GGUF, Orbax, "
+    "Flax msgpack.",
 )
 _MODELS = define_names("models", "The fine-tuned models, comma-separated.")
 _STATISTICS = define_names(
@@ -52,7 +60,26 @@ _ALLOW_NONFINITE = flags.DEFINE_bool(
     "allow_nonfinite", False, "Merge NaN and infinity instead of refusing them."
 )
 _TOKENIZER_FROM = flags.DEFINE_string(
-    "tokenizer_from", None, "Model whose tokenizer goes along. [base]"
+    "tokenizer_from",
+    None,
+    "Model whose tokenizer, generation config and end tokens go along. [base]",
+)
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template",
+    None,
+    "Of the output: a model's, with its end tokens; auto; chatml, llama3, mistral, "
+    "alpaca, exaone; a template or a .jinja file. [the tokenizer's]",
+)
+_COPY_TOKENIZER = flags.DEFINE_bool(
+    "copy_tokenizer", True, "Write the tokenizer and chat template beside the model."
+)
+_STRICT = flags.DEFINE_bool(
+    "strict", False, "Refuse models that differ in more than their weights."
+)
+_RENAME = flags.DEFINE_multi_string(
+    "rename",
+    None,
+    "REGEX=REPLACEMENT for models' names that the base does not have; repeatable.",
 )
 _THREADS = flags.DEFINE_integer("threads", None, "Reading, computing, writing threads.")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "Elements worked on at a time.")
@@ -81,12 +108,21 @@ _PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
+def named() -> tuple[str | None, list[str]]:
+    """What --base and --models name."""
+    return _BASE.value, names(_MODELS) or []
+
+
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
-    recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
+    asked = config.asked(
+        _BASE.value, names(_MODELS), _SEED.value, rename=_RENAME.value or ()
+    )
+    recipe, base, models, seed = _recipe(asked), asked.base, asked.models, asked.seed
     statistics = names(_STATISTICS) or asked.statistics
+    if asked.mixture is not None:
+        base, models = None, [asked.mixture.base]
     if not models:
         raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value
@@ -94,6 +130,7 @@ def main(positional: list[str]) -> int:
         raise UsageError(f"--output is missing; usage: {USAGE}")
     for own in (*asked.documents, Document(base, tuple(models), recipe)):
         own.recipe.check(num_models=len(own.models), has_base=own.base is not None)
+        check_vocabulary(own.recipe.vocabulary, own.inputs)
 
     allocator.keep_freed_memory()
     # Only now JAX, which takes a second to import.
@@ -111,6 +148,7 @@ def main(positional: list[str]) -> int:
         resume=_RESUME.value,
         allow_nonfinite=_ALLOW_NONFINITE.value,
         fsync=_FSYNC.value,
+        strict=_STRICT.value,
         tokenizer_from=_TOKENIZER_FROM.value or asked.tokenizer_from,
         output_format=_OUTPUT_FORMAT.value,
         executor=_EXECUTOR.value,
@@ -123,13 +161,17 @@ def main(positional: list[str]) -> int:
         return 0
     if _DRY_RUN.value:
         try:
-            with prepare(base, models, recipe, seed, execution, statistics) as prepared:
+            with (
+                _built(asked.mixture, models, seed) as given,
+                prepare(base, given, recipe, seed, execution, statistics) as prepared,
+            ):
                 print(reporting.plan(prepared, output))
         except MismatchError as error:
             print("\n".join(error.mismatches))
             count = len(error.mismatches)
             raise CheckpointError(
                 f"the checkpoints do not fit: {count} mismatch{'es' * (count > 1)}"
+                + (f"; {error.hint}" if error.hint else "")
             ) from None
         return 0
 
@@ -160,29 +202,67 @@ def main(positional: list[str]) -> int:
             )
             base = base and renamed(base, paths)
             models = [renamed(model, paths) for model in models]
+            recipe = recipe.renamed(lambda own: renamed(own, paths))
             named = {
                 paths[own.name or ""]: own.renamed(paths) for own in asked.documents
             }
-        result = merge(
-            base,
-            models,
-            output,
-            recipe,
-            seed=seed,
-            execution=execution,
-            progress=progress,
-            statistics=statistics,
-            documents=named,
-        )
+        with _built(asked.mixture, models, seed) as given:
+            result = merge(
+                base,
+                given,
+                output,
+                recipe,
+                seed=seed,
+                execution=execution,
+                progress=progress,
+                statistics=statistics,
+                documents=named,
+            )
     if prints:
         reporting.notes(asked.notes)
         print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
 
 
+def _recipe(asked: config.Asked) -> Recipe:
+    """The recipe, with what the flags say of the tokenizer."""
+    changes: dict[str, Any] = {}
+    template = _CHAT_TEMPLATE.value
+    if template is not None:
+        if template.endswith(".jinja"):
+            template = _text(template)
+        changes["chat_template"] = template
+    if not _COPY_TOKENIZER.value:
+        changes["copy"] = False
+    if not changes:
+        return asked.recipe
+    tokenizer = dataclasses.replace(asked.recipe.tokenizer, **changes)
+    return dataclasses.replace(asked.recipe, tokenizer=tokenizer)
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise UsageError(f"--chat_template={file}: {why}") from None
+
+
 def failed(code: int) -> None:
     """See `cli.run`."""
     distributed.leave_after_failure(code)
+
+
+@contextlib.contextmanager
+def _built(mixture: Mixture | None, models: list[str], seed: int) -> Iterator[Any]:
+    """The models, or in their place the mixture of experts that is asked for."""
+    if mixture is None:
+        yield models
+        return
+    from m3jax.moe.build import opened
+
+    with opened(mixture, seed) as checkpoint:
+        yield checkpoint
 
 
 @contextlib.contextmanager

@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
 
 from m3jax.commands.cli import UsageError
 from m3jax.commands.tables import table
-from m3jax.methods import METHODS, TRANSFORMS, Method, Step
+from m3jax.methods import METHODS, TRANSFORMS, Step
 from m3jax.methods.fields import Weights
 from m3jax.recipe import values
 
 USAGE = "m3jax methods [NAME ...] [--markdown]"
 
 _MARKDOWN = flags.DEFINE_bool("markdown", False, "As tables in Markdown.")
-_SCOPES = {"": "1", "tensor": "1 + per tensor", "layer": "1 + per layer"}
 
 
 def main(positional: list[str]) -> int:
@@ -34,6 +34,8 @@ def main(positional: list[str]) -> int:
             print(f"{name:20}{summary(cls)}")
         elif name in positional:
             print("\n".join([f"{name}: {cls.__doc__ or ''}", *described(cls), ""]))
+            if cls.studies:
+                print(f"Found in use: {cls.studies}\n")
     return 0
 
 
@@ -52,38 +54,62 @@ def described(cls: type[Step]) -> list[str]:
     return table(("parameter", "default", "allowed", "meaning"), rows, "<<<<")
 
 
+def source(cls: type[Step]) -> str:
+    """Where a step comes from, what it agrees with, and where it departs from that."""
+    text = " ".join((cls.__doc__ or "").split())
+    return text.rpartition("Source: ")[2] if "Source: " in text else ""
+
+
 def markdown() -> str:
-    """What each step needs and costs, and its parameters."""
-    lines = [
-        "| method | result | needs the base | M3's ratios | sees whole | readings |",
-        "|---|---|---|---|---|---|",
-        *(_row(name, cls()) for name, cls in METHODS.items()),
-        "",
-        "| parameter | default | allowed | meaning |",
-        "|---|---|---|---|",
-    ]
-    for cls in (*METHODS.values(), *TRANSFORMS.values()):
-        lines += [
-            f"| `{cls.name}.{name}` | `{_escaped(shown(field.default))}` | "
-            f"{field.allowed} | {_escaped(field.help)} |"
-            for name, field in cls.fields().items()
+    """What each step needs and costs, what is known of it, and its parameters."""
+    steps = [*METHODS.values(), *TRANSFORMS.values()]
+    return "\n".join(
+        [
+            *_table("method | result | needs | M3's ratios | cost", map(_row, steps)),
+            "",
+            *_table("method | source, agreement | found in use", map(_known, steps)),
+            "",
+            *_table(
+                "parameter | default | allowed | meaning",
+                (
+                    (f"`{cls.name}.{n}`", f"`{shown(f.default)}`", f.allowed, f.help)
+                    for cls in steps
+                    for n, f in cls.fields().items()
+                ),
+            ),
         ]
-    return "\n".join(lines)
-
-
-def _row(name: str, step: Method) -> str:
-    weighs = isinstance(step.fields().get("weights"), Weights)
-    return (
-        f"| `{name}` | {_escaped(summary(type(step)))} | "
-        f"{'yes' if step.needs_base else 'no'} | {'yes' if weighs else 'no'} | "
-        f"{step.unit} | {_SCOPES.get(step.scope, '1 + whole model')} |"
     )
+
+
+def _table(header: str, rows: Iterable[Iterable[str]]) -> list[str]:
+    line = "|---" * (header.count("|") + 1) + "|"
+    cells = (" | ".join(text.replace("|", "\\|") for text in row) for row in rows)
+    return [f"| {header} |", line, *(f"| {row} |" for row in cells)]
+
+
+def _row(cls: type[Step]) -> tuple[str, ...]:
+    """What a step does, needs and costs, with its defaults."""
+    step = cls()
+    needs = ["base"] * step.needs_base + ["statistics of each model"] * bool(
+        step.beside
+    )
+    weighs = isinstance(step.fields().get("weights"), Weights)
+    reads = {"": "one reading", "model": "one and those of the whole model"}
+    holds = {"element": "chunks", "row": "rows", "matrix": "whole matrices"}
+    cost = reads.get(step.scope, f"one and those by {step.scope}")
+    return (
+        f"`{cls.name}`",
+        summary(cls),
+        ", ".join(needs) or "nothing",
+        "yes" if weighs else "no",
+        f"{cost}; {holds[step.unit]}",
+    )
+
+
+def _known(cls: type[Step]) -> tuple[str, ...]:
+    return f"`{cls.name}`", source(cls), cls.studies or "—"
 
 
 def shown(default: Any) -> str:
     """A default as a recipe says it."""
     return str(values.as_json(default))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")

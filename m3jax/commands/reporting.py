@@ -75,7 +75,10 @@ def documents(named: Sequence[Document]) -> str:
 
 def _method(job: Job) -> str:
     """The steps of a job, the last one first; and of how many tensors, by a rule."""
-    steps = " after ".join(step.name for step in reversed(job.recipe.steps))
+    own = job.recipe
+    after = [step.name for step in own.transforms if step.after]
+    before = [step.name for step in own.transforms if not step.after]
+    steps = " after ".join([*reversed(after), own.method.name, *reversed(before)])
     return f"{job.label}{steps} ({len(job.places)} tensors)" if job.label else steps
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -84,6 +86,29 @@ def evaluator(
         allow_code_execution=ALLOW_CODE_EXECUTION.value,
         **options(),
     )
+
+
+def is_file(name: str) -> bool:
+    """Whether a task is a JSON file, rather than one of the harness's."""
+    return name.endswith(".json") or "/" in name or Path(name).is_file()
+
+
+def harness(names: Sequence[str], what: str) -> Any:
+    """Something of `m3jax.evaluation.harness`, or the way to have it.
+
+    Raises:
+      UsageError: the harness is not installed.
+    """
+    homes = {"HarnessModel": "model", "HarnessEvaluator": "evaluator"}
+    try:
+        module = importlib.import_module(f"m3jax.evaluation.harness.{homes[what]}")
+    except ImportError as error:
+        raise UsageError(
+            f"{', '.join(names)}: no file of that name, and tasks of "
+            f"lm-evaluation-harness need the extra harness (missing: {error.name}): "
+            "from a checkout, pip install '.[harness]'"
+        ) from None
+    return getattr(module, what)
 
 
 def say(line: str) -> None:

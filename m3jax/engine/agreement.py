@@ -27,6 +27,7 @@ def facts(prepared: Prepared) -> dict[str, str]:
         "kind of device": ", ".join(sorted(devices)),
         "recipe": json.dumps(prepared.recipe.to_dict(), sort_keys=True),
         "seed": str(prepared.seed),
+        "tokenizers": prepared.rows,
         **{
             f"setting {name}": str(getattr(prepared.execution, name))
             for name in ("allow_nonfinite", "executor", "mesh", "output_format")

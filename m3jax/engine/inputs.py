@@ -141,8 +141,10 @@ class MergeInputs:
 class MismatchError(CheckpointError):
     """The checkpoints do not fit each other; `mismatches` has a line for each."""
 
-    def __init__(self, mismatches: list[str]):
+    def __init__(self, mismatches: list[str], hint: str = ""):
         self.mismatches = mismatches
+        self.hint = hint
         more = len(mismatches) - 3
         tail = f"; and {more} more (--dry_run lists them)" if more > 0 else ""
-        super().__init__("; ".join(mismatches[:3]) + tail)
+        way_out = f"; {hint}" if hint else ""
+        super().__init__("; ".join(mismatches[:3]) + tail + way_out)

@@ -126,6 +126,7 @@ def fingerprint(prepared: Prepared) -> str:
         prepared.recipe.to_dict(),
         prepared.seed,
         prepared.base is None,
+        prepared.rows,
     ]
     facts += [
         [str(file.path.resolve()), file.size, file.version]

@@ -6,11 +6,14 @@ import dataclasses
 import re
 from typing import Any
 
+from m3jax.checkpoints import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
+from m3jax.checkpoints.naming.table import Table
 from m3jax.checkpoints.source import Converted, Repeated, Source
-from m3jax.engine import layer_config, vocabulary
+from m3jax.engine import layer_config, unmatched, vocabulary
+from m3jax.engine.by_token import ByToken, Compared
 from m3jax.engine.inputs import (
     MergeInputs,
     MismatchError,
@@ -21,9 +24,9 @@ from m3jax.engine.inputs import (
 from m3jax.engine.slices import stacked
 from m3jax.methods.step import Spec
 from m3jax.recipe import Recipe
+from m3jax.recipe.values import layer_of
 
-HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_NOTHING = Compared()
 
 
 def align(
@@ -31,6 +34,7 @@ def align(
     models: list[Checkpoint],
     recipe: Recipe,
     statistics: list[Checkpoint] | None = None,
+    tokens: ByToken | Compared = _NOTHING,
 ) -> MergeInputs:
     """Lines up the checkpoints' tensors by name.
 
@@ -38,17 +42,26 @@ def align(
       base, models: the checkpoints.
       recipe: what is done to them.
       statistics: one checkpoint per model, for a method that reads what they hold.
+      tokens: how rows of tokens fit, or what a merge by rows must know of them.
 
     Raises:
       MismatchError: with every tensor that is missing, extra, or of another shape.
     """
     checkpoints = models if base is None else [base, *models]
-    changes: dict[str, Any] = dict(checkpoints[0].changes)
+    named = _named(checkpoints, recipe)
+    tables = named.tables
+    changes: dict[str, Any] = {**checkpoints[0].changes, **named.config}
     notes = [n for own in (*checkpoints, *(statistics or ())) for n in own.notes]
-    tables = _untie(checkpoints, changes, notes)
-    _check_related(checkpoints)
+    notes += named.notes
+    _check_related(checkpoints, tables)
+    notes += tokens.notes
     problems: list[str] = []
+    if isinstance(tokens, Compared):
+        problems += tokens.problems
+    resized: dict[str, list[Origin]] = {}
     tensors: list[TensorInputs] = []
+    copied = named.copied
+    hint = ""
     if recipe.slices:
         has_base = recipe.slices[0].base is not None
         given = base is not None
@@ -57,19 +70,39 @@ def align(
         layer_config.follow(checkpoints[0], stacks, changes, notes)
     else:
         has_base = base is not None
-        names = _names(checkpoints, tables, recipe, problems)
+        names, kept = unmatched.settle(
+            checkpoints,
+            tables,
+            recipe.unmatched,
+            lambda name: name in named.copied or recipe.excludes(name),
+            problems,
+            notes,
+        )
+        copied |= kept
+        hint = unmatched.HINT if problems else ""
         slots = [
             {name: Origin(owner, name, table[name]) for name in names if name in table}
             for owner, table in zip(checkpoints, tables, strict=True)
         ]
     for name in names:
-        if recipe.excludes(name):
-            origin = slots[0][name]
+        found = [slot[name] for slot in slots if name in slot]
+        fitted = None
+        if len(found) == len(slots):
+            fitted = _fitted(name, found, recipe, tokens)
+        if fitted is not None:
+            resized[name] = found
+            found = [
+                dataclasses.replace(origin, source=source)
+                for origin, source in zip(found, fitted, strict=True)
+            ]
+        if name in copied or recipe.excludes(name):
+            origin = slots[0][name] if fitted is None else found[0]
             dtype = _output_dtype([origin.source], recipe)
+            if name in named.copied:
+                dtype = origin.source.output_dtype
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
             continue
-        found = [slot[name] for slot in slots]
         owners = [origin.owner for origin in found]
         sources = [origin.source for origin in found]
         kinds = {source.dtype.kind for source in sources}
@@ -80,15 +113,11 @@ def align(
             )
             continue
         if len({source.shape for source in sources}) > 1:
-            fitted = vocabulary.fit(name, sources, owners, recipe.vocabulary)
-            if fitted is None:
-                problems.append(
-                    _differ(name, "shape", owners, [list(s.shape) for s in sources])
-                    + vocabulary.hint(name, sources, owners)
-                )
-                continue
-            changes["vocab_size"] = fitted[0].shape[0]
-            sources = fitted
+            problems.append(
+                _differ(name, "shape", owners, [list(s.shape) for s in sources])
+                + vocabulary.hint(name, sources, owners)
+            )
+            continue
         own_recipe = recipe.variants[recipe.variant_of(name)]
         dtype = _output_dtype(sources, recipe)
         origins = [
@@ -102,26 +131,25 @@ def align(
             count = len(slots) - has_base
             parts = _parts(own_recipe, sources[0].shape, dtype, count)
         own = origins.pop(0) if has_base else None
-        kept = own if own_recipe.needs_base or exact else None
+        read = own if own_recipe.needs_base or exact else None
         beside = (
             {}
             if exact
             else _beside(name, sources[0], statistics or [], own_recipe, problems)
         )
         tensors.append(
-            TensorInputs(name, kept, tuple(origins), not exact, dtype, parts, beside)
+            TensorInputs(name, read, tuple(origins), not exact, dtype, parts, beside)
         )
     if problems:
-        raise MismatchError(problems)
+        raise MismatchError(problems, hint)
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
     used = {recipe.variant_of(tensor.name) for tensor in tensors if tensor.merged}
     for pattern in recipe.exclude:
-        if not any(re.match(pattern, name) for name in tables[0]):
+        if not any(re.match(pattern, name) for table in tables for name in table):
             notes.append(f"exclude: {pattern!r} matches no tensor")
     notes += [
-        f"{field} has no effect: method {recipe.method.name} has none"
-        for field in recipe.without_effect
+        f"{field} has no effect: {why}" for field, why in recipe.idle_fields().items()
     ]
     notes += [
         f"rules: {pattern!r} matches no tensor that is merged, or others come first"
@@ -129,7 +157,38 @@ def align(
         if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
+    changes |= _resizing(checkpoints[0], tensors, resized, recipe, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
+
+
+def _fitted(
+    name: str, found: list[Origin], recipe: Recipe, tokens: ByToken | Compared
+) -> list[Source] | None:
+    """The sources with the rows of one vocabulary; None where there is nothing to do,
+    or nothing that can be done."""
+    owners = [origin.owner for origin in found]
+    sources = [origin.source for origin in found]
+    if isinstance(tokens, ByToken):
+        return tokens.fit(name, sources, owners)
+    if len({source.shape for source in sources}) == 1:
+        return None
+    return vocabulary.fit(name, sources, owners, recipe.vocabulary)
+
+
+def _named(checkpoints: list[Checkpoint], recipe: Recipe) -> naming.Named:
+    """The checkpoints' tensors by one set of names.
+
+    Models of slices have layers of their own, so those may be missing, and a buffer of
+    a layer goes with it.
+    """
+    if not recipe.slices:
+        return naming.common(checkpoints, recipe.rename, recipe.excludes)
+    return naming.common(
+        checkpoints,
+        recipe.rename,
+        lambda name: layer_of(name) is not None or recipe.excludes(name),
+        keep_buffers=True,
+    )
 
 
 def _beside(
@@ -211,65 +270,24 @@ def _converted(source: Source, dtype: Dtype) -> Source:
     return source if source.dtype == dtype else Converted(source, dtype)
 
 
-def _check_related(checkpoints: list[Checkpoint]) -> None:
+def _check_related(checkpoints: list[Checkpoint], tables: list[Table]) -> None:
     """Raises CheckpointError if two checkpoints have no tensor in common."""
     first, *others = checkpoints
-    for other in others:
-        a, b = first.tensors, other.tensors
-        if a and b and not set(a) & set(b):
+    for other, b in zip(others, tables[1:], strict=True):
+        a = tables[0]
+        if bool(a) != bool(b):
+            empty = other if a else first
+            raise CheckpointError(
+                f"{empty.name} ({empty.format}) holds no tensors; fetch it again, or "
+                "save it again"
+            )
+        if a and not set(a) & set(b):
             raise CheckpointError(
                 f"{first.name} ({first.format}) and {other.name} ({other.format}) have "
                 f"no tensor name in common: {shown(min(a))} stands in one and "
-                f"{shown(min(b))} in the other; give checkpoints of one program"
+                f"{shown(min(b))} in the other; give checkpoints of one program, or "
+                "--rename=REGEX=REPLACEMENT for the models' names"
             )
-
-
-def _names(
-    checkpoints: list[Checkpoint],
-    tables: list[dict[str, Source]],
-    recipe: Recipe,
-    problems: list[str],
-) -> list[str]:
-    """The output's tensors: those of the first checkpoint, which all must have."""
-    names = sorted(tables[0])
-    for name in sorted(set().union(*tables)):
-        without = [
-            checkpoint.name
-            for checkpoint, table in zip(checkpoints, tables, strict=True)
-            if name not in table
-        ]
-        if not without or recipe.excludes(name):
-            continue
-        tied = " (its head is tied to its embedding)" if name == HEAD else ""
-        problems.append(
-            f"tensor {shown(name)} is missing in {', '.join(without)}{tied}; "
-            "exclude it, or merge models of one architecture"
-        )
-    missing = set().union(*(set(names) - set(table) for table in tables))
-    return [name for name in names if name not in missing or recipe.excludes(name)]
-
-
-def _untie(
-    checkpoints: list[Checkpoint], changes: dict[str, Any], notes: list[str]
-) -> list[dict[str, Source]]:
-    """Gives a tied model its own head where another model has one.
-
-    A tied model's head *is* its embedding, so the merge of the heads is well defined
-    and the output is untied.
-    """
-    tables = [dict(checkpoint.tensors) for checkpoint in checkpoints]
-    if any(HEAD in table for table in tables):
-        for checkpoint, table in zip(checkpoints, tables, strict=True):
-            embeddings = [n for n in table if n.endswith(_EMBEDDINGS)]
-            tied = (checkpoint.config or {}).get("tie_word_embeddings") is True
-            if HEAD not in table and tied and len(embeddings) == 1:
-                table[HEAD] = table[embeddings[0]]
-                changes["tie_word_embeddings"] = False
-                notes.append(
-                    f"{checkpoint.name}: its head is tied; its embedding is merged as "
-                    f"{HEAD}, and the output has a head of its own"
-                )
-    return tables
 
 
 def _differ(
@@ -279,7 +297,13 @@ def _differ(
         f"{value} in {checkpoint.name}"
         for checkpoint, value in zip(checkpoints, values, strict=True)
     )
-    return f"tensor {shown(name)} has {what} {each}"
+    pairs = zip(checkpoints, values, strict=True)
+    empty = ", ".join(checkpoint.name for checkpoint, value in pairs if value == [0])
+    hint = (
+        f" ({empty} was saved with empty tensors, as DeepSpeed's ZeRO-3 does without "
+        "gathering them: make its weights with zero_to_fp32.py)"
+    )
+    return f"tensor {shown(name)} has {what} {each}{hint if empty else ''}"
 
 
 def _output_dtype(sources: list[Source], recipe: Recipe) -> Dtype:
@@ -315,12 +339,26 @@ def _note_changes(
         for field in ("dtype", "torch_dtype"):
             if field in config:
                 changes[field] = floats.pop().numpy.name if floats else changes["dtype"]
-    if "vocab_size" in changes:
-        if config.get("vocab_size") == changes["vocab_size"]:
-            del changes["vocab_size"]
-        else:
-            notes.append(
-                f"the output has {changes['vocab_size']} vocabulary rows, "
-                f"{first.name} has {config.get('vocab_size')}; --tokenizer_from names "
-                "the model whose tokenizer goes along"
-            )
+
+
+def _resizing(
+    first: Checkpoint,
+    tensors: list[TensorInputs],
+    resized: dict[str, list[Origin]],
+    recipe: Recipe,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Changes to config.json for tensors of other rows than the first checkpoint's."""
+    changes: dict[str, Any] = {}
+    for tensor in tensors:
+        if tensor.name in resized:
+            rows, before = tensor.shape[0], resized[tensor.name][0].source.shape[0]
+            changes |= vocabulary.size_changes(first.config or {}, rows, before)
+    if resized and recipe.vocabulary == "truncate":
+        origins = resized[min(resized)]
+        had = dict.fromkeys(f"{o.owner.name} {o.source.shape[0]}" for o in origins)
+        kept = min(origin.source.shape[0] for origin in origins)
+        notes.append(
+            f"{', '.join(sorted(resized))}: truncated to {kept} rows ({', '.join(had)})"
+        )
+    return changes

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.output.destination import (
     check_free,
     local,
@@ -69,7 +70,7 @@ class MergeResult:
 
 def merge(
     base: str | PathLike[str] | None,
-    models: Sequence[str | PathLike[str]] | str | PathLike[str],
+    models: Sequence[str | PathLike[str]] | str | PathLike[str] | Checkpoint,
     output: str | PathLike[str],
     recipe: Recipe | Mapping[str, Any] | None = None,
     *,
@@ -88,7 +89,8 @@ def merge(
 
     Args:
       base: the base model, a path or Hugging Face id; None if the recipe needs none.
-      models: the fine-tuned models; their order is that of the ratios.
+      models: the fine-tuned models; their order is that of the ratios. An opened
+        checkpoint stands for a single one.
       output: the folder to make, or its URL; `store_output` says what differs there.
       recipe: what to do, or its fields as a dict; the default is M3's average.
       seed: of ratios and masks, 0 <= seed < 2**32.
@@ -110,13 +112,13 @@ def merge(
     recipe, execution = recipe_of(recipe), execution or Execution()
     progress = progress or Progress()
     final = store.parse(fspath(output))
-    names = paths(models, "models")
+    given = models if isinstance(models, Checkpoint) else paths(models, "models")
     started = time.perf_counter()
     with joined() as processes:
         check_free(final, overwrite=execution.overwrite, resume=execution.resume)
         with prepare(
             None if base is None else fspath(base),
-            names,
+            given,
             recipe,
             seed,
             execution,
@@ -350,7 +352,9 @@ def _complete(
             checksums=recorder.named_checksums(),
             config_changes=prepared.inputs.config,
             tokenizer_from=prepared.execution.tokenizer_from,
+            notes=prepared.inputs.notes,
             side_files=prepared.side_files,
+            other_files=prepared.other_files,
         ),
     )
     folder.commit(fsync=prepared.execution.fsync)

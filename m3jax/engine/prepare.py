@@ -21,14 +21,19 @@ from m3jax.checkpoints.places import caching, direct
 from m3jax.checkpoints.places.files import InputFile, Location
 from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
-from m3jax.engine import draws, plan, resident
+from m3jax.engine import differences, draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
-from m3jax.engine.inputs import MergeInputs, TensorInputs
+from m3jax.engine.by_token import by_token
+from m3jax.engine.by_token import compared as compare_by_row
+from m3jax.engine.inputs import MergeInputs, MismatchError, TensorInputs
 from m3jax.engine.jobs import Job, jobs
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.lineup import align
 from m3jax.engine.pipeline import available_cores
+from m3jax.engine.tokenizer_files import not_taken, tokenizer_files, tokenizer_owner
+from m3jax.engine.vocabulary import is_named
 from m3jax.recipe import Recipe, RecipeError, parse_size
+from m3jax.recipe.tokenizer import check_vocabulary
 
 T = TypeVar("T")
 
@@ -55,6 +60,8 @@ class Execution:
       tokenizer_from: the model whose tokenizer goes along; None: the base's.
       output_format: ``safetensors`` or ``orbax``; None: ``orbax`` if the base (the
         first model without one) is an Orbax checkpoint.
+      strict: refuse models that differ from the first in more than their weights, such
+        as in their rope, their end token or where they come from.
       executor: ``streamed``, or ``sharded``: in the memory of all devices.
       mesh: sizes of ``rows`` and ``columns`` of the devices of the sharded executor,
         by which it splits tensors; None: all are rows.
@@ -69,6 +76,7 @@ class Execution:
     fsync: bool = True
     tokenizer_from: str | None = None
     output_format: str | None = None
+    strict: bool = False
     executor: str = "streamed"
     mesh: Mapping[str, int] | None = None
 
@@ -111,6 +119,9 @@ class Prepared:
       tiles: of a chunk.
       devices, execution: how it is run.
       side_files: the folder that each of them comes from, by name.
+      other_files: contents of those that are not as they stand there; None for one
+        that is left out.
+      rows: a digest of which row belongs to which token; "" in a merge by row.
     """
 
     base: Checkpoint | None
@@ -127,6 +138,8 @@ class Prepared:
     devices: tuple[jax.Device, ...]
     execution: Execution
     side_files: Mapping[str, Location] = dataclasses.field(default_factory=dict)
+    other_files: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)
+    rows: str = ""
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -250,7 +263,7 @@ def written_name(name: str, part: str) -> str:
 @contextlib.contextmanager
 def prepare(
     base: str | None,
-    models: Sequence[str],
+    models: Sequence[str] | Checkpoint,
     recipe: Recipe,
     seed: int,
     execution: Execution,
@@ -267,34 +280,24 @@ def prepare(
     Raises:
       RecipeError, SeedError, CheckpointError: one line each.
     """
-    recipe.check(num_models=len(models), has_base=base is not None)
-    recipe.check_statistics(len(statistics), len(models))
+    given = [models] if isinstance(models, Checkpoint) else models
+    recipe.check(num_models=len(given), has_base=base is not None)
+    recipe.check_statistics(len(statistics), len(given))
     prng.check_seed(seed)
+    known = [own.name if isinstance(own, Checkpoint) else own for own in given]
+    check_vocabulary(recipe.vocabulary, [*([] if base is None else [base]), *known])
     with contextlib.ExitStack() as stack:
         opened_base = (
             None if base is None else stack.enter_context(open_checkpoint(base))
         )
         opened = [
-            stack.enter_context(open_checkpoint(model, base=base)) for model in models
+            own
+            if isinstance(own, Checkpoint)
+            else stack.enter_context(open_checkpoint(own, base=base))
+            for own in given
         ]
-        names = [model.name for model in opened]
-        if execution.tokenizer_from not in (None, "base", *names):
-            raise CheckpointError(
-                f"tokenizer_from={execution.tokenizer_from} needs 'base' or one of the "
-                f"models: {', '.join(names)}"
-            )
-        first = opened_base or opened[0]
-        of_name = dict(zip(names, opened, strict=True))
-        tokenizer = of_name.get(execution.tokenizer_from or "", first)
         beside = [stack.enter_context(open_checkpoint(own)) for own in statistics]
-        planned = _plan(opened_base, opened, beside, recipe, seed, execution)
-        # Now, before a long merge begins: some may be no files that can be read.
-        chosen = companions.choose(first, tokenizer, opened)
-        check_side_files(chosen.owners)
-        inputs = dataclasses.replace(
-            planned.inputs, notes=(*planned.inputs.notes, *chosen.notes)
-        )
-        yield dataclasses.replace(planned, inputs=inputs, side_files=chosen.owners)
+        yield _plan(opened_base, opened, beside, recipe, seed, execution)
 
 
 def _plan(
@@ -305,14 +308,34 @@ def _plan(
     seed: int,
     execution: Execution,
 ) -> Prepared:
-    inputs = align(base, models, recipe, statistics)
+    tokens = by_token(recipe, base, models)
+    compared = compare_by_row(recipe, base, models) if tokens is None else tokens
+    inputs = align(base, models, recipe, statistics, compared)
+    inputs = _compared(inputs, base, models, execution)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
+    owner = tokenizer_owner(recipe, base, models, execution.tokenizer_from, tokens)
+    chosen = companions.choose(first, owner, models, not_taken(recipe))
+    check_side_files(chosen.owners)  # now, before a long merge begins
+    beside = tokenizer_files(
+        recipe,
+        [first, *models],
+        owner,
+        chosen.owners,
+        execution.tokenizer_from is None,
+        tokens,
+        _new_rows(inputs, first),
+    )
     shards = _shards(tensors, sizes, recipe, execution.output_format, first)
     by_name = {tensor.name: tensor for tensor in tensors}
     order = [name for s in shards for name in s.entries if name in by_name]
-    inputs = dataclasses.replace(inputs, tensors=tuple(by_name[n] for n in order))
+    inputs = dataclasses.replace(
+        inputs,
+        tensors=tuple(by_name[n] for n in order),
+        config={**beside.config, **inputs.config},
+        notes=(*inputs.notes, *chosen.notes, *beside.notes),
+    )
     holder = {name: i for i, shard in enumerate(shards) for name in shard.entries}
     places = {
         (i, part): holder[written_name(tensor.name, part)]
@@ -354,7 +377,35 @@ def _plan(
         tiles=tiles,
         devices=devices,
         execution=execution,
+        side_files=chosen.owners,
+        other_files=beside.files,
+        rows="" if tokens is None else tokens.alignment.digest,
     )
+
+
+def _new_rows(inputs: MergeInputs, first: Checkpoint) -> int | None:
+    """Rows of the output's vocabulary, where they are not the first checkpoint's."""
+    for tensor in inputs.tensors:
+        if is_named(tensor.name) and tensor.name in first.tensors:
+            rows = tensor.shape[0]
+            return None if rows == first.tensors[tensor.name].shape[0] else rows
+    return None
+
+
+def _compared(
+    inputs: MergeInputs,
+    base: Checkpoint | None,
+    models: list[Checkpoint],
+    execution: Execution,
+) -> MergeInputs:
+    """The inputs, with a note for each thing in which the checkpoints differ."""
+    checkpoints = models if base is None else [base, *models]
+    named = {own.name: own for own in checkpoints}
+    owner = named.get(execution.tokenizer_from or "", checkpoints[0])
+    lines = differences.found(checkpoints, inputs.tensors, owner)
+    if lines and execution.strict:
+        raise MismatchError(lines, "refused, since --strict is set")
+    return dataclasses.replace(inputs, notes=(*inputs.notes, *lines))
 
 
 def _shards(

@@ -27,6 +27,7 @@ from m3jax.checkpoints.source import (
 from m3jax.engine.inputs import Part, TensorInputs
 from m3jax.engine.lineup import align
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.recipe.tokenizer import BY_ROW
 from m3jax.traced import is_traced
 
 
@@ -159,6 +160,11 @@ def align_trees(
       CheckpointError: naming the leaves that are missing, extra, of another shape or
         kind, or whose dtype cannot be merged.
     """
+    if recipe.vocabulary not in BY_ROW:
+        raise RecipeError(
+            f"vocabulary={recipe.vocabulary!r} merges by token, and pytrees have no "
+            "tokenizers: merge the checkpoints' files, with m3jax.merge"
+        )
     names = [f"models[{i}]" for i in range(len(models))]
     trees = [tree.flatten(model) for model in models]
     if base is not None:

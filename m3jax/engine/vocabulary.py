@@ -1,33 +1,89 @@
-"""Vocabularies of different sizes: which tensors have their rows, and how they fit."""
+"""Vocabularies: which tensors have their rows, and how those of the models fit."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.source import FirstRows, Source, WithMeanRows
 
+_EMBEDDING = re.compile(
+    r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|token_embedding|embed_in"
+    r"|shared)\.weight|((backbone|rwkv|model)\.)?embeddings\.weight"
+)
+_HEAD = re.compile(
+    r"(.*\.)?(lm_head|embed_out|output_layer|generator_lm_head|proj_out"
+    r"|lm_head\.decoder|predictions(\.decoder)?)\.(weight|bias)"
+    r"|(model\.)?output\.(weight|bias)"
+)
+_IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
+# Named so, a tensor whose rows differ is taken to have a row for each token.
 _TENSORS = re.compile(
     r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embed_out"
     r"|lm_head|output)\.(weight|bias)"
 )
 
 
+def is_named(name: str) -> bool:
+    """Whether it is the name of an embedding of tokens, or of a head over them."""
+    known = _EMBEDDING.fullmatch(name) or _HEAD.fullmatch(name)
+    return known is not None and _IN_A_LAYER.search(name) is None
+
+
+def num_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of a checkpoint's embedding of tokens; None where it has none."""
+    found = [
+        tensor.shape[0]
+        for name, tensor in checkpoint.tensors.items()
+        if _EMBEDDING.fullmatch(name) and is_named(name) and len(tensor.shape) == 2
+    ]
+    told = [size for _, size in sizes(checkpoint.config or {}) if size in found]
+    return (told or found or [None])[0]
+
+
+def sizes(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Where config.json has a vocab_size, nested ones too: dotted name and value."""
+    for name, own in config.items():
+        if isinstance(own, dict):
+            yield from sizes(own, f"{prefix}{name}.")
+        elif name == "vocab_size":
+            yield prefix + name, own
+
+
+def size_changes(config: Mapping[str, Any], rows: int, before: int) -> dict[str, int]:
+    """Changes to config.json for another number of rows than there was."""
+    found = list(sizes(config))
+    named = [name for name, size in found if size == before]
+    if not named:  # it never fitted, or stands nowhere: where a loader looks first
+        nested = [name for name, _ in found if "." in name]
+        top = "vocab_size" in config or not nested
+        named = ["vocab_size"] if top else nested[:1]
+    of_name = dict(found)
+    return {name: rows for name in named if of_name.get(name) != rows}
+
+
 def _is_vocabulary(
-    name: str, sources: list[Source], checkpoints: list[Checkpoint]
+    name: str, sources: Sequence[Source], checkpoints: Sequence[Checkpoint]
 ) -> bool:
     """Whether the sources differ by rows of the vocabulary alone."""
     if len({source.shape[1:] for source in sources}) > 1 or not sources[0].shape:
         return False
-    sizes = [(checkpoint.config or {}).get("vocab_size") for checkpoint in checkpoints]
-    rows = [source.shape[0] for source in sources]
-    return sizes == rows or _TENSORS.fullmatch(name) is not None
+    told = all(
+        source.shape[0] in dict(sizes(checkpoint.config or {})).values()
+        for source, checkpoint in zip(sources, checkpoints, strict=True)
+    )
+    return told or _TENSORS.fullmatch(name) is not None or is_named(name)
 
 
 def fit(
     name: str, sources: list[Source], checkpoints: list[Checkpoint], policy: str
 ) -> list[Source] | None:
-    if policy == "error" or not _is_vocabulary(name, sources, checkpoints):
+    """Sources of the same number of rows, by row; None where that cannot be."""
+    if policy not in ("mean", "truncate"):
+        return None
+    if not _is_vocabulary(name, sources, checkpoints):
         return None
     rows = [source.shape[0] for source in sources]
     if policy == "truncate":
@@ -43,4 +99,7 @@ def fit(
 def hint(name: str, sources: list[Source], checkpoints: list[Checkpoint]) -> str:
     if not _is_vocabulary(name, sources, checkpoints):
         return ""
-    return " (vocabulary sizes differ: set vocabulary to mean or truncate)"
+    return (
+        " (vocabulary sizes differ: set vocabulary to union or base to merge by token, "
+        "to mean or truncate to merge by row)"
+    )

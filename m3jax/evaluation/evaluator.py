@@ -49,6 +49,38 @@ class Evaluator(Protocol):
         ...
 
 
+class Together:
+    """Several evaluators as one, which has the scores of all."""
+
+    def __init__(self, evaluators: Sequence[Evaluator]):
+        self._evaluators = tuple(evaluators)
+
+    def __call__(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> Mapping[str, float]:
+        """See `Evaluator`."""
+        found: dict[str, float] = {}
+        for evaluator in self._evaluators:
+            for name, score in evaluator(parameters, budget, key).items():
+                if name in found:
+                    raise TaskError(f"two tasks are named {name!r}; leave one out")
+                found[name] = score
+        return found
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """The tasks of which less is better."""
+        none: frozenset[str] = frozenset()
+        return none.union(*(getattr(own, "losses", none) for own in self._evaluators))
+
+    def fingerprint(self) -> list[Any]:
+        """What a resumed exploration has to have in common with the first one."""
+        return [
+            own.fingerprint() if hasattr(own, "fingerprint") else type(own).__name__
+            for own in self._evaluators
+        ]
+
+
 class TaskEvaluator:
     """Scores parameters at tasks. Reads and tokenises once, compiles once per shape.
 
@@ -102,6 +134,11 @@ class TaskEvaluator:
             "dtype": dtype,
         }
         self._prepare = functools.cache(self._prepared)
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """The tasks of which less is better."""
+        return frozenset(t.name for t in self.tasks if not t.higher_is_better)
 
     @classmethod
     def of_checkpoint(

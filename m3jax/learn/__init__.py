@@ -1,7 +1,7 @@
 """What is learned from data: statistics of models, and coefficients of merges.
 
 Pure functions on pytrees of JAX arrays; the learners need Optax
-(``pip install "m3jax[learn]"``).
+(``pip install '.[learn]'`` in a checkout).
 
 result = m3jax.learn.adamerging(base, [maths, code], apply_fn, batches)
 m3jax.save(result.params, "merged")

@@ -41,6 +41,10 @@ class Emr(Method):
     ``mean`` with their others and fusion-bench 0.2.33; ``l2`` is ours.
     """
 
+    studies = (
+        "on the demo's models each modulated model beats every single merge at its "
+        "task (docs/METHODS.md)"
+    )
     rescale: Any = choice(
         default="sum",
         help="λ_k by ratios of L1 norms, of tensors' mean magnitudes, or least squares",

@@ -8,7 +8,7 @@ over the layers: see `m3jax.recipe.values`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from m3jax.traced import is_traced
@@ -111,9 +111,13 @@ class Switch(Number):
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Field):
-    """One of a few words (or `True` and `False`); a kernel is compiled for each."""
+    """One of a few words (or `True` and `False`); a kernel is compiled for each.
 
-    options: tuple[Any, ...] = (True, False)
+    Attributes:
+      options: the words. Those of a mapping may become more.
+    """
+
+    options: Collection[Any] = (True, False)
 
     @property
     def allowed(self) -> str:
@@ -182,7 +186,7 @@ def weights(
     )
 
 
-def choice(*, default: Any, help: str, options: tuple[Any, ...] = (True, False)) -> Any:
+def choice(*, default: Any, help: str, options: Collection[Any] = (True, False)) -> Any:
     """A field of a step that holds one of a few words."""
     return _field(Choice(help, default, options))
 

@@ -41,6 +41,10 @@ class Fisher(Method):
     ``first_max`` with the authors' code.
     """
 
+    studies = (
+        "on the demo's models it loses to the average, whatever the kind of "
+        "Fisher information (docs/MEASURE.md)"
+    )
     weights: Any = weights(equal=lambda num_models: 1 / num_models, low=0.0)
     normalize: Any = choice(
         default="l2",

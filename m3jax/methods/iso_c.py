@@ -31,6 +31,10 @@ class IsoC(Method):
     Source: arXiv 2502.04959; agrees with fusion-bench 0.2.33 and the authors' code.
     """
 
+    studies = (
+        "usually lost on LLMs (2511.21437, twelve fine-tunes each of four LLMs, "
+        "16 benchmarks); collapses on LoRA experts (2505.19892)"
+    )
     weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)

@@ -37,6 +37,10 @@ class IsoCts(Method):
     Source: arXiv 2502.04959; agrees with fusion-bench 0.2.33 and the authors' code.
     """
 
+    studies = (
+        "as Iso-C it is for full fine-tunes, shown on vision models; that one "
+        "collapses on LoRA experts (2505.19892)"
+    )
     weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)

@@ -35,6 +35,10 @@ class ModelStock(Method):
     Source: arXiv 2403.19522. Agrees with mergekit's `model_stock`.
     """
 
+    studies = (
+        "usually lost on LLMs (2511.21437, twelve fine-tunes each of four LLMs, "
+        "16 benchmarks)"
+    )
     by_row: Any = choice(
         default=False, help="an angle for each row instead of each tensor"
     )

@@ -120,6 +120,7 @@ class Step:
         whole ``model``; "": it measures nothing.
       needs_base: whether it reads `Operands.base`.
       beside: names of the operands that come beside the models.
+      studies: what others than its authors found, with the source, for who chooses.
     """
 
     name: ClassVar[str]
@@ -127,6 +128,7 @@ class Step:
     scope: ClassVar[Any] = ""
     needs_base: ClassVar[Any] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    studies: ClassVar[str] = ""
 
     @classmethod
     def fields(cls) -> dict[str, Field]:

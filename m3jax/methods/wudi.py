@@ -55,7 +55,7 @@ class Wudi(Method):
         if x.base.ndim != 2:
             return x.base + rounded_product(spectral.mean(tasks), p["scaling"])
         total = sum_over_models(tasks)
-        spans = jnp.stack([_span(task) for task in tasks])
+        spans = jnp.stack([span(task) for task in tasks])
         others = zip(total[None] - tasks, spans, strict=True)
         start = sum_over_models(jnp.stack([product(*pair) for pair in others]))
         steps = p["steps"].reshape(()).astype(jnp.int32)
@@ -63,7 +63,7 @@ class Wudi(Method):
         return x.base + rounded_product(total + moved, p["scaling"])
 
 
-def _span(task: jax.Array) -> jax.Array:
+def span(task: jax.Array) -> jax.Array:
     """C_k = τ_kᵀ τ_k / ‖τ_k‖², which no factor of τ_k changes; 0 where τ_k is 0."""
     largest = jnp.max(jnp.abs(task), initial=0.0)
     one = jnp.ones((), task.dtype)

@@ -5,7 +5,9 @@ Llama 2 and 3, SmolLM2, Mistral, Qwen2, 2.5 and 3. Letters of shapes: see `layer
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -63,10 +65,41 @@ def hidden_states(
     dtype: Any,
 ) -> tuple[jax.Array, Cache]:
     """As `decoder.hidden_states`."""
+    attend = Attention(positions, cache)
+    for x in _stream(parameters, tokens, positions, attend, config, dtype):
+        last = x
+    return _norm(parameters["model"]["norm"], last, config), attend.cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def layer_inputs(
+    parameters: Parameters,
+    tokens: jax.Array,
+    positions: jax.Array,
+    *,
+    config: LlamaConfig,
+    dtype: Any,
+) -> jax.Array:
+    """The hidden states that enter each layer, (layers, B, T, H); arguments as those
+    of `decoder.hidden_states`."""
+    attend = Attention(positions, None)
+    states = list(_stream(parameters, tokens, positions, attend, config, dtype))
+    return jnp.stack(states[:-1])
+
+
+def _stream(
+    parameters: Parameters,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attention,
+    config: LlamaConfig,
+    dtype: Any,
+) -> Iterator[jax.Array]:
+    """The residual stream, (B, T, H): the embedding, then after each layer."""
     model = parameters["model"]
     frequencies = config.rope.frequencies(config.head_dim)
-    attend = Attention(positions, cache)
     x = embedding(parameters)[tokens].astype(dtype)  # (B, T, H)
+    yield x
     for i, window in enumerate(config.windows):
         layer = model["layers"][str(i)]
         normed = _norm(layer["input_layernorm"], x, config)
@@ -75,7 +108,7 @@ def hidden_states(
         x = x + linear(layer["self_attn"]["o_proj"], attend(q, k, v, window))
         normed = _norm(layer["post_attention_layernorm"], x, config)
         x = x + _feed_forward(layer["mlp"], normed)
-    return _norm(model["norm"], x, config), attend.cache
+        yield x
 
 
 def _queries_keys_values(

@@ -4,6 +4,7 @@ from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import RecipeError
 from m3jax.recipe.recipe import Recipe, parse_size
 from m3jax.recipe.slices import Piece, Slice
+from m3jax.recipe.tokenizer import TokenizerConfig, TokenRow
 from m3jax.recipe.values import Gradient, Rules, Runs
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "Rules",
     "Runs",
     "Slice",
+    "TokenRow",
+    "TokenizerConfig",
     "parse_size",
 ]

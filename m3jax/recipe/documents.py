@@ -38,7 +38,8 @@ class Document:
         """The document with other names, or paths, for some of its inputs."""
         base = None if self.base is None else renamed(self.base, names)
         models = tuple(renamed(model, names) for model in self.models)
-        return dataclasses.replace(self, base=base, models=models)
+        recipe = self.recipe.renamed(lambda own: renamed(own, names))
+        return dataclasses.replace(self, base=base, models=models, recipe=recipe)
 
     def to_dict(self) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(self)]

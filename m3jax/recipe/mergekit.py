@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3jax.methods import TRANSFORMS
+from m3jax.recipe import mergekit_tokenizer
 from m3jax.recipe.documents import Document, in_order
 from m3jax.recipe.mergekit_layout import laid_out
 from m3jax.recipe.mergekit_methods import METHODS, MergekitMethod, Steps, method_of
@@ -38,6 +39,7 @@ from m3jax.recipe.recipe import Recipe
 from m3jax.recipe.values import as_json, mapped
 
 _KEYS = (
+    *mergekit_tokenizer.KEYS,
     "base_model",
     "dtype",
     "m3jax",
@@ -48,11 +50,6 @@ _KEYS = (
     "out_dtype",
     "parameters",
     "slices",
-)
-_LATER = (
-    "chat_template",
-    "tokenizer",
-    "tokenizer_source",
 )
 _OURS = (
     "exclude",
@@ -112,7 +109,7 @@ def parse(text: str) -> Configuration:
 
 def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     """A document, and what of it is ignored."""
-    check_keys("", document, _KEYS, _LATER)
+    check_keys("", document, _KEYS)
     name = str(document.get("merge_method"))
     method = method_of(name)
     ours = mapping(document.get("m3jax"), "m3jax")
@@ -130,6 +127,7 @@ def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
     recipe |= {"slices": layout.slices, **_dtypes(document)}
     recipe |= _transforms(ours, _ours(ours, layout.steps))
+    recipe |= mergekit_tokenizer.fields(document, layout.base, _model_name)
     recipe["rules"] = [
         {
             "tensors": names,

@@ -61,6 +61,21 @@ class Problems:
             except (re.error, TypeError):
                 self.add(f"{field}[{i}]", value, "a regular expression")
 
+    def renaming(self, field: str, values: object) -> None:
+        """Notes what is no REGEX=REPLACEMENT; a "=" in the expression is none."""
+        if not isinstance(values, tuple):
+            self.add(field, values, "a tuple of rules, as (r'^model\\.=',)")
+            return
+        for i, value in enumerate(values):
+            pattern, equals, new = str(value).rpartition("=")
+            try:
+                re.sub(pattern, new, "")
+                valid = bool(equals and pattern) and isinstance(value, str)
+            except (re.error, IndexError):
+                valid = False
+            if not valid:
+                self.add(f"{field}[{i}]", value, "REGEX=REPLACEMENT, as for re.sub")
+
     def raise_if_any(self) -> None:
         if self._lines:
             raise RecipeError("; ".join(self._lines))

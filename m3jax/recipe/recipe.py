@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar
 from typing import Any
 
@@ -18,11 +18,18 @@ from m3jax.methods.fields import Weights
 from m3jax.methods.step import Spec
 from m3jax.recipe import slices as layers
 from m3jax.recipe import values
-from m3jax.recipe.groups import as_groups, check_known, from_groups, parsed_rules
+from m3jax.recipe.groups import (
+    as_groups,
+    check_known,
+    from_groups,
+    group,
+    parsed_rules,
+)
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
+from m3jax.recipe.tokenizer import VOCABULARIES, TokenizerConfig
 
-VOCABULARIES = ("error", "mean", "truncate")
+UNMATCHED = ("error", "base", "skip")
 COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
@@ -41,8 +48,15 @@ class Recipe:
       transforms: what is done to the models before, in this order.
       mixup: how the ratios are found.
       exclude: regular expressions (``re.match``) of tensors taken from the base.
-      vocabulary: what to do about different vocabulary sizes: ``error``,
-        ``mean`` (append mean rows) or ``truncate``.
+      vocabulary: what to do about different vocabularies. By rows: ``error``,
+        ``mean`` (append mean rows) or ``truncate``; by tokens: ``union``, ``base``, or
+        the name of the model whose vocabulary the output has.
+      tokenizer: the rows of single tokens, padding, chat template.
+      rename: rules ``REGEX=REPLACEMENT`` (`re.sub`), in this order, for names of the
+        models that the base (the first model without one) does not have.
+      unmatched: what to do about tensors that some checkpoints lack: ``error``,
+        ``base`` (a model without one counts as having the base's; what the base lacks
+        is passed over) or ``skip`` (leave them out).
       dtype: dtype of the output; ``input`` keeps each tensor's own, that of the base
         (of the first model without one); ``promote``: one that holds all models' own.
       compute: dtype of the arithmetic; it is float64 too where an input is.
@@ -53,7 +67,8 @@ class Recipe:
         counts. What is measured over the whole model is then measured over them.
       scaling, trim_rate: of the method, for a method that is given by its name.
       dare: a transform, put behind `transforms` if it is on.
-      without_effect: fields that were given and that the method does not have.
+      without_effect: fields that were given and that change nothing: the method does
+        not have them, or what they belong to is off.
 
     Raises:
       RecipeError: naming each wrong field, its value and what is allowed.
@@ -64,6 +79,9 @@ class Recipe:
     mixup: Mixup = dataclasses.field(default_factory=Mixup)
     exclude: tuple[str, ...] = ()
     vocabulary: str = "error"
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    rename: tuple[str, ...] = ()
+    unmatched: str = "error"
     dtype: str = "input"
     compute: str = "float32"
     slices: tuple[layers.Slice, ...] = ()
@@ -84,12 +102,14 @@ class Recipe:
         steps: Any = (*self.transforms, *(() if dare is None else (dare,)))
         if all(isinstance(step, Transform) for step in steps):
             steps = tuple(map(_parsed, steps))
+            self._note_idle(steps)
             self._set("transforms", tuple(step for step in steps if step.on))
         else:
             problems.add("transforms", steps, "transforms, such as m3jax.Dare()")
             steps = ()
             self._set("transforms", steps)
         self._set("exclude", plain(self.exclude))
+        self._set("rename", renaming(self.rename))
         self._set("slices", layers.parse(self.slices))
         self._check_fields(problems, (*steps, self.method), flat)
         self._check_rules(problems)
@@ -116,6 +136,33 @@ class Recipe:
         self._set("without_effect", tuple(idle))
         return _parsed(dataclasses.replace(method, **own))
 
+    def _note_idle(self, steps: tuple[Transform, ...]) -> None:
+        """Notes the fields that were set of what is off."""
+        idle = list(self.without_effect)
+        for step in steps:
+            if not step.on:
+                plain_step = group(type(step)())
+                own = group(step)
+                idle += [f"{step.name}.{n}" for n in own if own[n] != plain_step[n]]
+        mixup = self.mixup
+        if isinstance(mixup, Mixup) and mixup.granularity != Mixup.granularity:
+            drawn = mixup.alpha is not None and mixup.ratios is None
+            idle += [] if drawn else ["mixup.granularity"]
+        self._set("without_effect", tuple(idle))
+
+    def idle_fields(self) -> dict[str, str]:
+        """Why each field of `without_effect` changes nothing."""
+        why = {}
+        for field in self.without_effect:
+            home = field.rpartition(".")[0]
+            if home == "mixup":
+                why[field] = "no ratio is drawn"
+            elif home:
+                why[field] = f"{home} is off"
+            else:
+                why[field] = f"method {self.method.name} has none"
+        return why
+
     def _check_fields(
         self, problems: Problems, steps: tuple[Any, ...], flat: dict[str, Any]
     ) -> None:
@@ -124,7 +171,11 @@ class Recipe:
             self.mixup.check(problems)
         else:
             problems.add("mixup", self.mixup, "an m3jax.Mixup")
-        problems.choice("vocabulary", self.vocabulary, VOCABULARIES)
+        if isinstance(self.tokenizer, TokenizerConfig):
+            self.tokenizer.check(problems, self.vocabulary)
+        else:
+            problems.add("tokenizer", self.tokenizer, "an m3jax.TokenizerConfig")
+        problems.choice("unmatched", self.unmatched, UNMATCHED)
         problems.choice("dtype", self.dtype, DTYPES)
         problems.choice("compute", self.compute, COMPUTE)
         for step in steps:
@@ -150,6 +201,7 @@ class Recipe:
                 allowed += f"method {self.method.name} makes several tensors of each"
                 problems.add("transforms", names, allowed)
         problems.patterns("exclude", self.exclude)
+        problems.renaming("rename", self.rename)
         try:
             parse_size(self.max_shard_size)
         except ValueError:
@@ -221,6 +273,15 @@ class Recipe:
             others.append(changed)
         return dataclasses.replace(self, transforms=tuple(others))
 
+    def renamed(self, name: Callable[[str], str]) -> Recipe:
+        """The recipe with other names for the models that it names."""
+        known = self.vocabulary in VOCABULARIES
+        return dataclasses.replace(
+            self,
+            vocabulary=self.vocabulary if known else name(self.vocabulary),
+            tokenizer=self.tokenizer.renamed(name),
+        )
+
     def check(self, *, num_models: int, has_base: bool) -> None:
         """Raises RecipeError where the recipe does not fit this set of models."""
         problems = Problems()
@@ -242,6 +303,8 @@ class Recipe:
         self._check_ratios(problems)
         if not has_base and self.exclude:
             problems.add("exclude", self.exclude, "a base: give --base")
+        if not has_base and self.unmatched == "base":
+            problems.add("unmatched", self.unmatched, "a base: give --base")
         problems.raise_if_any()
 
     def _check_steps(self, problems: Problems, num_models: int, has_base: bool) -> None:
@@ -322,6 +385,9 @@ class Recipe:
             "mixup": dataclasses.asdict(self.mixup),
             "exclude": self.exclude,
             "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer.to_dict(),
+            "rename": self.rename,
+            "unmatched": self.unmatched,
             "dtype": self.dtype,
             "compute": self.compute,
             "slices": tuple(map(dataclasses.asdict, self.slices)),
@@ -341,9 +407,12 @@ class Recipe:
         """
         own = [field.name for field in dataclasses.fields(cls) if field.init]
         check_known("", fields, [*own, *FLAT, *TRANSFORMS, *METHODS])
-        known = {*own, *FLAT} - {"method", "transforms", "mixup", "rules"}
+        known = {*own, *FLAT} - {"method", "transforms", "mixup", "tokenizer", "rules"}
         mixup = fields.get("mixup", {})
         check_known("mixup.", mixup, [f.name for f in dataclasses.fields(Mixup)])
+        tokenizer = fields.get("tokenizer", {})
+        own = [field.name for field in dataclasses.fields(TokenizerConfig)]
+        check_known("tokenizer.", tokenizer, own)
         *transforms, method = from_groups(fields)
         return cls(
             **{name: plain(given) for name, given in fields.items() if name in known}
@@ -351,9 +420,19 @@ class Recipe:
                 "method": method,
                 "transforms": tuple(transforms),
                 "mixup": Mixup(**mixup),
+                "tokenizer": TokenizerConfig(**tokenizer),
                 "rules": parsed_rules(fields.get("rules", ())),
             }
         )
+
+
+def renaming(given: Any) -> Any:
+    """Rules of renaming as a tuple; a text is one rule, a mapping has one each."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Mapping):
+        return tuple(f"{pattern}={new}" for pattern, new in given.items())
+    return plain(given)
 
 
 def parse_size(size: int | str) -> int:

@@ -285,13 +285,9 @@ ATTACKS: dict[str, tuple[Builder, str]] = {
     ),
     "checkpoint of PyTorch Lightning, cut off": (files(last__ckpt=b""), "last.ckpt: s"),
     "GGUF, cut off": (files(**{"llama-q4__gguf": b"GGUF"}), "in the middle|gguf_file"),
-    "adapter": (
-        files(adapter_model__safetensors=tensors("a"), adapter_config__json="{}"),
-        "holds an adapter (LoRA), not a model; merge it into its base model first",
-    ),
     "adapter without its config": (
         files(adapter_model__safetensors=tensors("a")),
-        "holds an adapter",
+        "holds an adapter (LoRA) and has no adapter_config.json; fetch it again",
     ),
     "pickle typed": (
         _typed("pytorch_model.bin", lambda path: path.write_bytes(b"\x80\x02}q\0.")),

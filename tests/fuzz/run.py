@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TARGETS = ("header", "index", "config", "msgpack")
+TARGETS = ("header", "index", "config", "msgpack", "torch", "gguf")
 
 
 def main() -> int:

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import safetensors
 
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.formats import gguf, torch_file
 from m3jax.checkpoints.formats.flax_msgpack import read_tensors
 from m3jax.checkpoints.formats.index import parse_index
-from m3jax.checkpoints.formats.json_text import load_json
+from m3jax.checkpoints.formats.json_text import BOM, load_json
 from m3jax.checkpoints.formats.safetensors import Header, read_header
 from m3jax.checkpoints.places.files import InputFile
 from m3jax.checkpoints.source import read_whole
@@ -79,7 +80,8 @@ def check_config(text: bytes) -> dict[str, Any] | None:
     """The text of config.json."""
     ours = _outcome(lambda: load_json(text, "config.json", constants=True))
     if ours is not None:  # as text, in which NaN equals NaN
-        assert json.dumps(ours) == json.dumps(json.loads(text.decode()))
+        theirs = json.loads(text.removeprefix(BOM).decode())
+        assert json.dumps(ours) == json.dumps(theirs)
         assert isinstance(ours, dict)
     return ours
 
@@ -98,6 +100,31 @@ def check_msgpack(content: bytes) -> dict[str, Any] | None:
         os.close(fd)
     # Numbers of one byte take the most: eight bytes as a tensor.
     assert sum(tensor.nbytes for tensor in tensors.values()) <= 8 * len(content)
+    return tensors
+
+
+def check_torch(content: bytes) -> dict[str, Any] | None:
+    """A whole file of torch.save; returns its tensors, or None if it is refused."""
+    return _whole(content, torch_file.read_tensors)
+
+
+def check_gguf(content: bytes) -> dict[str, Any] | None:
+    """A whole file of GGUF; returns its tensors, or None if it is refused."""
+    return _whole(content, gguf.read_tensors)
+
+
+def _whole(content: bytes, read: Callable[[InputFile], Any]) -> dict[str, Any] | None:
+    fd = os.memfd_create("whole")
+    try:
+        os.pwrite(fd, content, 0)
+        with InputFile(Path(f"/proc/self/fd/{fd}")) as file:
+            found = _outcome(lambda: read(file))
+            if found is None:
+                return None
+            tensors = {name: read_whole(source) for name, source in found[0].items()}
+    finally:
+        os.close(fd)
+    assert all(tensor.nbytes <= 8 * len(content) for tensor in tensors.values())
     return tensors
 
 

@@ -10,7 +10,7 @@ never beside a part of the base's own.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from m3jax.checkpoints import side_files
@@ -33,7 +33,10 @@ class Companions(NamedTuple):
 
 
 def choose(
-    first: Checkpoint, tokenizer: Checkpoint, models: Sequence[Checkpoint]
+    first: Checkpoint,
+    tokenizer: Checkpoint,
+    models: Sequence[Checkpoint],
+    own: Collection[str] = (),
 ) -> Companions:
     """The side files of an output.
 
@@ -41,6 +44,7 @@ def choose(
       first: the base, or the first model where there is none.
       tokenizer: whose tokenizer goes along.
       models: those that are merged.
+      own: files that are not taken from the models.
 
     Raises:
       CheckpointError: one that names others cannot be read.
@@ -55,6 +59,7 @@ def choose(
             ):
                 owners[name] = tokenizer.folder
     taken = _agreed(first, models, owners)
+    taken = {name: folder for name, folder in taken.items() if name not in own}
     owners |= taken
     notes = []
     if taken:

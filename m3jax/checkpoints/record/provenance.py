@@ -34,9 +34,12 @@ class Facts:
       documents: how inputs were made that go with the merge, as JSON values.
       input_checksums: per checkpoint (base first), over what was read from it.
       checksums: of each tensor written.
-      config_changes: fields of config.json to set, or to remove (None).
+      config_changes: fields of config.json to set, or to remove (None); dotted names.
       tokenizer_from: ``base``, a model's name, or None for the first checkpoint.
+      notes: what the user was told, a line each.
       side_files: the folder that each of them comes from, by name.
+      other_files: contents of those that are not as they stand there; None for one
+        that is left out.
     """
 
     recipe: Mapping[str, Any]
@@ -52,7 +55,9 @@ class Facts:
     checksums: Mapping[str, str]
     config_changes: Mapping[str, Any]
     tokenizer_from: str | None
+    notes: Sequence[str]
     side_files: Mapping[str, Location]
+    other_files: Mapping[str, bytes | None]
 
 
 def write(folder: OutputFolder, facts: Facts) -> None:
@@ -69,17 +74,20 @@ def write(folder: OutputFolder, facts: Facts) -> None:
 
 
 def _side_files(facts: Facts) -> dict[str, bytes]:
-    files = {}
+    files: dict[str, bytes] = {}
     for name, folder in facts.side_files.items():
         content = side_files.read_side_file(folder, name)
         if content is not None:
             files[name] = content
+    for name, other in facts.other_files.items():
+        files.pop(name, None)
+        if other is not None:
+            files[name] = other
     if facts.config_changes and side_files.CONFIG in files:
-        config = json.loads(files[side_files.CONFIG])
-        for field, value in facts.config_changes.items():
-            config.pop(field, None) if value is None else config.update({field: value})
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        files[side_files.CONFIG] = text.encode()
+        config = files[side_files.CONFIG]
+        files[side_files.CONFIG] = side_files.changed_config(
+            config, facts.config_changes
+        )
     return files
 
 
@@ -100,7 +108,9 @@ def _manifest(
         "statistics": described[len(described) - len(facts.statistics) :],
         "measured": dict(facts.measured),
         **({"documents": list(facts.documents)} if facts.documents else {}),
+        **{key: own for model in facts.models for key, own in model.built.items()},
         "tokenizer_from": facts.tokenizer_from,
+        "notes": list(facts.notes),
         "versions": {
             "m3jax": m3jax.__version__,
             "python": platform.python_version(),

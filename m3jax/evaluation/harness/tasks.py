@@ -30,6 +30,7 @@ class HarnessResult:
       mean, standard_error: NaN where the harness gives none.
       count: of examples.
       records: a JSON object for each example; the first metric of a task has them.
+      higher_is_better: whether more of the metric is better.
     """
 
     task: str
@@ -38,6 +39,7 @@ class HarnessResult:
     standard_error: float
     count: int
     records: tuple[dict[str, Any], ...] = ()
+    higher_is_better: bool = True
     truncated: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +130,7 @@ def _results(
         }
         for sample in found.get("samples", {}).get(task, ())
     )
+    better = found.get("higher_is_better", {}).get(task, {})
     for name, value in scores.items():
         metric, comma, chosen = name.partition(",")
         if not comma or metric.endswith("_stderr"):
@@ -139,6 +142,7 @@ def _results(
             standard_error=_number(scores.get(f"{metric}_stderr,{chosen}")),
             count=count,
             records=records,
+            higher_is_better=better.get(metric) is not False,
         )
         records = ()
 

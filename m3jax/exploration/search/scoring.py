@@ -102,16 +102,15 @@ def score(
 
 def losses(evaluator: Evaluator | None) -> frozenset[str]:
     """The tasks of which less is better; a function says so by a negative weight."""
-    if not isinstance(evaluator, TaskEvaluator):
-        return frozenset()
-    return frozenset(t.name for t in evaluator.tasks if not t.higher_is_better)
+    found: frozenset[str] = getattr(evaluator, "losses", frozenset())
+    return found
 
 
 def describe(evaluator: Evaluator | None) -> Any:
     """What a resumed exploration must have in common with the one it resumes."""
     if evaluator is None:
         return None
-    if isinstance(evaluator, TaskEvaluator):
+    if hasattr(evaluator, "fingerprint"):
         return evaluator.fingerprint()
     named = evaluator if hasattr(evaluator, "__qualname__") else type(evaluator)
     return f"{named.__module__}.{named.__qualname__}"

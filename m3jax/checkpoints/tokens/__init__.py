@@ -1,0 +1,1 @@
+"""Tokenizers of checkpoints: their vocabularies, a union of them, chat templates."""

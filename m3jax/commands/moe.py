@@ -1,0 +1,72 @@
+"""Builds a mixture of experts from dense models of one architecture.
+
+--config is a YAML with `base_model` and `experts`, as mergekit's (m3jax merge takes it,
+too); or --base and --models name the base and the experts, whose gates are then random.
+Llama and Mistral become Mixtral, with a shared expert DeepSeek-MoE; Qwen2 and Qwen3
+become Qwen2-MoE and Qwen3-MoE. Attention, norms, embedding and head are the base's.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from m3jax.commands import config, merge
+from m3jax.commands.cli import UsageError
+from m3jax.moe.document import ARCHITECTURES, Expert, Mixture
+
+USAGE = (
+    "m3jax moe --config=FILE.yml --output=DIR\n"
+    "       m3jax moe --base=DIR --models=A,B[,C...] --output=DIR"
+)
+SHARED = [merge, *merge.SHARED]
+
+_GATES = flags.DEFINE_enum(
+    "gates", "random", ["random", "uniform_random"], "Of --models; a YAML has its own."
+)
+_PER_TOKEN = flags.DEFINE_integer(
+    "experts_per_token", 2, "Experts that a token goes through."
+)
+_ARCHITECTURE = flags.DEFINE_enum(
+    "architecture", None, list(ARCHITECTURES), "Of the output. [by the base's]"
+)
+_DTYPE = flags.DEFINE_string("dtype", None, "Of the output. [the widest input's]")
+
+failed = merge.failed
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """See `cli.run`."""
+    return config.prepare(arguments)
+
+
+def main(positional: list[str]) -> int:
+    if config.asked(None, None, None).mixture is None:
+        config.use(_from_flags())
+        return merge.main(positional)
+    for flag in (
+        "base",
+        "models",
+        "gates",
+        "experts_per_token",
+        "architecture",
+        "dtype",
+    ):
+        if flags.FLAGS[flag].present:
+            raise UsageError(
+                f"--{flag} is for a mixture without --config: say it there"
+            )
+    return merge.main(positional)
+
+
+def _from_flags() -> Mixture:
+    base, models = merge.named()
+    if base is None or not models:
+        raise UsageError(f"needs --config, or --base and --models; usage: {USAGE}")
+    return Mixture(
+        base=base,
+        experts=tuple(Expert(model) for model in models),
+        gates=_GATES.value,
+        per_token=_PER_TOKEN.value,
+        architecture=_ARCHITECTURE.value,
+        dtype=_DTYPE.value,
+    )

@@ -1,0 +1,72 @@
+"""An evaluator of lm-evaluation-harness's tasks, for explorations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from m3jax.evaluation.harness.model import HarnessModel
+from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
+from m3jax.models.config import Config
+from m3jax.models.layers import Parameters
+from m3jax.models.tokenizer import Tokenizer
+
+
+class HarnessEvaluator:
+    """Scores parameters at tasks by name; each by its first metric.
+
+    Where less of a metric is better, its negative is the score, under "−task".
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        config: Config,
+        tokenizer: Tokenizer,
+        *,
+        folder: str | None = None,
+        allow_code_execution: bool = False,
+        **options: Any,
+    ):
+        """
+        Args:
+          names: of tasks, groups or tags.
+          config, tokenizer: of the model.
+          folder: of more tasks, as YAML.
+          allow_code_execution: run programs that the model writes.
+          options: of `HarnessModel`.
+
+        Raises:
+          TaskError: there is no such task.
+        """
+        self._names = tuple(names)
+        self._manager = find_tasks(names, folder)
+        self._allow = allow_code_execution
+        self._made = config, tokenizer, options
+
+    def __call__(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> Mapping[str, float]:
+        """See `Evaluator`; the budget is examples of each task."""
+        config, tokenizer, options = self._made
+        model = HarnessModel(parameters, config, tokenizer, key=key, **options)
+        seed = int(jax.random.key_data(key)[-1])
+        found: dict[str, float] = {}
+        for result in run_tasks(
+            model,
+            self._names,
+            self._manager,
+            limit=budget,
+            seed=seed,
+            allow_code_execution=self._allow,
+        ):
+            name = result.task if result.higher_is_better else f"−{result.task}"
+            sign = 1 if result.higher_is_better else -1
+            found.setdefault(name, sign * result.mean)
+        return found
+
+    def fingerprint(self) -> list[str]:
+        """What a resumed exploration has to have in common with the first one."""
+        return ["lm-evaluation-harness", *self._names]
