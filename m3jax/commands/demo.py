@@ -177,6 +177,7 @@ def _row(row: Row) -> tuple[str, ...]:
 def _learn(output: Path, seed: int) -> Learning:
     """Learns a weight for each tensor of each expert, without labels."""
     from m3jax.learn import Config, Optimizer, Space
+    from m3jax.learn.training.learner import learn
 
     print(f"""
 3. Learn. The same task vectors, a weight for each tensor, by {_LEARNED_STEPS} steps of
@@ -196,7 +197,7 @@ def _learn(output: Path, seed: int) -> Learning:
         part: [_DATA / "tasks" / f"{part}.json"]
         for part in ("train", "validation", "test")
     }
-    return m3jax.learn(
+    return learn(
         str(_DATA / "base"),
         [str(_DATA / expert) for expert in _EXPERTS],
         config,
