@@ -77,7 +77,7 @@ CONFIG: dict[str, Any] = {
 }
 POOL = 30_000  # examples of a skill that training draws from
 # Of each skill; of the 10,000 sums about 500 are in each part.
-# `train` is what `m3jax learn` learns from; its answers are there, and not needed.
+# `train` is what `m3jax learn` learns from; the answers there need not be read.
 ASKED = {"train": 256, "validation": 200, "test": 400}
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from m3jax.engine import in_memory, kernel
 from m3jax.engine.kernel import Numbers, Program, take
 from m3jax.engine.leaves import operands
-from m3jax.engine.measure import measured_by, table_of
+from m3jax.engine.measure import measured_by, resolved
 from m3jax.engine.placement import Placement
 from m3jax.learn.gradient.tensors import Tensors
 from m3jax.methods import METHODS
 from m3jax.recipe import Mixup, Recipe, RecipeError
+from m3jax.recipe.tokenizer import BY_ROW
 
 
 class Merge:
@@ -75,8 +76,7 @@ class Merge:
         bench = self.tensors.bench
         ((job, numbers),) = in_memory.numbers_of(bench, self._recipe, self._seed)
         found = measured_by(bench, job, numbers, lambda name, find: find())
-        p = tuple({n: table_of(own) for n, own in step.items()} for step in found.p)
-        return found._replace(p=p)
+        return found._replace(p=resolved(found.p))
 
     @property
     def _static(self) -> dict[str, Any]:
@@ -105,6 +105,17 @@ def learnable(recipe: Recipe) -> Recipe:
         known = ", ".join(n for n, own in METHODS.items() if own.differentiable)
         raise RecipeError(
             f"method {recipe.method.name} cannot be learned; needs one of {known}"
+        )
+    for field in ("rules", "slices"):
+        if getattr(recipe, field):
+            raise RecipeError(
+                f"{field}={getattr(recipe, field)!r} needs (): one method is learned, "
+                "of all tensors as they are"
+            )
+    if recipe.vocabulary not in BY_ROW or recipe.compute != "float32":
+        raise RecipeError(
+            f"vocabulary={recipe.vocabulary}, compute={recipe.compute}: coefficients "
+            "are learned in float32, and vocabularies fitted by rows"
         )
     others = [step.name for step in recipe.transforms if step.unit != "element"]
     if others:
