@@ -272,6 +272,16 @@ def test_a_head_of_its_own_where_the_base_is_tied(here: Path, run: Run) -> None:
     assert config["tie_word_embeddings"] is False
 
 
+def test_a_tokenizer_that_stays_behind_is_named(here: Path) -> None:
+    for folder, content in (("base", "{}"), ("a", "{}")):
+        (here / folder / "tokenizer.json").write_text(content)
+    with open_checkpoint("base+a") as own:
+        assert len(own.notes) == 1
+    (here / "a" / "tokenizer.json").write_text('{"added_tokens": []}')
+    with open_checkpoint("base+a") as own:
+        assert "has a tokenizer of its own, which does not go along" in own.notes[1]
+
+
 def test_names_with_another_beginning(here: Path) -> None:
     stripped = {n.removeprefix("model."): t for n, t in read(here / "base").items()}
     write(here / "short", stripped, {})
@@ -357,6 +367,8 @@ def test_refuses_what_does_not_fit(here: Path, run: Run) -> None:
     other = {n.replace("q_proj", "k_proj"): t for n, t in pair(2, 6, 5).items()}
     adapter(here / "k", other, target_modules=["k_proj"])
     assert "changes 1 tensors that base does not have" in said("k")
+    adapter(here / "model", {"model.norm.weight": np.ones(5, np.float32)})
+    assert "holds no lora_A and lora_B, so it is no adapter" in said("model")
     half = pair(2, 6, 5)
     half.pop(f"{MODULE}.lora_B.weight")
     adapter(here / "half", half)

@@ -133,6 +133,19 @@ def test_energy_and_the_randomised_svd(
     )
 
 
+def test_names_with_another_beginning(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change = _twins(tmp_path, 30, 20)
+    short = {n.removeprefix("model."): t for n, t in read(Path("model")).items()}
+    write(tmp_path / "short", short, {})
+    flags = ("--base=base", "--model=short", "--energy=1", "--output=a")
+    ran = run("lora", "extract", *flags)
+    assert ran.code == 0, ran.err
+    np.testing.assert_allclose(change_of("a"), change, atol=1e-6)
+
+
 @pytest.fixture
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """Adapters a, b and c of different ranks and scalings; their ΔW by name."""
@@ -257,14 +270,24 @@ def test_modules_that_only_one_has_and_what_is_saved_whole(
         ),
         (("lora", "merge", "--models=a,b", "--output=o", "--rank=2"), "cuts to a rank"),
         (("lora", "merge", "--models=a,b", "--output=base"), "base"),
+        (
+            ("lora", "merge", "--models=a,b", "--svd=full"),
+            "--svd is not of",
+        ),
+        (
+            ("lora", "extract", "--base=base", "--model=n", "--rank=1", "--output=o"),
+            "'model.norm.weight' is missing in base",
+        ),
     ],
 )
 def test_one_line_says_what_is_wrong(
     arguments: tuple[str, ...], message: str, three: dict[str, np.ndarray], run: Run
 ) -> None:
+    write(Path("n"), {"model.norm.weight": np.ones(3, np.float32)}, {})
     ran = run(*arguments)
     assert ran.code in (2, 3)
-    assert message in ran.error
+    assert message in ran.err
+    assert "Traceback" not in ran.err
     assert not Path("o").exists()
 
 

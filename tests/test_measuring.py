@@ -219,6 +219,27 @@ def test_merging_takes_what_was_measured(run, folder, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, m3jax.load(merged), expected)
 
 
+def test_statistics_of_the_wrong_kind_are_refused(run, folder, tmp_path):
+    tensors = tiny_models.tensors(FAMILY)
+    fisher = checkpoints.write(tmp_path / "fisher", tensors, {})
+    name = next(n for n in tensors if "mlp.up" in n)
+    inputs = tensors[name].shape[1]
+    small = {name: np.eye(inputs, dtype=np.float32)}
+    gram = checkpoints.write(tmp_path / "gram", small, {})
+    for method, given, wanted in (
+        ("regmean", fisher, f"regmean needs [{inputs}, {inputs}]"),
+        ("lot", fisher, f"lot needs [{inputs}, {inputs}]"),
+        ("fisher", gram, f"fisher needs {list(tensors[name].shape)}"),
+    ):
+        ran = run(
+            *("merge", f"--models={folder}/model", f"--base={folder}/other"),
+            *(f"--statistics={given}", f"--output={tmp_path}/no"),
+            *(f"--config.method={method}", "--config.mixup.alpha=None", "--dry_run"),
+        )
+        assert ran.code == 3
+        assert wanted in ran.out
+
+
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_measurement_goes_on_to_the_same_bytes(
     folder, tmp_path, stopped, monkeypatch

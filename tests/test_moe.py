@@ -164,3 +164,15 @@ def test_one_line_says_what_is_wrong(
     assert ran.code in (2, 3)
     assert message in ran.error
     assert not Path("out").exists()
+
+
+def test_experts_whose_names_begin_otherwise(models: Path, run: Run) -> None:
+    short = {n.removeprefix("model."): t for n, t in read(models / "b").items()}
+    config = json.loads((models / "b" / "config.json").read_text())
+    write(models / "short", short, config)
+    for i, name in enumerate(("b", "short")):
+        flags = ("--base=base", f"--models=a,{name}", f"--output=out{i}")
+        assert run("moe", *flags).code == 0
+    one, other = (read(models / f"out{i}") for i in range(2))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(own, other[name]) for name, own in one.items())

@@ -612,6 +612,37 @@ def test_any_mixture(kinds):
             np.testing.assert_array_equal(read_whole(table[name]), tensor)
 
 
+class TestFiles:
+    """A library finds the weights again under the file's name that it gave them."""
+
+    @pytest.mark.parametrize("size", ["5GB", "200B"])
+    def test_of_a_diffusion_transformer(self, size, tmp_path: Path):
+        a, b = model(1), model(2)
+        for name, tensors in ("base", a), ("a", a), ("b", b):
+            folder = checkpoints.write(tmp_path / name, tensors)
+            whole = folder / "model.safetensors"
+            whole.rename(folder / "diffusion_pytorch_model.safetensors")
+        recipe = Recipe(mixup=Mixup(alpha=None), max_shard_size=size)
+        output = tmp_path / "out"
+        for overwrite in (False, True):
+            m3jax.merge(
+                tmp_path / "base",
+                [tmp_path / "a", tmp_path / "b"],
+                output,
+                recipe,
+                execution=Execution(overwrite=overwrite),
+            )
+        assert_same(checkpoints.read(output), mean(a, b))
+        assert m3jax.verify(output) == []
+        stem = "diffusion_pytorch_model"
+        weights = [p.name for p in output.glob("*.safetensors*")]
+        assert all(name.startswith(stem) for name in weights)
+        assert (len(weights) > 1) == (f"{stem}.safetensors.index.json" in weights)
+        again = tmp_path / "again"
+        m3jax.merge(output, [output], again, PLAIN)
+        assert_same(checkpoints.read(again), mean(a, b))
+
+
 class TestExclude:
     def test_of_what_models_alone_have_is_no_mistake(self, merge):
         a, b = model(1), model(2)

@@ -27,6 +27,7 @@ from m3jax.checkpoints.places.files import (
     inside,
     open_file,
 )
+from m3jax.checkpoints.side_files import VOCABULARY_FILES, read_side_file
 from m3jax.checkpoints.source import FileTensor, Source, Stored
 from m3jax.checkpoints.sources.lora import (
     KEPT,
@@ -143,6 +144,11 @@ def open_adapter(name: str, folder: Location) -> Adapter:
             else {n: FileTensor(file, e) for n, e in header_of(file).tensors.items()}
         )
         modules, others = peft.modules(tensors)
+        if not modules:
+            raise CheckpointError(
+                f"{file.path}: holds no lora_A and lora_B, so it is no adapter (LoRA); "
+                "give it as a model, without its adapter_config.json"
+            )
         stack.pop_all()
     return Adapter(name, folder, config, file, tensors, tuple(modules), others)
 
@@ -203,19 +209,33 @@ class _Changes:
         adapter, made_for = self._adapter, self._adapter.config.base
         ranks = sorted(set(self._ranks))
         kind = "a DoRA adapter" if adapter.config.dora else "a LoRA adapter"
-        of = f" of rank {'–'.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}" * bool(ranks)
+        span = "–".join(map(str, dict.fromkeys([*ranks[:1], *ranks[-1:]])))
+        of = f" of rank {span}" if ranks else ""
         same = made_for is None or _last(made_for) == _last(self._base.name)
         said = "" if same else f"; it says it was made for {shown(made_for)}"
         lines = [
             f"{adapter.name}: {kind}{of}, put on {self._base.name} "
             f"({len(self.tensors)} tensors){said}"
         ]
+        if self._has_other_words():
+            lines.append(
+                f"{adapter.name}: has a tokenizer of its own, which does not go along; "
+                f"that of {self._base.name} does"
+            )
         if self._passed_over:
             lines.append(
                 f"{adapter.name}: {len(self._passed_over)} modules passed over as peft "
                 f"does: {peft.CONFIG} does not target {shown(self._passed_over[0])}"
             )
         return lines
+
+    def _has_other_words(self) -> bool:
+        """Whether the adapter's folder has another vocabulary than the base's."""
+        return any(
+            content is not None and content != read_side_file(self._base.folder, name)
+            for name in VOCABULARY_FILES
+            for content in [read_side_file(self._adapter.folder, name)]
+        )
 
     def _source(self, name: str) -> tuple[str, Source | None]:
         """The base's name and tensor, as it is by now."""

@@ -21,6 +21,8 @@ from m3jax.checkpoints.places.files import Location, exists, inside
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What the files of a model are called in transformers, and in diffusers.
+STEMS = ("model", "diffusion_pytorch_model")
 SAFETENSORS, TORCH, MSGPACK, GGUF = "safetensors", "torch", "msgpack", "gguf"
 # For each format, the file that transformers writes, and how names may end.
 _FORMS = {

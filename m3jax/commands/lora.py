@@ -77,12 +77,17 @@ _SEED = flags.DEFINE_integer(
     "seed", None, "Of ratios, masks and a randomised SVD. [0]", allow_override=True
 )
 
+_OF_OTHERS = {"extract": ("models", "how"), "merge": ("model", "svd", "embeddings")}
+
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
 def main(positional: list[str]) -> int:
     if positional not in (["extract"], ["merge"]):
         raise UsageError(f"needs extract or merge; usage: {USAGE}")
+    for flag in _OF_OTHERS[positional[0]]:
+        if flags.FLAGS[flag].present:
+            raise UsageError(f"--{flag} is not of `m3jax lora {positional[0]}`")
     output = _OUTPUT.value
     if output is None:
         raise UsageError(f"--output is missing; usage: {USAGE}")
@@ -94,8 +99,6 @@ def main(positional: list[str]) -> int:
 def _extract(output: str) -> list[Fit]:
     if _BASE.value is None or _MODEL.value is None:
         raise UsageError(f"--base and --model are needed; usage: {USAGE}")
-    if names(_MODELS):
-        raise UsageError("--models is of `m3jax lora merge`; extract takes --model")
     from m3jax.checkpoints.output.destination import check_free
     from m3jax.checkpoints.places import store
     from m3jax.lora.extract import Settings, extract
@@ -117,8 +120,6 @@ def _merge(output: str) -> list[Fit]:
     asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     if len(asked.models) < 2:
         raise UsageError(f"--models needs two adapters or more; usage: {USAGE}")
-    if _MODEL.value:
-        raise UsageError("--model is of `m3jax lora extract`; merge takes --models")
     from m3jax.checkpoints.output.destination import check_free
     from m3jax.checkpoints.places import store
     from m3jax.lora.combine import combine

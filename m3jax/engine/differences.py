@@ -68,6 +68,7 @@ _SILENT = [
     "max_length",
     "is_decoder",
 ]
+_OTHERS = "; --tokenizer_from takes another model's"
 _MISSING = object()
 _SAMPLED = 6  # tensors
 _ELEMENTS = 4096  # of each
@@ -80,6 +81,9 @@ def found(
     checkpoints: Sequence[Checkpoint],
     tensors: Sequence[TensorInputs],
     tokenizer_from: Checkpoint,
+    *,
+    asked: bool = False,
+    speaks: bool = True,
 ) -> list[str]:
     """The lines.
 
@@ -87,6 +91,8 @@ def found(
       checkpoints: of the merge; the first gives config.json.
       tensors: what is made of them.
       tokenizer_from: gives the tokenizer, chat template and generation config.
+      asked: it was asked for.
+      speaks: whether that is all there is to chat template and end tokens.
     """
     names = [own.name for own in checkpoints]
     flat = [effective(own.config or {}) for own in checkpoints]
@@ -101,9 +107,13 @@ def found(
         _ends(own.config or {}, more)
         for own, more in zip(checkpoints, generation, strict=True)
     ]
-    lines += [_differ("the end token", names, ends, whose)]
     templates = [_template(own) for own in checkpoints]
-    lines += [_differ("the chat template", names, templates, whose, text=_length)]
+    talk = [
+        _differ("the end token", names, ends, whose),
+        _differ("the chat template", names, templates, whose, text=_length),
+    ]
+    way_out = "" if asked else _OTHERS
+    lines += [own + way_out for own in talk if own and speaks]
     keys = sorted(set().union(*(own or {} for own in generation)))
     for key in keys:
         if not any(fnmatch.fnmatch(key, own) for own in _SILENT):

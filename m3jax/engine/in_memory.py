@@ -162,7 +162,7 @@ class Leaves:
                 take(numbers.first(depth), i, axes, leaf.compute_dtype),
                 self.draw(program, depth, numbers, i, placement),
                 take(arguments, g, axes),
-                program=program,
+                program=program.before(depth),
                 depth=depth,
                 function=first.function,
                 combine=first.combine,

@@ -39,6 +39,11 @@ class Program:
     def steps(self) -> tuple[Step, ...]:
         return (*self.transforms, self.method)
 
+    def before(self, depth: int) -> Program:
+        """The first `depth` transforms, whatever comes then: reductions of all methods
+        behind them share what is compiled."""
+        return Program(self.transforms[:depth], Method())
+
     def unit(self, depth: int) -> str:
         """What the first `depth` steps have to see whole."""
         whole = depth == len(self.steps)

@@ -209,21 +209,21 @@ def _beside(
             f"{holders[0].name}; measure the same tensors of all models"
         )
         return {}
-    whole = recipe.method.unit == "matrix"
+    wanted = recipe.method.beside_shape(source.shape)
     for own in statistics:
         found = own.tensors[name]
         repeats = recipe.method.beside_repeats and repeatable(found.shape, source.shape)
-        if not whole and found.shape != source.shape and not repeats:
+        if found.shape != wanted and not repeats:
             problems.append(
                 f"tensor {shown(name)} has shape {list(found.shape)} in {own.name}, "
-                f"where {recipe.method.name} needs {list(source.shape)}"
+                f"where {recipe.method.name} needs {list(wanted)}"
             )
             return {}
     (key,) = recipe.method.beside
 
     def fitted(found: Source) -> Source:
         found = _converted(found, FLOAT32)
-        if whole or found.shape == source.shape:
+        if found.shape == wanted:
             return found
         return Repeated(found, source.shape)
 

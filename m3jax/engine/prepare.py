@@ -16,14 +16,14 @@ from m3jax import mixup, prng
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.output.orbax_output import OrbaxShard
-from m3jax.checkpoints.output.shards import Shard, make_shards
+from m3jax.checkpoints.output.shards import Shard, make_shards, stem_of
 from m3jax.checkpoints.places import caching, direct
 from m3jax.checkpoints.places.files import InputFile, Location
 from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import differences, draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
-from m3jax.engine.by_token import by_token
+from m3jax.engine.by_token import ByToken, by_token
 from m3jax.engine.by_token import compared as compare_by_row
 from m3jax.engine.inputs import MergeInputs, MismatchError, TensorInputs
 from m3jax.engine.jobs import Job, jobs
@@ -311,7 +311,7 @@ def _plan(
     tokens = by_token(recipe, base, models)
     compared = compare_by_row(recipe, base, models) if tokens is None else tokens
     inputs = align(base, models, recipe, statistics, compared)
-    inputs = _compared(inputs, base, models, execution)
+    inputs = _compared(inputs, base, models, recipe, execution, tokens)
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
     sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
@@ -396,13 +396,20 @@ def _compared(
     inputs: MergeInputs,
     base: Checkpoint | None,
     models: list[Checkpoint],
+    recipe: Recipe,
     execution: Execution,
+    tokens: ByToken | None,
 ) -> MergeInputs:
     """The inputs, with a note for each thing in which the checkpoints differ."""
     checkpoints = models if base is None else [base, *models]
-    named = {own.name: own for own in checkpoints}
-    owner = named.get(execution.tokenizer_from or "", checkpoints[0])
-    lines = differences.found(checkpoints, inputs.tensors, owner)
+    options = recipe.tokenizer
+    lines = differences.found(
+        checkpoints,
+        inputs.tensors,
+        tokenizer_owner(recipe, base, models, execution.tokenizer_from, tokens),
+        asked=tokens is not None or execution.tokenizer_from is not None,
+        speaks=options.copy and options.chat_template is None,
+    )
     if lines and execution.strict:
         raise MismatchError(lines, "refused, since --strict is set")
     return dataclasses.replace(inputs, notes=(*inputs.notes, *lines))
@@ -431,8 +438,9 @@ def _shards(
             )
         return [OrbaxShard(described, first.paths)]
     groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
+    files = [file.path.name for file in first.files]
     return [
-        *make_shards([[described[i] for i in g] for g in groups]),
+        *make_shards([[described[i] for i in g] for g in groups], stem_of(files)),
         *(Shard(f"{part}.safetensors", own) for part, own in others.items()),
     ]
 

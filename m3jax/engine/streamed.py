@@ -174,7 +174,7 @@ class Stream:
             if chunk.block is None:
                 item, _, counts = on_tiles.tiles_of(chunk, self._tiles)
                 kernel = on_tiles.reduce_tiles(
-                    program,
+                    program.before(depth),
                     depth,
                     first.function,
                     first.combine,
@@ -242,7 +242,7 @@ class Stream:
             take(numbers.first(depth), run.item, axes),
             self._block_draw(program, depth, numbers, chunk),
             take(asked.arguments, slot, axes),
-            program=program,
+            program=program.before(depth),
             depth=depth,
             function=asked.first.function,
             combine=asked.first.combine,

@@ -14,7 +14,6 @@ from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import (
     CHAT_TEMPLATES,
     OF_TOKENIZER,
-    TOKENIZER_CONFIG,
     read_side_file,
 )
 from m3jax.checkpoints.tokens import chat, generation
@@ -121,12 +120,11 @@ def tokenizer_files(
     options = recipe.tokenizer
     if not options.copy:
         more = (".tiktoken", ".jinja")
-        gone = [n for n in folders if n in _ALONE or n.endswith(more)]
+        names = {*folders, *found.files}
+        gone = [n for n in names if n in _ALONE or n.endswith(more)]
         found.files |= dict.fromkeys(gone, None)
     elif options.chat_template is not None:
         _bring_template(found, options.chat_template, every, first, tokens)
-    elif unasked and tokens is None:
-        _note_differences(found, every)
     if rows is not None:
         _check_rows(found, first, tokens, rows)
         if tokens is None and unasked and options.copy:
@@ -335,50 +333,6 @@ def _ends(model: Checkpoint) -> list[int]:
         for one in generation.ids_of(value)
     ]
     return own or list(dict.fromkeys(config))
-
-
-def _note_differences(found: TokenizerFiles, every: Sequence[Checkpoint]) -> None:
-    """Says whose chat template and end tokens are written, where they differ."""
-
-    def facts(model: Checkpoint) -> tuple[str | None, tuple[int, ...]]:
-        try:
-            return chat.read_template(model.folder), tuple(_ends(model))
-        except CheckpointError:  # files that are copied unseen
-            return None, tuple(_ends(model))
-
-    places = {found.folders.get(n) for n in (*CHAT_TEMPLATES, TOKENIZER_CONFIG)}
-    templates = [chat.read_template(own) for own in places if own is not None]
-    template = next((own for own in templates if own is not None), None)
-    ends = tuple(_ends(found.owner))
-    generated = found.read(GENERATION)
-    if generated is not None:
-        own_ends = generation.ids_of(_object(generated).get("eos_token_id"))
-        ends = tuple(own_ends) or ends
-    others: dict[Any, list[str]] = {}
-    for model in every:
-        own = facts(model)
-        if own != (template, ends) and model is not found.owner:
-            others.setdefault(own, []).append(model.name)
-    for (theirs, their_ends), names in others.items():
-        what, kept = [], []
-        if theirs != template and theirs is not None:
-            what.append(
-                "a chat template" if template is None else "another chat template"
-            )
-            kept.append("no chat template" if template is None else "its chat template")
-        if their_ends != ends and their_ends:
-            what.append(f"eos_token_id {_short(their_ends)}")
-            kept.append(f"eos_token_id {_short(ends)}")
-        if what:
-            found.notes.append(
-                f"{', '.join(names)}: {' and '.join(what)}; the output has the "
-                f"tokenizer of {found.owner.name}, with {' and '.join(kept)}; "
-                f"--tokenizer_from={names[0]} takes that model's"
-            )
-
-
-def _short(ends: Sequence[int]) -> str:
-    return ", ".join(map(str, ends)) or "none"
 
 
 def _check_rows(

@@ -21,12 +21,11 @@ from m3jax.checkpoints.formats import orbax
 from m3jax.checkpoints.formats.index import read_index
 from m3jax.checkpoints.formats.safetensors import header_of
 from m3jax.checkpoints.output.folder import MANIFEST
-from m3jax.checkpoints.output.shards import of_model
+from m3jax.checkpoints.output.shards import index_of, of_model
 from m3jax.checkpoints.places import hub
 from m3jax.checkpoints.places.files import Location, exists, inside, open_file
 from m3jax.checkpoints.record.record import Record, read_record
 from m3jax.checkpoints.source import FileTensor, Source
-from m3jax.checkpoints.weights import INDEX
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
@@ -116,22 +115,23 @@ def _other_files(folder: Location, record: Record) -> Iterator[str]:
         if name.endswith(".safetensors") and name not in files:
             yield f"{shown(name)}: a safetensors file that is not recorded"
     files = set(expected.values())
-    if not exists(folder / INDEX):
+    index = index_of(files)
+    if not exists(folder / index):
         if len(files) > 1:
-            yield f"{INDEX}: is missing"
+            yield f"{index}: is missing"
         return
     if len(files) == 1:
-        yield f"{INDEX}: is not recorded; the checkpoint is one file"
+        yield f"{index}: is not recorded; the checkpoint is one file"
         return
     try:
-        found = read_index(inside(folder, INDEX))
+        found = read_index(inside(folder, index))
     except CheckpointError as error:
         yield str(error)
         return
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             yield (
-                f"{INDEX}: tensor {shown(name)} is in "
+                f"{index}: tensor {shown(name)} is in "
                 f"{shown(found.get(name, 'no file'))}, recorded is "
                 f"{shown(expected.get(name, 'no file'))}"
             )

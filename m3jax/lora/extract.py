@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from m3jax import prng
+from m3jax.checkpoints import naming
 from m3jax.checkpoints.adapters import EMBEDDINGS, HEAD, conv1d
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
@@ -107,7 +108,7 @@ def extract(
         open_checkpoint(base) as under,
         open_checkpoint(model, base=base) as tuned,
     ):
-        pairs = _lined_up(under, tuned)
+        pairs = _lined_up(under, tuned, progress)
         transposed = {
             name: _is_transposed(name, source, under.tensors)
             for name, (source, _) in pairs.items()
@@ -144,25 +145,27 @@ def extract(
     return fits
 
 
-def _lined_up(base: Checkpoint, model: Checkpoint) -> dict[str, tuple[Source, Source]]:
-    """The tensors of both, by name; a tied head is its embedding."""
-    tables = [dict(base.tensors), dict(model.tensors)]
-    head = f"{HEAD}.weight"
-    for checkpoint, table, other in zip(
-        (base, model), tables, tables[::-1], strict=True
-    ):
-        tied = (checkpoint.config or {}).get("tie_word_embeddings") is True
-        embeddings = [name for name in table if name.endswith(EMBEDDINGS)]
-        if head in other and head not in table and tied and len(embeddings) == 1:
-            table[head] = table[embeddings[0]]
+def _lined_up(
+    base: Checkpoint, model: Checkpoint, progress: Progress
+) -> dict[str, tuple[Source, Source]]:
+    """The tensors of both, by the base's names."""
+    named = naming.common([base, model])
+    for note in named.notes:
+        progress.note(note)
+    tables = [
+        {name: own for name, own in table.items() if name not in named.copied}
+        for table in named.tables
+    ]
     problems = [
         f"tensor {shown(name)} is missing in {owner.name}; an adapter cannot bring or "
         "remove it"
         for owner, table, other in zip((base, model), tables, tables[::-1], strict=True)
         for name in sorted(set(other) - set(table))
     ]
+    if problems:
+        raise MismatchError(problems)
     pairs = {name: (tables[0][name], tables[1][name]) for name in tables[0]}
-    for name, (a, b) in () if problems else pairs.items():
+    for name, (a, b) in pairs.items():
         more_rows = _is_vocabulary(name) and a.shape[1:] == b.shape[1:]
         if a.shape != b.shape and not more_rows:
             problems.append(

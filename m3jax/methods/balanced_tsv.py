@@ -34,6 +34,10 @@ class BalancedTsv(Method):
     theirs.
     """
 
+    studies = (
+        "on the demo's models above TSV-M with its own ranks, below the average "
+        "(docs/METHODS.md)"
+    )
     weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)

@@ -10,6 +10,11 @@ from m3jax.methods.spectral import product
 _REFINEMENTS = 8
 
 
+def gram_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """That of the Gram matrix of a linear weight's inputs: (in, in) for (out, in)."""
+    return (shape[-1], shape[-1]) if len(shape) == 2 else shape
+
+
 def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
     """matrix⁻¹ right for a positive semidefinite matrix (n, n); right in its range.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from m3jax.lazy import jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.normal_equations import solve
+from m3jax.methods.normal_equations import gram_shape, solve
 from m3jax.methods.spectral import product
 from m3jax.methods.step import (
     Method,
@@ -53,6 +53,9 @@ class RegMean(Method):
     unit = "matrix"
     needs_base = False
     beside = ("statistics",)
+
+    def beside_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return gram_shape(shape)
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         weight = jnp.broadcast_to(

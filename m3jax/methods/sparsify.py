@@ -23,6 +23,9 @@ from m3jax.methods.sums import deltas, exact_sums
 from m3jax.prng import RATE_STEPS, drop_thresholds
 
 _WHOLE = "whole"  # the task vectors as they were, beside the models
+# Beside them too, where some of the entries tied at a threshold are too many: their
+# magnitudes and counts, what is kept and what is above, and how many should be, over n.
+_TIED = ("low", "lows", "high", "highs", "kept", "above", "share", "top")
 
 
 @register("sparsify")
@@ -110,7 +113,12 @@ class Sparsify(Transform):
         low, high = found[:count], found[-count:]
         low = xp.where(density >= 1, 0.0, xp.where(kept > 0, low, xp.inf))
         high = xp.where((density >= 1) | (top == 0), xp.inf, high)
-        return {"low": low.astype(np.float32), "high": high.astype(np.float32)}
+        return {
+            "low": low.astype(np.float32),
+            "high": high.astype(np.float32),
+            "share": kept / n,
+            "top": top / n,
+        }
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
         if self.by != "random":
@@ -129,14 +137,30 @@ class Sparsify(Transform):
                 size <= info["high"].astype(jnp.float32)
             )
         models = x.base[None] + jnp.where(kept, tau, 0 * tau)
-        return x._replace(models=models, beside={**x.beside, _WHOLE: tau})
+        beside = {**x.beside, _WHOLE: tau}
+        if not self.draws:
+            beside |= _tied(size, kept, info)
+        return x._replace(models=models, beside=beside)
+
+
+def _tied(size: Any, kept: Any, info: Numbers) -> dict[str, Any]:
+    """`_TIED`, for the norm of as many entries as should be kept."""
+    high = kept & (size == info["high"].astype(jnp.float32))
+    low = kept & (size == info["low"].astype(jnp.float32)) & ~high
+    above = size > info["high"].astype(jnp.float32)
+    counts = [own.astype(size.dtype) for own in (low, high, kept, above)]
+    sizes = [jnp.where(own, size, 0 * size) for own in (low, high)]
+    wanted = [jnp.broadcast_to(info[n], size.shape) for n in ("share", "top")]
+    arrays = (sizes[0], counts[0], sizes[1], counts[1], *counts[2:], *wanted)
+    return dict(zip(_TIED, arrays, strict=True))
 
 
 @register("rescale")
 class Rescale(Transform):
     """θ0 + s_i τ'_i with s_i = ‖τ_i‖₁ / ‖τ'_i‖₁: what `sparsify` took is made up for.
 
-    The norms are those of a tensor; s_i = 1 where nothing is left.
+    The norms are those of a tensor; s_i = 1 where nothing is left. Of entries tied at a
+    threshold, which are all kept, ‖τ'_i‖₁ counts as many as should be.
 
     Source: agrees with mergekit's `rescale`.
     """
@@ -154,8 +178,15 @@ class Rescale(Transform):
 
     def measure(self, problem: Problem) -> Statistics:
         sums = yield from exact_sums(_norms, problem)
-        count = problem.num_models
-        return {"whole": sums[:count], "left": sums[count:]}
+        whole, left, *tied = sums.reshape(-1, problem.num_models)
+        if tied:
+            xp = jnp if problem.traced else np
+            low, lows, high, highs, kept, above, share, top = tied
+            over = xp.clip(xp.round(top) - above, 0, highs)
+            under = xp.clip(kept - over - xp.round(share), 0, lows)
+            left = left - over * high / xp.maximum(highs, 1)
+            left = left - under * low / xp.maximum(lows, 1)
+        return {"whole": whole, "left": left}
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
         left = info["left"]
@@ -171,7 +202,8 @@ class Rescale(Transform):
 
 def _norms(x: Operands) -> Any:
     whole = x.beside.get(_WHOLE, x.deltas)
-    return jnp.abs(jnp.concatenate([whole, x.deltas]))
+    tied = [x.beside[name] for name in _TIED if name in x.beside]
+    return jnp.abs(jnp.concatenate([whole, x.deltas, *tied]))
 
 
 def _rank_thresholds(tau: Any, p: Numbers) -> Any:

@@ -230,6 +230,10 @@ class Method(Step):
         del num_models
         return {"": spec}
 
+    def beside_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what comes beside a tensor of that shape."""
+        return shape
+
     def equal_weights(self, num_models: int) -> tuple[float, ...] | None:
         """The coefficient of each model where nothing is said; None: it has none."""
         field = self.fields().get("weights")

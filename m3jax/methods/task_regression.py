@@ -6,7 +6,7 @@ from typing import Any
 
 from m3jax.lazy import jax, jnp
 from m3jax.methods.fields import number, weights
-from m3jax.methods.normal_equations import solve
+from m3jax.methods.normal_equations import gram_shape, solve
 from m3jax.methods.spectral import mean, product
 from m3jax.methods.step import (
     Method,
@@ -50,6 +50,10 @@ class WudiClosedForm(_Regression):
     Source: the objective of arXiv 2503.08099; others solve it with a ridge of 1e-8.
     """
 
+    studies = (
+        "on the demo's models matrices get up to three times as large as the sum "
+        "of the task vectors, and every skill is lost (docs/METHODS.md)"
+    )
     weights: Any = weights(equal=lambda num_models: 1.0)
     scaling: Any = number(
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
@@ -101,6 +105,9 @@ class Lot(_Regression):
         default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
     )
     beside = ("statistics",)
+
+    def beside_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return gram_shape(shape)
 
     def grams(self, x: Operands) -> jax.Array | None:
         return x.beside.get("statistics")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.checkpoints import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.formats.dtypes import FLOAT32, Dtype
@@ -192,7 +193,22 @@ def opened(mixture: Mixture, seed: int) -> Any:
             stack.enter_context(open_checkpoint(own.source, base=mixture.base))
             for own in (*mixture.experts, *mixture.shared)
         ]
-        yield _built(mixture, base, experts, seed)
+        yield _built(mixture, *_named(base, experts), seed)
+
+
+def _named(
+    base: Checkpoint, experts: Sequence[Checkpoint]
+) -> tuple[Checkpoint, list[Checkpoint]]:
+    """The models with the base's names for their tensors."""
+    named = naming.common([base, *experts])
+    made = [
+        dataclasses.replace(own, tensors=table)
+        for own, table in zip((base, *experts), named.tables, strict=True)
+    ]
+    changes = {**base.changes, **named.config}
+    notes = (*base.notes, *named.notes)
+    first = dataclasses.replace(made[0], changes=changes, notes=notes)
+    return first, made[1:]
 
 
 def _built(

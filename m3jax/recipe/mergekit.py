@@ -110,7 +110,7 @@ def parse(text: str) -> Configuration:
 def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     """A document, and what of it is ignored."""
     check_keys("", document, _KEYS)
-    name = document.get("merge_method")
+    name = str(document.get("merge_method"))
     method = method_of(name)
     ours = mapping(document.get("m3jax"), "m3jax")
     check_keys("m3jax.", ours, _OURS)

@@ -167,7 +167,7 @@ def _fields(
                     f"{name} needs the parameter {parameter.name!r}, in parameters"
                 )
             continue
-        values = []
+        values: list[Any] = []
         for model, given in own.entries.items():
             shift = own.shift(model)
             value = resolved(parameter, [given, *levels], shift)

@@ -273,7 +273,7 @@ def method_of(name: Any) -> MergekitMethod:
                 word=isinstance(field, Choice),
                 weight=isinstance(field, Weights),
                 optional=field.default is None,
-                options=field.options if isinstance(field, Choice) else (),
+                options=tuple(field.options) if isinstance(field, Choice) else (),
             )
         )
 

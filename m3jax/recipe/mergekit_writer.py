@@ -70,10 +70,11 @@ def _canonical(document: Document) -> Recipe:
     if "weights" in method.fields() and (weighed or recipe.mixup.on):
         weights = recipe.mixup.ratios or method.weights or method.equal_weights(count)
         method = dataclasses.replace(method, weights=weights)
+    made: Any = METHODS
     if method.name == "average":
-        method = METHODS["linear"](weights=method.weights, normalize=True)
+        method = made["linear"](weights=method.weights, normalize=True)
     if method.name == "task_arithmetic":
-        method = METHODS["generalized_task_arithmetic"](
+        method = made["generalized_task_arithmetic"](
             weights=method.weights, scaling=method.scaling, normalize=False
         )
     return dataclasses.replace(
@@ -165,7 +166,7 @@ def _slices(
             if model not in sources:  # what is repeated has weight 0, to fill up
                 sources[str(model)] = entry
         parameters = {n: _yaml(here(v)) for n, v in shared.items()}
-        more = {"parameters": parameters} if parameters else {}
+        more: dict[str, Any] = {"parameters": parameters} if parameters else {}
         if with_base and (own.base or THEIRS[name].base == "first"):
             more["base_model"] = next(iter(sources))
         written.append({"sources": list(sources.values()), **more})
@@ -174,7 +175,7 @@ def _slices(
 
 def _parameters(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """mergekit's name of the method, and its parameters."""
-    steps = {step.name: step for step in recipe.transforms}
+    steps: dict[str, Any] = {step.name: step for step in recipe.transforms}
     method: Any = recipe.method
     if method.name == "generalized_task_arithmetic":
         sparsify, rescale = steps.pop("sparsify", None), steps.pop("rescale", None)

@@ -23,6 +23,13 @@ _EMBEDDINGS = re.compile(
 )
 _SHARED = re.compile(r"(.*\.)?(encoder|decoder)\.embed_tokens\.weight")
 _BIASES = re.compile(r"(.*\.)?(cls\.predictions|lm_head)\.decoder\.bias")
+# What their names end with, all but a few of which are told apart at once.
+_ENDS = (
+    *("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
+    *("tok_embeddings.weight", "embed_in.weight", "lm_head.weight", "decoder.weight"),
+    *("embed_out.weight", "proj_out.weight", "output_projection.weight"),
+    *("vocab_projector.weight", "decoder.bias", "predictions.bias", "lm_head.bias"),
+)
 FIELD = "tie_word_embeddings"
 
 
@@ -114,7 +121,12 @@ def resolve(
 
 def _pairs(tables: Sequence[Table]) -> Iterator[tuple[str, str, bool]]:
     """(alias, what it is a copy of, whether config.json decides) of all tables."""
-    shapes = {name: own.shape for table in tables for name, own in table.items()}
+    shapes = {
+        name: own.shape
+        for table in tables
+        for name, own in table.items()
+        if name.endswith(_ENDS)
+    }
     for name in sorted(shapes):
         if match := _SHARED.fullmatch(name):
             shared = f"{match[1] or ''}shared.weight"

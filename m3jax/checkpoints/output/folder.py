@@ -34,13 +34,15 @@ from m3jax.checkpoints.names import is_inner_name
 from m3jax.checkpoints.places import durable
 from m3jax.checkpoints.places.files import Location, read_small
 from m3jax.checkpoints.side_files import SIDE_FILES
-from m3jax.checkpoints.weights import INDEX, WEIGHTS
+from m3jax.checkpoints.weights import STEMS
 
 MANIFEST = "m3jax.json"
 MODEL_CARD = "README.md"
 _JOURNAL, _LOCK, _CHECKPOINT, _OLD = "journal.jsonl", "lock", "checkpoint", "old"
 _MAX_RECORD = 100_000_000  # bytes; see `record`
-_SHARD = re.compile(r"(model-\d{5,}-of-\d{5,}|mask-\d+)\.safetensors")
+_SHARD = re.compile(
+    rf"(({'|'.join(STEMS)})-\d{{5,}}-of-\d{{5,}}|mask-\d+)\.safetensors"
+)
 # What flock says where the file system has no locks, as Lustre mounted without them.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -369,5 +371,7 @@ def _recorded(final: Location) -> set[str]:
 
 def _is_ours(name: str) -> bool:
     """Whether a file of this name is part of an output."""
-    known = (MANIFEST, MODEL_CARD, INDEX, WEIGHTS, ITEM, *SIDE_FILES)
+    files = [f"{stem}.safetensors" for stem in STEMS]
+    indexes = [f"{file}.index.json" for file in files]
+    known = (MANIFEST, MODEL_CARD, ITEM, *files, *indexes, *SIDE_FILES)
     return name in known or _SHARD.fullmatch(name) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from m3jax.checkpoints.output.folder import OutputFolder
 from m3jax.checkpoints.output.part import OutputPart
 from m3jax.checkpoints.places import durable
 from m3jax.checkpoints.places.direct import Buffers, OutputFile
-from m3jax.checkpoints.weights import INDEX, WEIGHTS
+from m3jax.checkpoints.weights import STEMS
 
 _PAGE = 1 << 16  # bytes; no page of memory is larger
 
@@ -150,19 +150,35 @@ class ShardWriter:
                 stack.callback(self._held.popitem()[1].close)
 
 
-def make_shards(tensors: list[list[Any]]) -> list[Shard]:
-    """Shards named as transformers names them, one per list of tensors."""
+def make_shards(tensors: list[list[Any]], stem: str = STEMS[0]) -> list[Shard]:
+    """Shards named as transformers names them, one per list of tensors.
+
+    Args:
+      tensors: (name, Dtype, shape) of each tensor of each file.
+      stem: what the names begin with; see `stem_of`.
+    """
     if len(tensors) == 1:
-        return [Shard(WEIGHTS, tensors[0])]
+        return [Shard(f"{stem}.safetensors", tensors[0])]
     return [
-        Shard(f"model-{i:05d}-of-{len(tensors):05d}.safetensors", group)
+        Shard(f"{stem}-{i:05d}-of-{len(tensors):05d}.safetensors", group)
         for i, group in enumerate(tensors, start=1)
     ]
 
 
 def of_model(file: str) -> bool:
     """Whether a file holds the model itself, rather than another part of the output."""
-    return file.startswith(WEIGHTS.partition(".")[0])
+    return file.startswith(STEMS)
+
+
+def stem_of(files: Iterable[str]) -> str:
+    """What the names of a model's files begin with, so that its library finds them."""
+    names = list(files)
+    return next((s for s in STEMS if any(n.startswith(s) for n in names)), STEMS[0])
+
+
+def index_of(files: Iterable[str]) -> str:
+    """The name of the index of these files."""
+    return f"{stem_of(files)}.safetensors.index.json"
 
 
 def index_json(shards: Sequence[Shard]) -> bytes:
@@ -179,4 +195,5 @@ def index_json(shards: Sequence[Shard]) -> bytes:
 def write_index(folder: OutputFolder, shards: Sequence[Shard]) -> None:
     own = [shard for shard in shards if of_model(shard.name)]
     if len(own) > 1:
-        folder.write(INDEX, index_json(own))
+        name = index_of(shard.name for shard in own)
+        folder.write(name, index_json(own))

@@ -46,9 +46,11 @@ from m3jax.checkpoints.places.store import (
     asked,
     is_unfinished,
 )
-from m3jax.checkpoints.weights import INDEX, WEIGHTS
+from m3jax.checkpoints.weights import STEMS
 
 _UPLOADS = 2  # at the same time; libraries split a file into parts of their own
+_FILES = tuple(f"{stem}.safetensors" for stem in STEMS)
+_INDEXES = {f"{file}.index.json" for file in _FILES}
 _BLOCK = 64 << 20  # bytes that are compared at a time
 
 
@@ -98,13 +100,13 @@ class StoreOutput(OutputFolder):
             for path in self.path.rglob("*")
             if not path.is_dir()
         }
-        names = sorted(sizes.keys() - {INDEX, MANIFEST})
+        names = sorted(sizes.keys() - {*_INDEXES, MANIFEST})
         resumed = self.journalled and is_unfinished(self._before)
         sent = {name for name in names if resumed and self._is_sent(name)}
         self._begin(sent)
         self._send_all([name for name in names if name not in sent])
-        if INDEX in sizes:
-            self._send(INDEX)
+        for index in sizes.keys() & _INDEXES:
+            self._send(index)
         found = self.url.sizes()
         if MANIFEST in found:
             raise OutputError(
@@ -144,7 +146,7 @@ class StoreOutput(OutputFolder):
         marker = self.path.parent / PARTIAL
         marker.write_text("An output of m3jax that is not complete.\n")
         self._put(marker, self.url / PARTIAL)
-        for name in (MANIFEST, INDEX, WEIGHTS):
+        for name in (MANIFEST, *sorted(_INDEXES), *_FILES):
             if name in self._before and name not in sent:
                 self._remove(name)
         self._begun = True

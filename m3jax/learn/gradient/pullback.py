@@ -99,6 +99,8 @@ def learnable(recipe: Recipe) -> Recipe:
     Raises:
       RecipeError: its method is not differentiable in its weights.
     """
+    if recipe.rules:
+        raise RecipeError("a recipe with rules cannot be learned; give one method")
     if not recipe.method.differentiable:
         known = ", ".join(n for n, own in METHODS.items() if own.differentiable)
         raise RecipeError(
