@@ -294,7 +294,7 @@ class TestMisuse:
             (["--config.trim_rate=2"], "trim_rate=2 needs a number from 0 to 1"),
             (["--config=nowhere.py"], "--config=nowhere.py: no such file"),
             (["--config=nowhere"], "--config=nowhere: no such file; there are average"),
-            (["--config"], "--config needs a file"),
+            (["--config"], "--config is empty; give a value"),
             (["--seed=-1"], "seed=-1 needs 0 <= seed < 2**32"),
             (["--seed=4294967296"], "seed=4294967296 needs 0 <= seed < 2**32"),
             (
