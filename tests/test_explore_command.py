@@ -382,6 +382,36 @@ def test_models_split_over_devices_score_alike(folder, tmp_path, run):
     assert summaries[0]["winner"]["index"] == summaries[1]["winner"]["index"]
 
 
+def test_a_preset_chooses_by_answers(folder, tmp_path, run):
+    ran = run(*command(folder, tmp_path / "out", preset="adamms"))
+    assert ran.code == 0, ran.err
+    lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()[1:]
+    trials = [json.loads(line) for line in lines]
+    assert len(trials) == 7
+    assert all(list(own["answers"]) == ["pick"] for own in trials)
+    assert all(len(own["answers"]["pick"]) == EXAMPLES for own in trials)
+    alphas = [own["recipe"]["mixup"]["ratios"][0] for own in trials]
+    answers = [own["answers"]["pick"] for own in trials]
+    winner = json.loads((tmp_path / "out" / "winner.json").read_text())
+    best = m3jax.search.response_stability(answers, alphas).best[0]
+    assert winner["recipe"]["mixup"]["ratios"][0] == best
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--sampler=grid"], "sampler='grid' does not go with it"),
+        (["--search=ratios"], "takes no search=['ratios']"),
+        (["--config.method=ties"], "leave out method ties"),
+    ],
+)
+def test_what_a_preset_does_not_take_is_said(more, said, folder, tmp_path, run):
+    ran = run(*command(folder, tmp_path / "out", preset="greedy_soup"), *more)
+    assert ran.code == 2
+    assert said in ran.error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])

@@ -10,6 +10,7 @@ import pytest
 
 import m3jax
 from m3jax.exploration.groups import layer_groups
+from m3jax.exploration.merger import Merger
 from m3jax.exploration.search.searches import brackets, total
 from m3jax.exploration.space import Space
 from m3jax.methods import METHODS
@@ -149,6 +150,27 @@ def test_groups_have_methods_of_their_own() -> None:
             alone = m3jax.merge_params(trees[0], trees[1:], own, trial.seed)
             for name in names:
                 np.testing.assert_array_equal(merged[name], alone[name])
+
+
+def test_what_one_draw_measured_is_not_another_ones() -> None:
+    base, *models = _trees()
+    average = (METHODS["average"](),)
+    merger = Merger(base, models, Recipe(method="ties", mixup=Mixup(alpha=None)))
+    for method in (
+        METHODS["ties"](trim_rate=0.2),
+        METHODS["ties"](trim_rate=0.7),
+        METHODS["slerp"](),
+        METHODS["task_arithmetic"](),
+    ):
+        recipe = Recipe(
+            method="average",
+            mixup=Mixup(alpha=None),
+            rules=(("attn", (method,)), ("mlp", average)),
+        )
+        merged = merger(recipe, 0)
+        alone = m3jax.merge_params(base, models, recipe, 0)
+        for name in NAMES:
+            np.testing.assert_array_equal(merged[name], alone[name])
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])

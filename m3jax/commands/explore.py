@@ -21,6 +21,10 @@ method's numbers count where it is chosen). With --groups=4 each quarter of the 
 has values of its own. With --halving=3 all draws are evaluated on few examples, the
 best third of them on three times as many, and so on; the last one is evaluated on all.
 --hyperband=3 does that several times, from many draws on little to few on all.
+
+Published searches, in the place of --sampler and --search: --preset=greedy_soup,
+model_glue, safety_aware, lfs (a method for each group of layers), adamms (chosen by
+answers, without labels) or m3. docs/EXPLORE.md says what each does.
 """
 
 from __future__ import annotations
@@ -87,11 +91,17 @@ _TEST = define_names("test_tasks", "JSON files of tasks to report.")
 _OOD = define_names("ood_tasks", "JSON files of tasks out of distribution, to report.")
 _DRAWS = flags.DEFINE_integer("draws", 32, "How many.")
 _SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=True)
+_PRESET = flags.DEFINE_enum(
+    "preset",
+    None,
+    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "adamms"],
+    "A published search, in the place of --sampler and --search.",
+)
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
-    "recipe",
+    None,
     ["recipe", "grid", "sobol", "random", "tpe", "cmaes", "gp", "nsga2"],
-    "Where draws come from.",
+    "Where draws come from. [recipe]",
 )
 _SEARCH = flags.DEFINE_list(
     "search", None, "What samplers other than `recipe` set. [ratios]"
@@ -175,8 +185,9 @@ def main(positional: list[str]) -> int:
         ood=ood,
         draws=_DRAWS.value,
         seed=seed,
+        preset=_PRESET.value,
         sampler=_SAMPLER.value,
-        search=_SEARCH.value or ["ratios"],
+        search=_SEARCH.value,
         groups=_GROUPS.value,
         weights=weights,
         budget=scoring.LIMIT.value,

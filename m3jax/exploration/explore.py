@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
@@ -20,6 +21,8 @@ from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.tasks.apart import check_apart
 from m3jax.exploration.groups import layer_groups
 from m3jax.exploration.inputs import described, is_path, local, names_of
+from m3jax.exploration.presets import registry
+from m3jax.exploration.presets.setting import Plan, Setting
 from m3jax.exploration.report import folder as files
 from m3jax.exploration.report.log import Log
 from m3jax.exploration.run import Run, Say, nothing
@@ -27,7 +30,7 @@ from m3jax.exploration.search import samplers, searches
 from m3jax.exploration.search.make import make_search, tasks_of
 from m3jax.exploration.search.result import Exploration
 from m3jax.exploration.search.samplers import ADAPTIVE
-from m3jax.exploration.search.scoring import Objective, describe, losses
+from m3jax.exploration.search.scoring import Objective, answering, describe, losses
 from m3jax.exploration.space import WHOLE, Space
 from m3jax.recipe import Recipe, RecipeError
 
@@ -42,8 +45,9 @@ def explore(
     ood: Evaluator | None = None,
     draws: int = 32,
     seed: int = 0,
-    sampler: str = "recipe",
-    search: Sequence[str] = ("ratios",),
+    preset: str | None = None,
+    sampler: str | None = None,
+    search: Sequence[str] | None = None,
     groups: int | None = None,
     weights: Mapping[str, float] | None = None,
     budget: int | None = None,
@@ -80,10 +84,13 @@ def explore(
       ood: the same, on data of another distribution.
       draws: how many; a grid takes at most so many.
       seed: 0 <= seed < 2**32; with the same seed everything is the same.
-      sampler: ``recipe`` (its own Beta or Dirichlet, a new seed a draw), ``grid``,
-        ``sobol``, ``random``, and optuna's ``tpe``, ``cmaes``, ``gp`` and ``nsga2``,
-        which looks at every task by itself.
-      search: for the other samplers, what they may change: ``ratios``,
+      preset: a published search, in the place of sampler and search: ``m3``,
+        ``greedy_soup``, ``model_glue``, ``safety_aware``, ``lfs`` or ``adamms``, which
+        asks the evaluator for ``answers``, too; see docs/EXPLORE.md.
+      sampler: ``recipe``, the default (its own Beta or Dirichlet, a new seed a draw),
+        ``grid``, ``sobol``, ``random``, and optuna's ``tpe``, ``cmaes``, ``gp`` and
+        ``nsga2``, which looks at every task by itself.
+      search: for the other samplers, what they may change: ``ratios``, the default,
         ``scaling=LOW:HIGH``, ``trim_rate=…``, ``drop_rate=…`` (of all models),
         ``drop_rates=…`` (of each), ``method=ties|slerp``, the numbers of each of which
         count where it is chosen, ``dare.strategy=…``, ``seed`` (a new one a draw).
@@ -123,29 +130,11 @@ def explore(
     for name, value in {**counts, "budget": budget}.items():
         if value is not None and value < 1:
             raise RecipeError(f"{name}={value} needs 1 or more")
-    if generation > 1 and sampler not in ADAPTIVE:
-        raise RecipeError(
-            f"generation={generation} is for the samplers {', '.join(ADAPTIVE)}; "
-            f"{sampler} is told of no scores"
-        )
     if mesh is not None and at_once not in (None, 1):
         raise RecipeError(f"at_once={at_once} needs to be 1 with a mesh")
     sharding = over_devices(mesh)
-    if sampler not in samplers.SAMPLERS:
-        names = ", ".join(samplers.SAMPLERS)
-        raise RecipeError(f"sampler={sampler!r} needs one of {names}")
-    searched = sampler != "recipe"
-    space = None
-    if searched:
-        each = WHOLE if groups is None else layer_groups(_tensors(models[0]), groups)
-        space = Space.parse(search, recipe, len(models), each)
     rates = {"halving": halving, "hyperband": hyperband}
     for name, rate in rates.items():
-        if rate is not None and sampler in ADAPTIVE:
-            raise RecipeError(
-                f"{name}={rate} needs a sampler that is not told of scores; "
-                f"{sampler} would compare those of different budgets"
-            )
         searches.check_rate(name, rate)
     full = _full(evaluator, budget, rates)
     objective = Objective(dict(weights or {}), losses(evaluator))
@@ -155,19 +144,57 @@ def explore(
             if isinstance(other, TaskEvaluator):
                 for note in check_apart(evaluator.tasks, other.tasks):
                     say(f"note: {note}")
-    asks, total = make_search(
-        sampler,
-        recipe,
-        space,
-        objective,
-        draws=draws,
-        seed=seed,
-        generation=generation,
-        budget=full,
-        halving=halving,
-        hyperband=hyperband,
-        tasks=tasks_of(evaluator, objective),
-    )
+    tasks = tasks_of(evaluator, objective)
+    tensors = functools.partial(_tensors, models[0])
+    if preset is not None:
+        given: dict[str, Any] = {"search": search, "groups": groups, **rates}
+        given["generation"] = generation if generation > 1 else None
+        registry.check(preset, sampler, given)
+        setting = Setting(
+            name=preset,
+            recipe=recipe,
+            has_base=base is not None,
+            models=models,
+            tensors=tensors(),
+            objective=objective,
+            tasks=tasks,
+            draws=draws,
+            seed=seed,
+            budget=full,
+            groups=groups,
+            sampler=sampler,
+            generation=generation,
+            halving=halving,
+            hyperband=hyperband,
+        )
+        plan = registry.plan(setting)
+        if plan.answers and not answering(evaluator):
+            raise RecipeError(
+                f"preset={preset!r} looks at answers, and the evaluator tells none; "
+                "choose tasks that answer, or give it a method `answers`"
+            )
+        objective = plan.objective
+    else:
+        sampler, search = sampler or "recipe", search or ("ratios",)
+        _check_sampler(sampler, generation, rates)
+        space = None
+        if sampler != "recipe":
+            each = WHOLE if groups is None else layer_groups(tensors(), groups)
+            space = Space.parse(search, recipe, len(models), each)
+        asks, total = make_search(
+            sampler,
+            recipe,
+            space,
+            objective,
+            draws=draws,
+            seed=seed,
+            generation=generation,
+            budget=full,
+            halving=halving,
+            hyperband=hyperband,
+            tasks=tasks,
+        )
+        plan = Plan(asks, total, objective, space)
     lists = {"validation": evaluator, "test": test, "ood": ood}
     header = {
         "m3jax": m3jax.__version__,
@@ -177,8 +204,9 @@ def explore(
         "models": [described(model) for model in models],
         "recipe": recipe.to_dict(),
         "seed": seed,
+        **({} if preset is None else {"preset": preset}),
         "sampler": sampler,
-        "search": list(search) if space else None,
+        "search": list(search or ()) if plan.space and preset is None else None,
         **({} if groups is None else {"groups": groups}),
         # Otherwise it may go on to more draws than it began with.
         "draws": draws if sampler in ("grid", "nsga2") or halving else None,
@@ -211,19 +239,40 @@ def explore(
             rows=rows,
             times=path and path / files.TIMES,
             say=say,
-            aligned=None if space is None else space.reading(recipe),
+            aligned=None if plan.space is None else plan.space.reading(recipe),
+            answers=plan.answers,
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
         trees = [
             load(model, sharding) if is_path(model) else model
             for model in (base, *models)
         ]
-        found = run(trees, names_of(models), asks, total)
+        found = run(trees, names_of(models), plan.search, plan.total)
         replay = _replay(found, base, models, tokenizer_from)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
             files.write_outputs(found, path, say)
         return found
+
+
+def _check_sampler(
+    sampler: str, generation: int, rates: Mapping[str, int | None]
+) -> None:
+    """Raises RecipeError where a sampler does not go with the other options."""
+    if sampler not in samplers.SAMPLERS:
+        names = ", ".join(samplers.SAMPLERS)
+        raise RecipeError(f"sampler={sampler!r} needs one of {names}")
+    if generation > 1 and sampler not in ADAPTIVE:
+        raise RecipeError(
+            f"generation={generation} is for the samplers {', '.join(ADAPTIVE)}; "
+            f"{sampler} is told of no scores"
+        )
+    for name, rate in rates.items():
+        if rate is not None and sampler in ADAPTIVE:
+            raise RecipeError(
+                f"{name}={rate} needs a sampler that is not told of scores; "
+                f"{sampler} would compare those of different budgets"
+            )
 
 
 def _full(

@@ -26,6 +26,11 @@ class Group(NamedTuple):
     layers: str
 
 
+def num_layers(names: Sequence[str]) -> int:
+    """How many layers the names have."""
+    return len(_layers(names))
+
+
 def layer_groups(
     names: Sequence[str], count: int, *, outside: bool = False
 ) -> tuple[Group, ...]:
@@ -43,7 +48,7 @@ def layer_groups(
     Raises:
       RecipeError: there are fewer layers than groups.
     """
-    layers = sorted({n for n in map(layer_of, names) if n is not None})
+    layers = _layers(names)
     if not 1 <= count <= len(layers):
         raise RecipeError(
             f"groups={count} needs 1 to {len(layers)}, the number of layers"
@@ -62,3 +67,7 @@ def layer_groups(
         return (*groups, Group("outside", "", "outside the layers"))
     last = groups[-1]
     return (*groups[:-1], last._replace(pattern=""))
+
+
+def _layers(names: Sequence[str]) -> list[int]:
+    return sorted({n for n in map(layer_of, names) if n is not None})

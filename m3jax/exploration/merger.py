@@ -67,11 +67,17 @@ class Merger:
 
         What a method measures may depend on its weights, unless it says otherwise.
         """
-        drawn = any(step.draws for step in recipe.transforms)
-        method = recipe.method
-        weighs = method.weighs_statistics
-        numbers = {name: getattr(method, name) for name in method.fields()}
-        for name in () if weighs else ("weights", "scaling"):
-            numbers.pop(name, None)
-        own = (recipe.mixup, seed) if weighs else None
-        return numbers, recipe.transforms, seed if drawn else None, own
+        patterns = [pattern for pattern, _ in recipe.rules]
+        return patterns, [_read_by(own, seed) for own in recipe.variants]
+
+
+def _read_by(recipe: Recipe, seed: int) -> Any:
+    """The same of a recipe without rules."""
+    drawn = any(step.draws for step in recipe.transforms)
+    method = recipe.method
+    weighs = method.weighs_statistics
+    numbers = {name: getattr(method, name) for name in method.fields()}
+    for name in () if weighs else ("weights", "scaling"):
+        numbers.pop(name, None)
+    own = (recipe.mixup, seed) if weighs else None
+    return method.name, numbers, recipe.transforms, seed if drawn else None, own

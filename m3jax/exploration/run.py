@@ -39,6 +39,7 @@ class Run:
 
     Attributes:
       recipe: of the baselines, and what the draws have in common.
+      answers: the search looks at what the draws answer.
       aligned: a recipe that reads what all draws together read; None: as `recipe`.
       evaluators: by list of tasks; ``validation`` is what is chosen on.
       objective: of scores on it.
@@ -63,6 +64,7 @@ class Run:
     times: Path | None = None
     say: Say = nothing
     aligned: Recipe | None = None
+    answers: bool = False
 
     def __call__(
         self,
@@ -91,8 +93,8 @@ class Run:
         merger = mergers[0]
         for name, recipe in self._baselines(len(names)).items():
             rows.append(self._row(name, "baseline", merger, recipe, self.seed))
-        trials = self._all_trials(mergers, search, first, total)
-        winner = best(at_the_largest_budget(trials), 1)[0]
+        trials, chosen = self._all_trials(mergers, search, first, total)
+        winner = chosen or best(at_the_largest_budget(trials), 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
                 "every draw scored NaN, so none is best: the models, or what they are "
@@ -143,7 +145,8 @@ class Run:
         search: Search,
         first: Sequence[Proposal],
         total: int | None,
-    ) -> list[Trial]:
+    ) -> tuple[list[Trial], Trial | None]:
+        """All of them, and the one that the search chose, if it did."""
         trials: list[Trial] = []
         of_all = "" if total is None else f" of {total}"
         asked = first
@@ -156,8 +159,8 @@ class Run:
                     self.say(f"{len(trials)}{of_all}: draw {trial.index}, {what}")
             try:
                 asked = search.send(trials[start:])
-            except StopIteration:
-                return trials
+            except StopIteration as end:
+                return trials, end.value
 
     def _run(
         self, asked: Sequence[Proposal], start: int, mergers: Sequence[Merger]
@@ -188,7 +191,10 @@ class Run:
         start = time.perf_counter()
         parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
-        own = self._score("validation", parameters, asked.budget).scores
+        scored = self._score(
+            "validation", parameters, asked.budget, answers=self.answers
+        )
+        own = scored.scores
         others = [name for name in self.evaluators if name != "validation"]
         other = {
             name: self._score(name, parameters, self.budget).scores
@@ -203,15 +209,23 @@ class Run:
             scores=own,
             objective=self.objective(own),
             other=other,
+            answers=scored.answers if self.answers else None,
         )
         return trial, {
             "merge_seconds": round(merged - start, 6),
             "evaluate_seconds": round(time.perf_counter() - merged, 6),
         }
 
-    def _score(self, name: str, parameters: Parameters, budget: int | None) -> Scored:
+    def _score(
+        self,
+        name: str,
+        parameters: Parameters,
+        budget: int | None,
+        *,
+        answers: bool = False,
+    ) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
-        return score(self.evaluators[name], parameters, budget, key)
+        return score(self.evaluators[name], parameters, budget, key, answers)
 
 
 def at_the_largest_budget(trials: Sequence[Trial]) -> list[Trial]:

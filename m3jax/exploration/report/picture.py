@@ -148,14 +148,16 @@ def _references(axis: Any, found: Exploration, task: str, model: int | None) -> 
 
 def _x_axis(found: Exploration, task: str) -> _Axis:
     draws = found.draws
-    if draws[0].mean_ratios and len({trial.mean_ratios for trial in draws}) > 1:
+    drawn = all(trial.mean_ratios for trial in draws)
+    if drawn and len({trial.mean_ratios for trial in draws}) > 1:
         model = 0 if len(found.models) == 2 else _expert(found, task)
         return _Axis(
             f"λ, the ratio of {_text(found.models[model])}",
             lambda trial: (trial.mean_ratios or ())[model],
             model,
         )
-    for place, step in enumerate(draws[0].recipe.steps):
+    same = {tuple(type(step) for step in trial.recipe.steps) for trial in draws}
+    for place, step in enumerate(draws[0].recipe.steps if len(same) == 1 else ()):
         for name in step.fields():
 
             def value(trial: Trial, place: int = place, name: str = name) -> Any:

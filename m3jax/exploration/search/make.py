@@ -8,7 +8,7 @@ from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.exploration.search import samplers, searches
 from m3jax.exploration.search.samplers import ADAPTIVE
 from m3jax.exploration.search.scoring import Objective
-from m3jax.exploration.search.searches import Search
+from m3jax.exploration.search.searches import Rung, Search
 from m3jax.exploration.space import Space
 from m3jax.recipe import Recipe, RecipeError
 
@@ -46,11 +46,9 @@ def make_search(
             sampler, own, objective, draws=draws, generation=generation, tasks=tasks
         )
         return found, draws
-    brackets = []
+    brackets: list[list[Rung]] = []
     if hyperband is not None:
-        assert budget is not None
-        brackets = searches.brackets(budget, hyperband)
-        draws = sum(rungs[0].draws for rungs in brackets)
+        brackets, draws = in_brackets(budget, hyperband)
     listed, count = samplers.listed(
         sampler, recipe, space, draws=draws, seed=seed, budget=budget
     )
@@ -62,3 +60,10 @@ def make_search(
     rungs = searches.rungs(count, budget, halving)
     proposals = [listed(index) for index in range(count)]
     return searches.in_rungs(proposals, rungs), searches.total(rungs)
+
+
+def in_brackets(budget: int | None, eta: int) -> tuple[list[list[Rung]], int]:
+    """Hyperband's brackets, and how many draws they take."""
+    assert budget is not None
+    found = searches.brackets(budget, eta)
+    return found, sum(rungs[0].draws for rungs in found)

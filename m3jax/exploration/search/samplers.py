@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3jax import prng
@@ -18,6 +18,7 @@ from m3jax.recipe import Recipe, RecipeError
 LISTED = ("recipe", "grid", "sobol", "random")
 ADAPTIVE = ("tpe", "cmaes", "gp", "nsga2")
 SAMPLERS = (*LISTED, *ADAPTIVE)
+Pick = Callable[[Dimension, Searched], float]  # a number from 0 to 1 of each
 _PACKAGES = {"cmaes": ("cmaes",), "gp": ("torch", "scipy")}
 
 
@@ -92,7 +93,7 @@ def listed(
         values = space.grid(draws)
     else:
         check_searches(name, space)
-        values = _points(name, space, draws, seed)
+        values = points(name, space, draws, seed)
     return Draws(recipe, seed, budget, space, values), len(values)
 
 
@@ -104,6 +105,7 @@ def optimised(
     draws: int,
     generation: int,
     tasks: Sequence[str] = (),
+    first: Sequence[Pick] = (),
 ) -> Search:
     """Values that an optimiser of optuna's suggests, told what became of those before.
 
@@ -114,6 +116,7 @@ def optimised(
       draws: how many.
       generation: how many are proposed before the first of them is told of.
       tasks: whose scores `nsga2` is told of.
+      first: points to begin with.
 
     Raises:
       RecipeError: a package is missing, or there is nothing to search but seeds.
@@ -127,6 +130,8 @@ def optimised(
         sampler=_optuna_sampler(optuna, name, draw.seed, generation),
         directions=directions,
     )
+    for pick in first:
+        study.enqueue_trial(_asked(space, pick))
     return _optimised(optuna, study, draw, objective, draws, generation, several)
 
 
@@ -158,13 +163,32 @@ def _optimised(
                 study.tell(trial, scores)
             else:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    return None
+
+
+def _asked(space: Space, pick: Pick) -> dict[str, float]:
+    """A point by the names that `_suggested` gives its numbers."""
+    found: dict[str, float] = {}
+
+    def kept(axis: Dimension, field: Searched) -> float:
+        own, options = pick(axis, field), len(field.options)
+        place = min(int(own * options), options - 1)
+        found[_label(space, axis)] = place if options else own
+        return own
+
+    space.picked(kept)
+    return found
+
+
+def _label(space: Space, axis: Dimension) -> str:
+    return f"{space.label(axis.group, axis.field)}.{axis.place}"
 
 
 def _suggested(
     space: Space, trial: Any, axis: Dimension, field: Searched, words: bool
 ) -> float:
     """A number of the unit interval; of words, the middle of a word's part."""
-    name = f"{space.label(axis.group, axis.field)}.{axis.place}"
+    name = _label(space, axis)
     if field.options and words:
         place = trial.suggest_categorical(name, range(len(field.options)))
         return float((place + 0.5) / len(field.options))
@@ -195,7 +219,7 @@ def check_searches(name: str, space: Space) -> None:
         raise RecipeError(f"sampler={name!r} needs more to search than seeds")
 
 
-def _points(name: str, space: Space, draws: int, seed: int) -> list[Values]:
+def points(name: str, space: Space, draws: int, seed: int) -> list[Values]:
     """Points of the cube; the first of them are the same for any number of draws."""
     import numpy as np
     from scipy.stats import qmc

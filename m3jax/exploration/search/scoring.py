@@ -11,7 +11,7 @@ import jax
 
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.results import as_json
-from m3jax.exploration.search.trials import Scores, with_nan
+from m3jax.exploration.search.trials import Answers, Scores, with_nan
 from m3jax.models.layers import Parameters
 from m3jax.recipe import RecipeError
 
@@ -25,14 +25,17 @@ class Scored:
     Attributes:
       scores: by task.
       examples: of which the scores are means; None where the evaluator tells none.
+      answers: in words; {} where the evaluator tells none. They are not kept.
     """
 
     scores: Scores
     examples: Examples | None = None
+    answers: Answers | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; null for what is not finite."""
-        found: dict[str, Any] = as_json(dataclasses.asdict(self))
+        entry = {"scores": self.scores, "examples": self.examples}
+        found: dict[str, Any] = as_json(entry)
         return found
 
     @classmethod
@@ -87,17 +90,46 @@ class Objective:
 
 
 def score(
-    evaluator: Evaluator, parameters: Parameters, budget: int | None, key: jax.Array
+    evaluator: Evaluator,
+    parameters: Parameters,
+    budget: int | None,
+    key: jax.Array,
+    answers: bool = False,
 ) -> Scored:
-    """Evaluates; with the examples' own scores where the evaluator has them."""
+    """Evaluates; with the examples' own scores where the evaluator has them.
+
+    Args:
+      answers: ask for them, too.
+    """
     if not isinstance(evaluator, TaskEvaluator):
         found = evaluator(parameters, budget, key)
-        return Scored({name: float(value) for name, value in found.items()})
+        scores = {name: float(value) for name, value in found.items()}
+        asked = evaluator.answers(parameters, budget, key) if answers else {}  # type: ignore[attr-defined]
+        return Scored(
+            scores, answers={name: list(map(str, own)) for name, own in asked.items()}
+        )
     results = evaluator.evaluate(parameters, budget, key)
     return Scored(
         {result.task: result.mean for result in results},
         {result.task: result.scores.tolist() for result in results},
+        {
+            result.task: [str(_answer(record)) for record in result.records]
+            for result in results
+            if result.records and _answer(result.records[0]) is not None
+        },
     )
+
+
+def answering(evaluator: Evaluator) -> bool:
+    """Whether it tells what the models answer, and not their scores alone."""
+    if isinstance(evaluator, TaskEvaluator):
+        return any(task.kind != "loss" for task in evaluator.tasks)
+    return hasattr(evaluator, "answers")
+
+
+def _answer(record: Mapping[str, Any]) -> Any:
+    """What the model wrote, or which choice it took; None where it did neither."""
+    return record.get("output", record.get("chosen"))
 
 
 def losses(evaluator: Evaluator | None) -> frozenset[str]:

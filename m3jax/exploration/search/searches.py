@@ -1,7 +1,8 @@
 """Searches: what to evaluate next, given what came of it before.
 
 A search is a generator. It yields proposals, a batch at a time, and is sent their
-trials; when it returns, the search is over. The loop (`exploration.run`) knows nothing
+trials; when it returns, the search is over, and a trial that it returns is the winner,
+in the place of the one of highest objective. The loop (`exploration.run`) knows nothing
 else of it, so that a published search is a few lines:
 
     def halves(proposals):
@@ -24,7 +25,7 @@ from m3jax.exploration.search.trials import Proposal, Trial, best
 from m3jax.recipe import RecipeError
 from m3jax.search import hyperband_brackets
 
-Search: TypeAlias = Generator[Sequence[Proposal], Sequence[Trial], None]
+Search: TypeAlias = Generator[Sequence[Proposal], Sequence[Trial], Trial | None]
 Draw = Callable[[int], Proposal]  # the draw of an index
 
 
@@ -41,6 +42,7 @@ def in_rungs(proposals: Sequence[Proposal], rungs: Sequence[Rung]) -> Search:
         asked = [dataclasses.replace(p, budget=rung.budget) for p in proposals]
         trials = yield asked[: rung.draws]
         proposals = [trial.proposal for trial in best(trials, len(trials))]
+    return None
 
 
 def rungs(draws: int, budget: int | None, halving: int | None) -> list[Rung]:
@@ -92,6 +94,7 @@ def hyperband(draw: Draw, brackets: Sequence[Sequence[Rung]]) -> Search:
         proposals = [draw(i) for i in range(index, index + count)]
         index += count
         yield from in_rungs(proposals, bracket)
+    return None
 
 
 def total(rungs: Sequence[Rung]) -> int:

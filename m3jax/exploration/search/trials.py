@@ -11,6 +11,7 @@ from m3jax.evaluation.results import as_json
 from m3jax.recipe import Recipe
 
 Scores = dict[str, float]
+Answers = dict[str, list[str]]  # task -> of each example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Trial:
       scores: on the validation tasks, by name.
       objective: what is maximised; NaN where a score is.
       other: scores on lists of tasks that nothing is chosen on, if asked for.
+      answers: of the validation tasks, by name, to a search that looks at them.
     """
 
     index: int
@@ -51,6 +53,7 @@ class Trial:
     scores: Scores
     objective: float
     other: dict[str, Scores] = dataclasses.field(default_factory=dict)
+    answers: Answers | None = None
 
     @property
     def proposal(self) -> Proposal:
@@ -76,6 +79,7 @@ class Trial:
                 "objective": self.objective,
                 "scores": self.scores,
                 **self.other,
+                **({} if self.answers is None else {"answers": self.answers}),
                 "recipe": self.recipe.to_dict(),
             }
         )
@@ -83,7 +87,7 @@ class Trial:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Trial:
-        known = {"index", "budget", "seed", "ratios", "objective", "scores", "recipe"}
+        known = {field.name for field in dataclasses.fields(cls)} - {"other"}
         ratios = line["ratios"]
         return cls(
             index=line["index"],
@@ -94,6 +98,7 @@ class Trial:
             scores=with_nan(line["scores"]),
             objective=with_nan(line["objective"]),
             other={k: with_nan(v) for k, v in line.items() if k not in known},
+            answers=line.get("answers"),
         )
 
 

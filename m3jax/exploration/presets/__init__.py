@@ -1,0 +1,1 @@
+"""Published searches, each a generator over the loop of `exploration.run`."""
