@@ -24,7 +24,14 @@ from m3jax.exploration.space import Space
 
 SIZE = 1000
 NORMAL = np.random.default_rng(0).standard_normal((4, SIZE)).astype(np.float32)
-FILES = ("trials.jsonl", "scores.jsonl", "summary.json", "summary.md", "winner.json")
+FILES = (
+    "trials.jsonl",
+    "scores.jsonl",
+    "summary.json",
+    "summary.md",
+    "winner.json",
+    "report.html",
+)
 
 
 def trees(count: int = 2) -> list[dict]:

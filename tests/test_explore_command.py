@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,10 @@ def test_table_and_parents(folder, explored, run):
         assert line in printed
         assert line in text
     assert text.startswith("# 4 draws of ties, a + b\n")
+    page = (output / "report.html").read_text()
+    intervals = re.findall(r"\[-?\d\.\d{4}, -?\d\.\d{4}\]", text)
+    assert len(intervals) > 10
+    assert all(interval in page for interval in intervals)
     assert len((output / "times.jsonl").read_text().splitlines()) == 4
 
 
@@ -299,7 +304,7 @@ def test_tasks_of_the_harness_choose(folder, tmp_path, run):
         ({"tokenizer_from": "c"}, 2, "--tokenizer_from=c needs base or one of"),
         ({"search": "all", "sampler": "grid"}, 2, "search='all' needs"),
         ({"export": "{folder}/a"}, 3, "exists already"),
-        ({"output": "memory://bucket/out"}, 3, "written to folders of this machine"),
+        ({"output": "memory://bucket/out"}, 3, "written to a folder of this machine"),
         ({"output": "{folder}/test.json/out"}, 3, "is not a folder"),
     ],
 )
@@ -355,7 +360,7 @@ def test_it_says_how_to_resume(error, code, text, folder, tmp_path, run, monkeyp
 
 
 def test_draws_at_once_change_no_file(folder, tmp_path, run):
-    names = ("trials.jsonl", "scores.jsonl", "summary.md", "winner.json")
+    names = ("trials.jsonl", "scores.jsonl", "summary.md", "winner.json", "report.html")
     files = []
     for flags in ({}, {"at_once": 2}):
         output = tmp_path / str(len(files))

@@ -2,7 +2,8 @@
 
 The best draw is chosen on --validation_tasks; what it is worth is read off the test
 tasks. --output gets a line for every trial, a table with parents and plain merges, a
-picture, and the winner as a recipe: `m3jax merge --config=OUTPUT/winner.json`.
+page of charts (report.html), a picture, and the winner as a recipe: `m3jax merge
+--config=OUTPUT/winner.json`.
 
 The objective is the weighted mean of the validation scores, a loss counting
 negative. A task that is no file is one of lm-evaluation-harness, as for `m3jax

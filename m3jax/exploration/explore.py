@@ -114,7 +114,7 @@ def explore(
         the first of them scored; they do come at once.
       mesh: split models that are paths over so many devices, one draw at a time, as
         ``{"rows": 2, "columns": 4}``; see `m3jax.Execution`.
-      output: a folder for trials, summary, picture and the winner's recipe.
+      output: a folder for trials, summary, page, picture and the winner's recipe.
       resume: go on with what an interrupted exploration has left there.
       overwrite: begin anew there.
       tokenizer_from: goes into the winner's recipe; see `m3jax.Execution`.

@@ -17,6 +17,7 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.places import durable
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.merger import Merger
+from m3jax.exploration.progress import Progress
 from m3jax.exploration.report.log import Log
 from m3jax.exploration.search.places import choose_places, in_order, make_mergers
 from m3jax.exploration.search.result import Exploration, Row
@@ -149,14 +150,23 @@ class Run:
         """All of them, and the one that the search chose, if it did."""
         trials: list[Trial] = []
         of_all = "" if total is None else f" of {total}"
-        asked = first
+        asked, progress = first, Progress()
+        # Trials of other budgets take other times; then what is left is the rung.
+        alike = total is not None and first[0].budget == self.budget
         while True:
             start = len(trials)
             for trial in self._run(asked, start, mergers):
                 trials.append(trial)
-                if len(trials) > len(self.trials.lines):
+                recorded = len(trials) <= len(self.trials.lines)
+                progress.add(trial, recorded=recorded)
+                if not recorded:
+                    end = total if alike else total and start + len(asked)
+                    left = None if end is None else end - len(trials)
                     what = described(trial.objective, trial.scores, trial.mean_ratios)
-                    self.say(f"{len(trials)}{of_all}: draw {trial.index}, {what}")
+                    self.say(
+                        f"{len(trials)}{of_all}: draw {trial.index}, {what}; "
+                        f"{progress.text(trial, left)}"
+                    )
             try:
                 asked = search.send(trials[start:])
             except StopIteration as end:

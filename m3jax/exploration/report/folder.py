@@ -12,12 +12,13 @@ from pathlib import Path
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.places import durable
 from m3jax.exploration.report import summary
+from m3jax.exploration.report.html.page import render
 from m3jax.exploration.search.result import Exploration
 
 TRIALS, SCORES, TIMES = "trials.jsonl", "scores.jsonl", "times.jsonl"
 SUMMARY, TABLE, PICTURE = "summary.json", "summary.md", "scores.png"
-WINNER = "winner.json"
-FILES = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER)
+WINNER, PAGE = "winner.json", "report.html"
+FILES = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER, PAGE)
 
 
 @contextlib.contextmanager
@@ -89,7 +90,7 @@ def claimed(
 
 
 def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) -> None:
-    """Writes summary.json, summary.md, winner.json and scores.png into a folder.
+    """Writes summary, winner.json, report.html and scores.png into a folder.
 
     Without matplotlib there is no picture, and `say` is told so.
     """
@@ -100,6 +101,7 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write(folder / name, text + "\n")
     write(folder / TABLE, summary.as_markdown(found))
+    write(folder / PAGE, render(found))
     try:
         from m3jax.exploration.report import picture
     except ImportError:

@@ -110,19 +110,20 @@ def as_dict(found: Exploration) -> dict[str, Any]:
 
 def as_markdown(found: Exploration) -> str:
     """The tables for people."""
-    winner = found.winner
-    lines = [
-        f"# {len(found.draws)} draws of {winner.recipe.method.name}, "
-        f"{' + '.join(found.models)}",
-        "",
-        *notes(found),
-    ]
+    lines = [f"# {title(found)}", "", *notes(found)]
     for table in tables(found):
         header, rows = table.texts()
         lines += ["", f"## {table.title}", "", _line(header)]
         lines.append(_line(["---", *["---:"] * (len(header) - 1)]))
         lines += [_line(row) for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def title(found: Exploration) -> str:
+    """How many draws of what."""
+    methods = dict.fromkeys(draw.recipe.method.name for draw in found.draws)
+    of = " | ".join(sorted(methods))
+    return f"{len(found.draws)} draws of {of}, {' + '.join(found.models)}"
 
 
 def notes(found: Exploration) -> list[str]:
