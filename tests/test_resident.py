@@ -20,6 +20,7 @@ from m3jax.engine.buffers import Buffers, Pool
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.methods import METHODS, TRANSFORMS, sums
 from m3jax.methods.step import Operands, Problem, Reduction, run_statistics
+from m3jax.recipe import Gradient, Rules
 
 SHAPES = {
     "model.embed_tokens.weight": (97, 71),
@@ -44,6 +45,11 @@ RECIPES = {
         transforms=(SPARSIFY(by="random", density=0.4), RESCALE(norm="l1")),
         method="task_arithmetic",
         mixup=m3jax.Mixup(alpha=1.0, granularity="tensor"),
+    ),
+    "other numbers by tensor": m3jax.Recipe(
+        transforms=(SPARSIFY(by="magnitude", density=Rules((("norm", 0.9),), 0.4)),),
+        method=METHODS["task_arithmetic"](weights=Gradient((0.2, 1.0))),
+        mixup=NO_M3,
     ),
     "model stock": m3jax.Recipe(method="model_stock", mixup=NO_M3),
     "slerp": m3jax.Recipe(method="slerp", mixup=NO_M3),

@@ -263,12 +263,14 @@ def _measured(
         total = share.processes.sum(own)
         return dict(zip(names[0], total or (), strict=True))
 
-    def measured(job: Job) -> Numbers:
-        keep = kept if job.places else lambda name, find: find()
-        return measured_by(stream, job, prepared.numbers(job), keep, gathered)
+    def measured(job: Job, first: Job) -> Numbers:
+        """`first`: the job for the tensors that are measured before any merge; those
+        that are measured while they are merged need their parameters all the same."""
+        keep = kept if first.places else lambda name, find: find()
+        return measured_by(stream, first, prepared.numbers(job), keep, gathered)
 
     pairs = zip(prepared.jobs, prepared.measured, strict=True)
-    return tuple((job, measured(own)) for job, own in pairs)
+    return tuple((job, measured(job, first)) for job, first in pairs)
 
 
 def _merge_share(
