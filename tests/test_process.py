@@ -187,7 +187,8 @@ class TestEnd:
         assert "No space left on device" in done.stderr.splitlines()[-1]
 
     def test_errors_have_their_codes(self, merge, tmp_path):
-        arguments = merge.arguments(tmp_path / "merged", ["--base=nowhere"])
+        arguments = merge.arguments(tmp_path / "merged", [])
+        arguments[1] = "--base=nowhere"
         assert m3jax(*arguments, env=dict(os.environ)).returncode == 3
 
     def test_a_profiler_has_its_say(self, tmp_path):
