@@ -16,7 +16,8 @@ _CORNERS = ((-1, -1), (1, -1), (1, 1), (-1, 1))
 
 def picture(name: str, width: float, height: float, parts: Sequence[str]) -> str:
     box = f"0 0 {width:.0f} {height:.0f}"
-    return element("svg", *parts, viewBox=box, role="img", aria_label=name)
+    size = {"width": f"{width:.0f}", "height": f"{height:.0f}"}
+    return element("svg", *parts, viewBox=box, role="img", aria_label=name, **size)
 
 
 def mark(style: str, x: float, y: float, told: str = "") -> str:

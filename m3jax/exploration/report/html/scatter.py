@@ -92,9 +92,11 @@ def _frame(plane: tuple[Scale, Scale], x: Axis, y: Axis) -> str:
             marks.line("grid", _LEFT, down(number), _WIDTH - _RIGHT, down(number))
         )
         parts.append(marks.label(label, _LEFT - 6, down(number) + 4, "end"))
-    for number, label in right.ticks[:: -(-len(right.ticks) // marks.SHOWN)]:
+    ticks = right.ticks[:: -(-len(right.ticks) // marks.SHOWN)]
+    room = max(7, 54 // len(ticks))  # characters
+    for number, label in ticks:
         parts.append(
-            marks.label(marks.short(label, 12), right(number), floor + 15, "middle")
+            marks.label(marks.short(label, room), right(number), floor + 15, "middle")
         )
     parts.append(marks.line("floor", _LEFT, floor, _WIDTH - _RIGHT, floor))
     less = " (less is better)" if x.lower else ""
