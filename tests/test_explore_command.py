@@ -299,7 +299,7 @@ def test_tasks_of_the_harness_choose(folder, tmp_path, run):
         ({"tokenizer_from": "c"}, 2, "--tokenizer_from=c needs base or one of"),
         ({"search": "all", "sampler": "grid"}, 2, "search='all' needs"),
         ({"export": "{folder}/a"}, 3, "exists already"),
-        ({"output": "memory://bucket/out"}, 3, "written to folders of this machine"),
+        ({"output": "memory://bucket/out"}, 3, "written to a folder of this machine"),
         ({"output": "{folder}/test.json/out"}, 3, "is not a folder"),
     ],
 )
