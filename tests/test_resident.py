@@ -15,7 +15,7 @@ import pytest
 from interruptions import Observer, write_models
 
 import m3jax
-from m3jax.engine import resident, streamed, tiles
+from m3jax.engine import chunks, resident, tiles
 from m3jax.engine.buffers import Buffers, Pool
 from m3jax.engine.kernel import Numbers, Program
 from m3jax.methods import METHODS, TRANSFORMS, sums
@@ -217,7 +217,7 @@ def test_a_failure_stops_the_others(merge, tmp_path, monkeypatch):
     """A thread that fails while others wait for buffers does not leave them waiting."""
     monkeypatch.setattr(resident, "_MOST", 30 * 6 * 1024)
     monkeypatch.setattr(
-        streamed.Stream, "_check_result", lambda *arguments: 1 / 0, raising=True
+        chunks.Work, "check_result", lambda *arguments: 1 / 0, raising=True
     )
     with pytest.raises(ZeroDivisionError):
         merge(tmp_path / "merged", RECIPES["largest"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from m3jax.commands import learn_config, mesh
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define_names, names
 from m3jax.commands.tables import clean, say, table
 
 USAGE = (
@@ -52,23 +52,22 @@ MORE_HELP = [
 _BASE = flags.DEFINE_string(
     "base", None, "The base model: folder, file or org/name.", allow_override=True
 )
-_MODELS = flags.DEFINE_list(
-    "models", None, "The fine-tuned models, comma-separated.", allow_override=True
+_MODELS = define_names(
+    "models", "The fine-tuned models, comma-separated.", allow_override=True
 )
-_TASKS = flags.DEFINE_list(
-    "tasks", None, "JSON files of tasks to learn from.", allow_override=True
+_TASKS = define_names(
+    "tasks", "JSON files of tasks to learn from.", allow_override=True
 )
-_VALIDATION = flags.DEFINE_list(
+_VALIDATION = define_names(
     "validation_tasks",
-    None,
     "JSON files of tasks that say which step is kept.",
     allow_override=True,
 )
-_TEST = flags.DEFINE_list(
-    "test_tasks", None, "JSON files of tasks to report.", allow_override=True
+_TEST = define_names(
+    "test_tasks", "JSON files of tasks to report.", allow_override=True
 )
-_TEACHERS = flags.DEFINE_list(
-    "teachers", None, "Checkpoints to learn from instead of the models, for uld."
+_TEACHERS = define_names(
+    "teachers", "Checkpoints to learn from instead of the models, for uld."
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for recipe, table and pictures.", allow_override=True
@@ -106,16 +105,16 @@ prepare = learn_config.prepare  # --config, whose fields depend on the file it n
 def main(positional: list[str]) -> int:
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
+    base, models, output = _BASE.value, names(_MODELS) or [], _OUTPUT.value
+    tasks, validation, test = (names(own) or [] for own in (_TASKS, _VALIDATION, _TEST))
     for name, value in (
-        ("models", _MODELS.value),
-        ("tasks", _TASKS.value),
+        ("models", models),
+        ("tasks", tasks),
         ("output", _OUTPUT.value or _DRY_RUN.value),
     ):
         if not value:
             raise UsageError(f"--{name} is missing; usage: {USAGE}")
     config = learn_config.asked()
-    base, models, output = _BASE.value, _MODELS.value or [], _OUTPUT.value
-    tasks = _TASKS.value or []
     devices = mesh.sizes(_MESH.value)
 
     # Only now JAX, which takes a second to import.
@@ -145,9 +144,9 @@ def main(positional: list[str]) -> int:
         models,
         config,
         tasks=tasks,
-        validation=_VALIDATION.value or (),
-        test=_TEST.value or (),
-        teachers=_TEACHERS.value or (),
+        validation=validation,
+        test=test,
+        teachers=names(_TEACHERS) or (),
         seed=_SEED.value or 0,
         streamed=_STREAMED.value,
         mesh=devices,

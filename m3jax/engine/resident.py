@@ -94,7 +94,7 @@ class Resident:
     def __init__(
         self, stream: Stream, chunks: Sequence[Chunk], filled: Sequence[Operands]
     ):
-        self._stream = stream
+        self._work = stream.work
         order = dict.fromkeys(run.item for chunk in chunks for run in chunk.runs)
         self._places = list(order)
         local = {item: i for i, item in enumerate(order)}
@@ -153,7 +153,7 @@ class Resident:
         for i, (chunk, x) in enumerate(zip(self.chunks, self.filled, strict=True)):
             if asked.asks(chunk):
                 draw = self.draw(program, depth, numbers, i)
-                asked.add(self._stream.reduce_chunk(asked, chunk, x, draw))
+                asked.add(self._work.reduce_chunk(asked, chunk, x, draw))
         return asked.answers()
 
     def draw(
@@ -163,5 +163,5 @@ class Resident:
         if not program.draws(depth):
             return None
         if self.draws[i] is None:
-            self.draws[i] = self._stream.draw(program, depth, numbers, self.chunks[i])
+            self.draws[i] = self._work.draw(program, depth, numbers, self.chunks[i])
         return self.draws[i]

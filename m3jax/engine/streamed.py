@@ -7,25 +7,21 @@ result on; while one thread computes, others read and write.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m3jax.engine import checks, leaves, resident
-from m3jax.engine import tiles as on_tiles
+from m3jax.engine import checks, resident
 from m3jax.engine.buffers import Buffers, Pool, buffer_bytes, view
+from m3jax.engine.chunks import Parts, Work, flat, of
 from m3jax.engine.inputs import TensorInputs
 from m3jax.engine.jobs import Job
-from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.kernel import Numbers, Program
 from m3jax.engine.measure import Groups, resolved
-from m3jax.engine.passes import Pass, by_group
+from m3jax.engine.passes import Pass
 from m3jax.engine.pipeline import Clock, for_each
-from m3jax.engine.placement import Placement
 from m3jax.engine.plan import TILE, Chunk, Item, blocks, cut, sample, whole
 from m3jax.engine.share import Share
 from m3jax.methods.selection import FEW
@@ -35,8 +31,6 @@ from m3jax.methods.step import Operands, Reduction
 # window; it is worth its reads only if reading everything takes far longer.
 _SAMPLE_TILES = 4096
 _SAMPLE_PAYS = 16  # times the sample
-
-Parts = Mapping[str, np.ndarray]  # of the output, by name
 
 
 class Made(NamedTuple):
@@ -99,11 +93,11 @@ class Stream:
         self._stage = stage
         self._passes = 0
         self._measured: tuple[Program, int] | None = None
-        self._devices = devices
         self._threads = threads
-        self._mesh = Mesh(np.array(devices), (on_tiles.AXIS,))
-        # One CPU device shares the host's memory: NumPy takes over what it does better.
         self._on_host = resident.possible(devices)
+        self.work = Work(
+            tensors, tiles=tiles, devices=devices, clock=self.clock, advance=advance
+        )
         sizes = buffer_bytes(tensors, items, tiles, units)
         count = 1 if "matrix" in units else threads
         self._buffers = [Buffers(*sizes) for _ in range(count)]
@@ -148,61 +142,15 @@ class Stream:
         asked = Pass(program, depth, numbers, read, reductions, len(self._tensors))
 
         def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
-            x = self._fill(chunk, buffers)
+            x = self.work.fill(chunk, buffers)
             with self.clock.stage("computing"):
-                asked.add(self.reduce_chunk(asked, chunk, x))
+                asked.add(self.work.reduce_chunk(asked, chunk, x))
 
         for_each(chunks, self._buffers, work, self.clock)
         answers = asked.answers()
         if not everywhere or self._share.processes.count == 1:
             return answers
         return [self._over_processes(first.combine, own) for own in answers]
-
-    def reduce_chunk(
-        self, asked: Pass, chunk: Chunk, x: Operands, draw: Any = None
-    ) -> list[dict[int, Any]]:
-        """What a pass finds in a chunk, for each of its numbers and by group.
-
-        Args:
-          asked: the pass.
-          chunk, x: what is read.
-          draw: from `draw`, if it is there already.
-        """
-        program, depth, numbers = asked.program, asked.depth, asked.numbers
-        first = asked.first
-        with _x64(chunk):
-            if chunk.block is None:
-                item, _, counts = on_tiles.tiles_of(chunk, self._tiles)
-                kernel = on_tiles.reduce_tiles(
-                    program.before(depth),
-                    depth,
-                    first.function,
-                    first.combine,
-                    self._mesh if self._mesh.size > 1 else None,
-                    not self._on_host,
-                )
-                if draw is None:
-                    draw = self.draw(program, depth, numbers, chunk)
-                result = kernel(
-                    self._placed(x),
-                    take(numbers.first(depth), item, 1, _compute(chunk)),
-                    draw,
-                    take(asked.arguments, asked.slots[item], 1, np.float32),
-                    counts,
-                )
-            else:
-                result = self._reduce_block(asked, chunk, x)
-            return [
-                by_group(
-                    how,
-                    np.asarray(part),
-                    chunk,
-                    asked.slots,
-                    counted=not self._on_host,
-                    stride=asked.stride,
-                )
-                for how, part in zip(first.combine, result, strict=True)
-            ]
 
     def _chunks(
         self,
@@ -229,26 +177,6 @@ class Stream:
         # A device makes one histogram of a chunk: its tiles are of one group.
         own = [self.own(places) for places in groups]
         return [c for places in own for c in cut(self._items, places, self._tiles)]
-
-    def _reduce_block(self, asked: Pass, chunk: Chunk, x: Operands) -> tuple[Any, ...]:
-        (run,) = chunk.runs
-        axes = len(chunk.block or ())
-        program, depth, numbers = asked.program, asked.depth, asked.numbers
-        slot = int(asked.slots[run.item])
-        return leaves.reduce_leaf(
-            tuple(x.models),
-            x.base,
-            {name: tuple(own) for name, own in x.beside.items()},
-            take(numbers.first(depth), run.item, axes),
-            self._block_draw(program, depth, numbers, chunk),
-            take(asked.arguments, slot, axes),
-            program=program.before(depth),
-            depth=depth,
-            function=asked.first.function,
-            combine=asked.first.combine,
-            placement=Placement(chunk.block or ()),
-            count=not self._on_host,
-        )
 
     def _over_processes(
         self, combine: tuple[str, ...], own: tuple[Any, ...] | None
@@ -311,8 +239,8 @@ class Stream:
                 # A block's program is compiled with its first block: they may be many.
                 for chunk in first.values():
                     if chunk.block is None:
-                        views = self._views(chunk, self._buffers[0])
-                        self._compute(program, chunk, views, early)
+                        views = self.work.views(chunk, self._buffers[0])
+                        self.work.compute(program, chunk, views, early)
             tables = numbers(True) if first else Numbers((), ())
             if groups:
                 given = given._replace(p=resolved(given.p))
@@ -320,19 +248,19 @@ class Stream:
         check_inputs = check_finite and not result_shows
 
         def read(chunk: Chunk, buffers: Buffers) -> Operands:
-            x = self._fill(chunk, buffers)
+            x = self.work.fill(chunk, buffers)
             if check_inputs:
                 with self.clock.stage("checking"):
-                    self._check_inputs(chunk, x)
+                    self.work.check_inputs(chunk, x)
             return x
 
         def put(chunk: Chunk, x: Operands, parts: Parts) -> list[dict[str, Any]]:
             """Checks and writes what was made of a chunk; what was written, by run."""
             if check_finite:
                 with self.clock.stage("checking"):
-                    self._check_result(chunk, x, parts)
+                    self.work.check_result(chunk, x, parts)
             outputs = [
-                {part: self._of_run(run, part, v) for part, v in parts.items()}
+                {part: self.work.of_run(run, part, v) for part, v in parts.items()}
                 for run in chunk.runs
             ]
             with self.clock.stage("writing"):
@@ -343,7 +271,7 @@ class Stream:
             return outputs
 
         def note(chunk: Chunk, x: Operands, outputs: list[dict[str, Any]]) -> None:
-            flat = _flat(x)
+            inputs = flat(x)
             with self.clock.stage("hashing"):
                 emit.record(
                     [
@@ -351,7 +279,7 @@ class Stream:
                             run.item,
                             run.start,
                             output,
-                            [own[_of(run, chunk)] for own in flat],
+                            [own[of(run, chunk)] for own in inputs],
                         )
                         for run, output in zip(chunk.runs, outputs, strict=True)
                     ]
@@ -363,7 +291,7 @@ class Stream:
                 return
             x = read(chunk, buffers)
             with self.clock.stage("computing"):
-                parts = self._compute(program, chunk, x, tables)
+                parts = self.work.compute(program, chunk, x, tables)
             outputs = put(chunk, x, parts)
             with turn():
                 note(chunk, x, outputs)
@@ -377,137 +305,13 @@ class Stream:
                 for i, (chunk, x) in enumerate(zip(group, filled, strict=True)):
                     with self.clock.stage("computing"):
                         draw = own.draw(program, None, tables, i)
-                        parts = self._compute(program, own.chunks[i], x, tables, draw)
+                        parts = self.work.compute(
+                            program, own.chunks[i], x, tables, draw
+                        )
                     note(chunk, x, put(chunk, x, parts))
 
         for_each(groups, range(self._threads), work_whole, self.clock)
         for_each(chunks, self._buffers, work, self.clock)
-
-    def _compute(
-        self,
-        program: Program,
-        chunk: Chunk,
-        x: Operands,
-        tables: Numbers,
-        draw: Any = None,
-    ) -> dict[str, np.ndarray]:
-        """The parts of the output that a chunk makes, flat; `draw`: if it is there."""
-        dtypes = chunk.signature[-1]
-        with _x64(chunk):
-            if chunk.block is None:
-                item, *_ = on_tiles.tiles_of(chunk, self._tiles)
-                if draw is None:
-                    draw = self.draw(program, None, tables, chunk)
-                kernel = on_tiles.merge_tiles(program, dtypes)
-                numbers = take(tables._replace(keys=None), item, 1, _compute(chunk))
-                made = kernel(self._placed(x), numbers, draw)
-            else:
-                (run,) = chunk.runs
-                made = leaves.merge_leaf(
-                    x.models[0],
-                    tuple(x.models[1:]),
-                    x.base,
-                    {name: tuple(own) for name, own in x.beside.items()},
-                    take(
-                        tables._replace(keys=None),
-                        run.item,
-                        len(chunk.block),
-                        _compute(chunk),
-                    ),
-                    self._block_draw(program, None, tables, chunk),
-                    program=program,
-                    dtypes=dtypes,
-                    placement=Placement(chunk.block),
-                )
-            return {part: np.asarray(own).reshape(-1) for part, own in made.items()}
-
-    def _fill(self, chunk: Chunk, buffers: Buffers) -> Operands:
-        """Reads a chunk: base or None, models and what is beside them."""
-        x = self._views(chunk, buffers)
-        with self.clock.stage("reading"):
-            for run in chunk.runs:
-                origins = self._tensors[run.item].origins
-                for own, origin in zip(_flat(x), origins, strict=True):
-                    origin.source.read_into(own[_of(run, chunk)], run.start)
-        sources = self._tensors[chunk.runs[0].item].sources
-        self._advance(chunk.elements * sum(s.dtype.itemsize for s in sources))
-        return x
-
-    def _views(self, chunk: Chunk, buffers: Buffers) -> Operands:
-        """The buffers as the arrays that a chunk of this signature fills."""
-        first = self._tensors[chunk.runs[0].item]
-        shape = (self._tiles, TILE) if chunk.block is None else chunk.block
-        dtype = first.models[0].source.dtype.numpy
-        stack = view(buffers.stack, dtype, (len(first.models), *shape))
-        beside: dict[str, Any] = {}
-        for name, origins in first.beside.items():
-            source = origins[0].source
-            own = (len(origins), *shape)
-            if chunk.block is not None and source.shape != chunk.block:
-                own = (len(origins), *source.shape)  # a matrix of another shape
-            if math.prod(own) * source.dtype.itemsize <= len(buffers.beside):
-                beside[name] = view(buffers.beside, source.dtype.numpy, own)
-            else:
-                beside[name] = np.empty(own, source.dtype.numpy)
-        base = None
-        if first.base is not None:
-            base = view(buffers.base, first.base.source.dtype.numpy, shape)
-        return Operands(base, stack, beside)
-
-    def _placed(self, x: Operands) -> Operands:
-        """The arrays on the devices; NumPy as it is where there is one."""
-        if self._mesh.size == 1:
-            return x
-        over_tiles = NamedSharding(self._mesh, on_tiles.TILES)
-        over_stack = NamedSharding(self._mesh, on_tiles.STACK_TILES)
-        return Operands(
-            None if x.base is None else jax.device_put(x.base, over_tiles),
-            jax.device_put(x.models, over_stack),
-            jax.device_put(dict(x.beside), over_stack),
-        )
-
-    def draw(
-        self, program: Program, depth: int | None, numbers: Numbers, chunk: Chunk
-    ) -> Any:
-        """Masks or lanes of tiles, or on several devices what they are made of."""
-        kind = program.draws(depth)
-        if not kind:
-            return None
-        item, tile, _ = on_tiles.tiles_of(chunk, self._tiles)
-        made_of = on_tiles.keys_and_blocks(
-            numbers.keys, program.threshold(numbers), item, tile
-        )
-        if self._on_host:
-            return on_tiles.drawn_beforehand(kind, made_of)
-        keys, blocks_, thresholds = made_of
-        if self._mesh.size > 1:  # along the tiles, as everything else
-            over = NamedSharding(self._mesh, PartitionSpec(None, on_tiles.AXIS))
-            first = NamedSharding(self._mesh, on_tiles.TILES)
-            keys, thresholds = jax.device_put((keys, thresholds), over)
-            blocks_ = jax.device_put(blocks_, first)
-        return keys, blocks_, thresholds
-
-    def _block_draw(
-        self, program: Program, depth: int | None, numbers: Numbers, chunk: Chunk
-    ) -> Any:
-        """Masks or lanes of a block, (K, *block), on the host."""
-        kind = program.draws(depth)
-        if not kind:
-            return None
-        assert chunk.block is not None
-        (run,) = chunk.runs
-        first, last = run.start // TILE, -(-(run.start + run.count) // TILE)
-        threshold = program.threshold(numbers)
-        parts = []
-        for start in range(first, last, self._tiles):
-            tile = np.arange(start, start + self._tiles, dtype=np.uint64)
-            item = np.full(self._tiles, run.item)
-            made_of = on_tiles.keys_and_blocks(numbers.keys, threshold, item, tile)
-            drawn = on_tiles.drawn_beforehand(kind, made_of)
-            parts.append(drawn.reshape(len(drawn), -1))
-        offset = run.start - first * TILE
-        whole = np.concatenate(parts, axis=1)[:, offset : offset + run.count]
-        return whole.reshape(len(whole), *chunk.block)
 
     def _copy(self, chunk: Chunk, buffers: Buffers, turn: Any, emit: Emit) -> None:
         for run in chunk.runs:  # a copied chunk may hold many small tensors
@@ -538,67 +342,6 @@ class Stream:
         with turn(), self.clock.stage("hashing"):
             emit.record(made)
 
-    def _of_run(self, run: Any, part: str, values: np.ndarray) -> np.ndarray:
-        """What is written of a part: of the output's dtype, packed where it is."""
-        spec = self._tensors[run.item].parts[part]
-        own = values[run.elements] if len(values) != math.prod(spec.shape) else values
-        if spec.packed:
-            return np.packbits(own)
-        return own.astype(spec.dtype.numpy, copy=False)
-
-    def _check_inputs(self, chunk: Chunk, x: Operands) -> None:
-        used = _used(chunk)
-        if not any(checks.has_nonfinite(own[used]) for own in _flat(x)):
-            return
-        for run in chunk.runs:
-            tensor = self._tensors[run.item]
-            for origin, own in zip(tensor.origins, _flat(x), strict=True):
-                values = own[_of(run, chunk)]
-                checks.check_finite(values, run.start, tensor, origin.owner.name)
-
-    def _check_result(self, chunk: Chunk, x: Operands, parts: Parts) -> None:
-        numbers = [own for own in parts.values() if own.dtype != np.bool_]
-        used = _used(chunk)
-        if not any(checks.has_nonfinite(merged[used]) for merged in numbers):
-            return
-        for run in chunk.runs:
-            for merged in numbers:
-                values = merged[run.elements]
-                if checks.has_nonfinite(values):
-                    self._check_inputs(chunk, x)  # which may be the reason
-                    checks.check_overflow(values, run.start, self._tensors[run.item])
-
 
 def _num_models(tensors: Sequence[TensorInputs]) -> int:
     return max((len(tensor.models) for tensor in tensors), default=0)
-
-
-def _flat(x: Operands) -> list[np.ndarray]:
-    """The arrays in the order of `TensorInputs.origins`, flat."""
-    stacks = (x.models, *x.beside.values())
-    flat = [own for stack in stacks for own in stack.reshape(len(stack), -1)]
-    return flat if x.base is None else [x.base.reshape(-1), *flat]
-
-
-def _of(run: Any, chunk: Chunk) -> slice:
-    """A run's elements in each flat operand; a block is all of it."""
-    return run.elements if chunk.block is None else slice(None)
-
-
-def _used(chunk: Chunk) -> slice:
-    """The elements of flat operands up to the last real one."""
-    return (
-        slice(None) if chunk.block is not None else slice(chunk.runs[-1].elements.stop)
-    )
-
-
-def _compute(chunk: Chunk) -> Any:
-    """The dtype of a chunk's arithmetic."""
-    return np.float64 if chunk.signature[0] == "F64" else np.float32
-
-
-def _x64(chunk: Chunk) -> Any:
-    """64 bits, for chunks that are merged in float64."""
-    if chunk.signature[0] == "F64":
-        return jax.enable_x64(True)
-    return contextlib.nullcontext()
