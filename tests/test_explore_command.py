@@ -400,6 +400,7 @@ def test_a_preset_chooses_by_answers(folder, tmp_path, run):
     winner = json.loads((tmp_path / "out" / "winner.json").read_text())
     best = m3jax.search.response_stability(answers, alphas).best[0]
     assert winner["recipe"]["mixup"]["ratios"][0] == best
+    assert "chosen by its answers on validation" in ran.out
 
 
 @pytest.mark.parametrize(

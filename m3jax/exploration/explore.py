@@ -26,8 +26,8 @@ from m3jax.exploration.presets.setting import Plan, Setting
 from m3jax.exploration.report import folder as files
 from m3jax.exploration.report.log import Log
 from m3jax.exploration.run import Run, Say, nothing
-from m3jax.exploration.search import samplers, searches
-from m3jax.exploration.search.make import make_search, tasks_of
+from m3jax.exploration.search import searches
+from m3jax.exploration.search.make import check_sampler, make_search, tasks_of
 from m3jax.exploration.search.result import Exploration
 from m3jax.exploration.search.samplers import ADAPTIVE
 from m3jax.exploration.search.scoring import Objective, answering, describe, losses
@@ -176,7 +176,7 @@ def explore(
         objective = plan.objective
     else:
         sampler, search = sampler or "recipe", search or ("ratios",)
-        _check_sampler(sampler, generation, rates)
+        check_sampler(sampler, generation, rates)
         space = None
         if sampler != "recipe":
             each = WHOLE if groups is None else layer_groups(tensors(), groups)
@@ -210,7 +210,7 @@ def explore(
         **({} if groups is None else {"groups": groups}),
         # Otherwise it may go on to more draws than it began with.
         "draws": draws if sampler in ("grid", "nsga2") or halving else None,
-        "generation": generation if sampler in ADAPTIVE else None,
+        "generation": generation if sampler in ADAPTIVE or preset else None,
         "halving": halving,
         **({} if hyperband is None else {"hyperband": hyperband}),
         "budget": budget,
@@ -253,26 +253,6 @@ def explore(
         if path is not None:
             files.write_outputs(found, path, say)
         return found
-
-
-def _check_sampler(
-    sampler: str, generation: int, rates: Mapping[str, int | None]
-) -> None:
-    """Raises RecipeError where a sampler does not go with the other options."""
-    if sampler not in samplers.SAMPLERS:
-        names = ", ".join(samplers.SAMPLERS)
-        raise RecipeError(f"sampler={sampler!r} needs one of {names}")
-    if generation > 1 and sampler not in ADAPTIVE:
-        raise RecipeError(
-            f"generation={generation} is for the samplers {', '.join(ADAPTIVE)}; "
-            f"{sampler} is told of no scores"
-        )
-    for name, rate in rates.items():
-        if rate is not None and sampler in ADAPTIVE:
-            raise RecipeError(
-                f"{name}={rate} needs a sampler that is not told of scores; "
-                f"{sampler} would compare those of different budgets"
-            )
 
 
 def _full(

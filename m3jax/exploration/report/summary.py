@@ -142,7 +142,12 @@ def notes(found: Exploration) -> list[str]:
     if found.rows[0].scored["validation"].examples is not None:
         lines.append(
             "In brackets: 95 % of the means when the examples are resampled. The "
-            "winner was chosen by its score on validation, which therefore flatters it."
+            "winner was chosen by its "
+            + (
+                "score on validation, which therefore flatters it."
+                if winner.answers is None
+                else "answers on validation, whatever these score."
+            )
         )
     return lines
 

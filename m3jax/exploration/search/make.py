@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.exploration.search import samplers, searches
@@ -18,6 +18,26 @@ def tasks_of(evaluator: Evaluator, objective: Objective) -> list[str]:
     if isinstance(evaluator, TaskEvaluator):
         return [task.name for task in evaluator.tasks]
     return list(objective.weights)
+
+
+def check_sampler(
+    sampler: str, generation: int, rates: Mapping[str, int | None]
+) -> None:
+    """Raises RecipeError where a sampler does not go with the other options."""
+    if sampler not in samplers.SAMPLERS:
+        names = ", ".join(samplers.SAMPLERS)
+        raise RecipeError(f"sampler={sampler!r} needs one of {names}")
+    if generation > 1 and sampler not in ADAPTIVE:
+        raise RecipeError(
+            f"generation={generation} is for the samplers {', '.join(ADAPTIVE)}; "
+            f"{sampler} is told of no scores"
+        )
+    for name, rate in rates.items():
+        if rate is not None and sampler in ADAPTIVE:
+            raise RecipeError(
+                f"{name}={rate} needs a sampler that is not told of scores; "
+                f"{sampler} would compare those of different budgets"
+            )
 
 
 def make_search(
