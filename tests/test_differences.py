@@ -223,12 +223,13 @@ class TestWithoutEffect:
         idle = Recipe.from_dict(fields).idle_fields()
         assert [f"{n} has no effect: {why}" for n, why in idle.items()] == [line]
 
-    def test_the_command_says_so(self, tmp_path, run):
+    @pytest.mark.parametrize("more", [(), ("--nocopy_tokenizer",)])
+    def test_the_command_says_so(self, more, tmp_path, run):
         for name in ("base", "a"):
             checkpoints.write(tmp_path / name, {"x": np.ones(2, np.float32)})
         flags = ("--config.scaling=3", "--config.dare.strategy=magnitude", "--dry_run")
         paths = (f"--base={tmp_path / 'base'}", f"--models={tmp_path / 'a'}")
-        ran = run("merge", *paths, f"--output={tmp_path / 'out'}", *flags)
+        ran = run("merge", *paths, f"--output={tmp_path / 'out'}", *flags, *more)
         assert ran.code == 0, ran.err
         said = ran.out + ran.err
         assert "scaling has no effect: method average has none" in said
