@@ -223,6 +223,18 @@ class TestWithoutEffect:
         idle = Recipe.from_dict(fields).idle_fields()
         assert [f"{n} has no effect: {why}" for n, why in idle.items()] == [line]
 
+    @pytest.mark.parametrize("more", [(), ("--nocopy_tokenizer",)])
+    def test_the_command_says_so(self, more, tmp_path, run):
+        for name in ("base", "a"):
+            checkpoints.write(tmp_path / name, {"x": np.ones(2, np.float32)})
+        flags = ("--config.scaling=3", "--config.dare.strategy=magnitude", "--dry_run")
+        paths = (f"--base={tmp_path / 'base'}", f"--models={tmp_path / 'a'}")
+        ran = run("merge", *paths, f"--output={tmp_path / 'out'}", *flags, *more)
+        assert ran.code == 0, ran.err
+        said = ran.out + ran.err
+        assert "scaling has no effect: method average has none" in said
+        assert "dare.strategy has no effect: dare is off" in said
+
     def test_none_where_there_is_one(self):
         assert Recipe.from_dict({"mixup": {"granularity": "layer"}}).idle_fields() == {}
         dare = {"drop_rate": 0.1, "strategy": "magnitude"}

@@ -123,7 +123,7 @@ def asked(
         names[str(own.pop("path") or own["name"])] = str(own["name"])
         document = Document.from_dict(own)
         # What the flags say of vocabularies is said of all documents.
-        changed = dataclasses.replace(document.recipe, vocabulary=recipe.vocabulary)
+        changed = document.recipe.with_fields(vocabulary=recipe.vocabulary)
         flagged = recipe.vocabulary != _record.get("vocabulary", recipe.vocabulary)
         documents.append(
             dataclasses.replace(document, recipe=changed) if flagged else document

@@ -237,7 +237,7 @@ def _recipe(asked: config.Asked) -> Recipe:
     if not changes:
         return asked.recipe
     tokenizer = dataclasses.replace(asked.recipe.tokenizer, **changes)
-    return dataclasses.replace(asked.recipe, tokenizer=tokenizer)
+    return asked.recipe.with_fields(tokenizer=tokenizer)
 
 
 def _text(file: str) -> str:

@@ -276,11 +276,16 @@ class Recipe:
     def renamed(self, name: Callable[[str], str]) -> Recipe:
         """The recipe with other names for the models that it names."""
         known = self.vocabulary in VOCABULARIES
-        return dataclasses.replace(
-            self,
+        return self.with_fields(
             vocabulary=self.vocabulary if known else name(self.vocabulary),
             tokenizer=self.tokenizer.renamed(name),
         )
+
+    def with_fields(self, **changes: Any) -> Recipe:
+        """The recipe with other fields than its steps; `without_effect` stays."""
+        changed = dataclasses.replace(self, **changes)
+        changed._set("without_effect", self.without_effect)
+        return changed
 
     def check(self, *, num_models: int, has_base: bool) -> None:
         """Raises RecipeError where the recipe does not fit this set of models."""
