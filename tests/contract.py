@@ -228,18 +228,20 @@ def check_resume(method: str, folder: Path) -> None:
     files = Files(folder, method)
     own = recipe(method)
     expected = checkpoints.digest(files.merge("whole", own))
-    kept, keep = [], Recorder.keep
+    kept, keep = 0, Recorder.keep
 
-    def interrupted(self: Any, *arguments: Any) -> None:
-        keep(self, *arguments)
-        kept.append(arguments)
-        if len(kept) == 2:
+    def interrupted(self: Any, done: Any) -> None:
+        nonlocal kept
+        keep(self, done)
+        kept += len(done)
+        if kept >= 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "keep", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            files.merge("again", own, threads=1)
+            files.merge("again", own, threads=1, chunk_size=1024)
+    assert kept < len(SHAPES)
     again = files.merge("again", own, resume=True)
     assert checkpoints.digest(again) == expected
 
