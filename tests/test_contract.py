@@ -35,7 +35,10 @@ from m3jax.methods.sums import deltas, gram
 
 @register("longest")
 class Longest(Method):
-    """θ0 + s · the task vector of the largest norm in the tensor. Source: this test."""
+    """θ0 + s · the task vector of the largest norm in the tensor.
+
+    Source: ours, for this test.
+    """
 
     scaling: Any = number(default=1.0, help="s", search=(0.5, 1.5))
     smallest: Any = choice(default=False, help="the smallest norm instead")
