@@ -64,7 +64,7 @@ def is_direct(fd: int) -> bool:
 def has_direct_writes(folder: Path) -> bool:
     probe = folder / "probe"
     probe.touch()
-    fd = direct._open_direct(probe)
+    fd = direct._open_direct(probe, os.O_WRONLY)
     if fd >= 0:
         os.close(fd)
     probe.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import os
@@ -29,7 +30,7 @@ from m3jax.checkpoints.output.shards import ShardWriter
 from m3jax.engine import buffers
 
 TIES = RECIPES["ties"]
-LATE = 68  # calls of `advance`: some tensors are written, some are not
+LATE = 50  # calls of `advance`: some tensors are written, some are not
 FLAGS = ["--config.method=ties", "--config.max_shard_size=9KB"]  # the same
 
 
@@ -172,7 +173,7 @@ def test_half_a_line_of_the_journal(merge, output, run, expected, monkeypatch):
     check_resumes(ran, merge, output, run, expected)
 
 
-@pytest.mark.parametrize(("first", "kept"), [(0, False), (20, False), (60, True)])
+@pytest.mark.parametrize(("first", "kept"), [(0, False), (20, False), (48, True)])
 def test_a_read_fails(first, kept, merge, output, run, expected, monkeypatch):
     """Of a header, in a reading pass, and in the last pass."""
     path = merge.models[1] / "model.safetensors"
@@ -440,8 +441,8 @@ class TestExitCodes:
         assert not partial_of(output).exists()
 
     def test_an_input(self, merge, output, run):
-        ran = run(*merge.arguments(output, FLAGS), f"--base={output}")
-        assert ran.code == 3
+        other = dataclasses.replace(merge, base=output)
+        assert run(*other.arguments(output, FLAGS)).code == 3
 
     def test_the_output_s_place(self, merge, output, run):
         output.mkdir()
@@ -487,7 +488,8 @@ class TestExitCodes:
         assert "AssertionError: cannot happen; this is a bug: --debug shows" in ran.err
 
     def test_debug_shows_the_traceback(self, merge, output, run):
-        ran = run(*merge.arguments(output, FLAGS), "--base=nowhere", "--debug")
+        other = dataclasses.replace(merge, base=Path("nowhere"))
+        ran = run(*other.arguments(output, FLAGS), "--debug")
         assert ran.code == 3
         assert "Traceback (most recent call last)" in ran.err
         assert ran.err.splitlines()[-1].startswith("m3jax merge: ")
