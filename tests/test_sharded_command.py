@@ -219,18 +219,18 @@ def test_resumed_by_the_other_executor(trio: Path, tmp_path: Path, monkeypatch):
     for first, second in (("sharded", "streamed"), ("streamed", "sharded")):
         keep, left = recorder.Recorder.keep, [4]
 
-        def failing(self, item, checksum, inputs, keep=keep, left=left):
-            left[0] -= 1
-            if left[0] < 0:
+        def failing(self, done, keep=keep, left=left):
+            if left[0] <= 0:
                 raise OSError(5, "the disk is gone")
-            keep(self, item, checksum, inputs)
+            left[0] -= len(done)
+            keep(self, done)
 
         with monkeypatch.context() as patched:
             patched.setattr(recorder.Recorder, "keep", failing)
             with pytest.raises(OSError, match="gone"):
-                merge(
-                    trio, tmp_path / first, m3jax.Recipe(method="ties"), executor=first
-                )
+                small = {"chunk_size": 1024} if first == "streamed" else {}
+                ties = m3jax.Recipe(method="ties")
+                merge(trio, tmp_path / first, ties, executor=first, **small)
         result = m3jax.merge(
             trio / "base",
             [trio / "a", trio / "b"],
