@@ -22,10 +22,10 @@ from m3jax.engine import processes, recorder
 processes.BEAT, processes.SILENCE = 0.3, 3.0
 victim, tensors = int(sys.argv[1]), int(sys.argv[2])
 keep, kept = recorder.Recorder.keep, []
-def keep_and_die(self, item, checksum, inputs):
+def keep_and_die(self, done):
     import jax
-    keep(self, item, checksum, inputs)
-    kept.append(item)
+    keep(self, done)
+    kept.extend(done)
     if len(kept) >= tensors and jax.process_index() == victim:
         os.kill(os.getpid(), 9)
 recorder.Recorder.keep = keep_and_die
