@@ -29,7 +29,9 @@ _PER_TOKEN = flags.DEFINE_integer(
 _ARCHITECTURE = flags.DEFINE_enum(
     "architecture", None, list(ARCHITECTURES), "Of the output. [by the base's]"
 )
-_DTYPE = flags.DEFINE_string("dtype", None, "Of the output. [the widest input's]")
+_DTYPE = flags.DEFINE_string(
+    "dtype", "input", "Of the output; input: the widest input's.", allow_override=True
+)
 
 failed = merge.failed
 
@@ -68,5 +70,5 @@ def _from_flags() -> Mixture:
         gates=_GATES.value,
         per_token=_PER_TOKEN.value,
         architecture=_ARCHITECTURE.value,
-        dtype=_DTYPE.value,
+        dtype=None if _DTYPE.value == "input" else _DTYPE.value,
     )
