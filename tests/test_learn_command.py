@@ -130,7 +130,7 @@ def test_from_files_it_is_the_same_run(folder: Path, tmp_path: Path, run: Run):
         assert ran.code == 0, ran.err
         found.append(json.loads((where / "summary.json").read_text())["losses"])
     assert found[0] == pytest.approx(found[1], abs=1e-6)
-    assert found[0] == pytest.approx(found[2], rel=0.05)  # bfloat16 teachers
+    assert found[0] == pytest.approx(found[2], abs=4e-3)  # bfloat16 teachers
     assert found[0][0] != found[0][-1]
 
 
