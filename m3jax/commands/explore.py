@@ -23,6 +23,9 @@ has values of its own. With --halving=3 all draws are evaluated on few examples,
 best third of them on three times as many, and so on; the last one is evaluated on all.
 --hyperband=3 does that several times, from many draws on little to few on all.
 
+Several machines share the trials if each has an --output of its own and all name one
+--study: a file on a disk that all see, or a database's URL.
+
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
 model_glue, safety_aware, lfs (a method for each group of layers), adamms (chosen by
 answers, without labels) or m3. docs/EXPLORE.md says what each does.
@@ -37,7 +40,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from m3jax.commands import config, scoring
+from m3jax.commands import config, distributed, scoring
 from m3jax.commands.cli import UsageError, define_names, leave_at_once, local, names
 from m3jax.commands.tables import clean, say, table
 
@@ -55,7 +58,7 @@ LESS_MEMORY = (
     "a smaller --tokens_per_batch and fewer draws --at_once need less, and --mesh "
     "splits the models over devices"
 )
-SHARED = [scoring]
+SHARED = [scoring, distributed]
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
@@ -137,6 +140,12 @@ _RESUME = flags.DEFINE_bool(
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "Replace a previous output.", allow_override=True
 )
+_STUDY = flags.DEFINE_string(
+    "study",
+    None,
+    "Share the trials with all who name the same: a file on a common disk, or a "
+    "database's URL.",
+)
 _TOKENIZER_FROM = flags.DEFINE_string(
     "tokenizer_from", None, "Model whose tokenizer is used. [base]", allow_override=True
 )
@@ -165,6 +174,7 @@ def main(positional: list[str]) -> int:
     weights = _weights(_WEIGHTS.value or [])
 
     # Only now JAX, which takes a second to import.
+    prints = distributed.start(survive=True)
     from m3jax.checkpoints.output.folder import check_free
     from m3jax.engine.merge import merge
     from m3jax.engine.prepare import Execution
@@ -201,10 +211,12 @@ def main(positional: list[str]) -> int:
         output=_OUTPUT.value,
         resume=_RESUME.value,
         overwrite=_OVERWRITE.value,
+        study=_STUDY.value,
         tokenizer_from=_TOKENIZER_FROM.value,
         say=say,
     )
-    print("\n".join(_report(found)))
+    if prints:
+        print("\n".join(_report(found)))
     if _EXPORT.value is not None:
         execution = Execution(
             overwrite=_OVERWRITE.value,
@@ -220,8 +232,9 @@ def main(positional: list[str]) -> int:
             seed=winner.seed,
             execution=execution,
         )
-        print(f"\nthe winner's checkpoint is {_EXPORT.value}")
-    else:
+        if prints:
+            print(f"\nthe winner's checkpoint is {_EXPORT.value}")
+    elif prints:
         path = local(_OUTPUT.value or "") / "winner.json"
         print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
     return 0
@@ -233,6 +246,7 @@ def failed(code: int) -> None:
     places = sys.modules.get("m3jax.exploration.search.places")
     if places is not None and places.at_work():
         leave_at_once(code)
+    distributed.leave_after_failure(code)
 
 
 def _weights(given: list[str]) -> dict[str, float]:

@@ -18,7 +18,8 @@ from m3jax.exploration.search.result import Exploration
 TRIALS, SCORES, TIMES = "trials.jsonl", "scores.jsonl", "times.jsonl"
 SUMMARY, TABLE, PICTURE = "summary.json", "summary.md", "scores.png"
 WINNER, PAGE = "winner.json", "report.html"
-FILES = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER, PAGE)
+STUDY = "study.journal"  # of processes that share the work
+FILES = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER, PAGE, STUDY)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def _read(path: Path) -> list[Line]:
     return lines
 
 
-def compare(path: Path, found: Line, wanted: Line) -> None:
+def compare(path: Path | str, found: Line, wanted: Line) -> None:
     """Raises CheckpointError, saying what differs, unless two headers are equal."""
     differing = [
         name for name in {**wanted, **found} if found.get(name) != wanted.get(name)
