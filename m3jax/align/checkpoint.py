@@ -98,7 +98,8 @@ def align(
         found: Places = {}
         for number, part in enumerate(parts, start=1):
             found |= _matched(part, own, other)
-            say(f"{number} of {len(parts)} aligned")
+            if len(parts) > 1:
+                say(f"layer {number} of {len(parts)}")
         leaves: dict[str, Any] = {
             name: _Permuted(source, wanted.axes.get(name, ()), found)
             for name, source in own.tensors.items()

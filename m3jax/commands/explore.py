@@ -28,7 +28,8 @@ Several machines share the trials if each has an --output of its own and all nam
 
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
 model_glue, safety_aware, lfs (a method for each group of layers), adamms (chosen by
-answers, without labels) or m3. docs/EXPLORE.md says what each does.
+answers, without labels), df_merge (Fisher information at every draw) or m3.
+docs/EXPLORE.md says what each does.
 """
 
 from __future__ import annotations
@@ -98,7 +99,10 @@ _SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=T
 _PRESET = flags.DEFINE_enum(
     "preset",
     None,
-    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "adamms"],
+    [
+        *("m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "adamms"),
+        "df_merge",
+    ],
     "A published search, in the place of --sampler and --search.",
 )
 _SAMPLER = flags.DEFINE_enum(
@@ -231,6 +235,7 @@ def main(positional: list[str]) -> int:
             winner.recipe,
             seed=winner.seed,
             execution=execution,
+            statistics=[own["path"] for own in found.replay.get("statistics", [])],
         )
         if prints:
             print(f"\nthe winner's checkpoint is {_EXPORT.value}")

@@ -92,8 +92,8 @@ def explore(
       draws: how many; a grid takes at most so many.
       seed: 0 <= seed < 2**32; with the same seed everything is the same.
       preset: a published search, in the place of sampler and search: ``m3``,
-        ``greedy_soup``, ``model_glue``, ``safety_aware``, ``lfs`` or ``adamms``, which
-        asks the evaluator for ``answers``, too; see docs/EXPLORE.md.
+        ``greedy_soup``, ``model_glue``, ``safety_aware``, ``lfs``, ``adamms``, which
+        asks the evaluator for ``answers``, or ``df_merge``; see docs/EXPLORE.md.
       sampler: ``recipe``, the default (its own Beta or Dirichlet, a new seed a draw),
         ``grid``, ``sobol``, ``random``, and optuna's ``tpe``, ``cmaes``, ``gp`` and
         ``nsga2``, which looks at every task by itself.
@@ -167,6 +167,7 @@ def explore(
             has_base=base is not None,
             models=models,
             tensors=tensors(),
+            evaluator=evaluator,
             objective=objective,
             tasks=tasks,
             draws=draws,
@@ -260,6 +261,7 @@ def explore(
             say=say,
             aligned=None if plan.space is None else plan.space.reading(recipe),
             answers=plan.answers,
+            merger=plan.merger,
             worker=worker,
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
@@ -269,6 +271,8 @@ def explore(
         ]
         found = run(trees, names_of(models), plan.search, plan.total)
         replay = _replay(found, base, models, tokenizer_from)
+        if path is not None:
+            replay |= files.write_statistics(found, path)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
             files.write_outputs(found, path, say)

@@ -60,6 +60,7 @@ class Run:
       trials, rows: what has been found before, and where to keep what is found.
       times: a file for how long things took; they are not the same in every run.
       say: is told what happens.
+      merger: makes what merges the draws.
       worker: shares the evaluations with other processes; None: all are done here.
     """
 
@@ -76,6 +77,7 @@ class Run:
     say: Say = nothing
     aligned: Recipe | None = None
     answers: bool = False
+    merger: Callable[[Any, Sequence[Any], Recipe], Merger] = Merger
     worker: Worker | None = None
 
     def __call__(
@@ -103,7 +105,7 @@ class Run:
         }
         rows = self._rows("parent", parents)
         del parents
-        mergers = make_mergers(trees, self.aligned or self.recipe, places)
+        mergers = make_mergers(trees, self.aligned or self.recipe, places, self.merger)
         baselines = {
             name: functools.partial(mergers[0], recipe, self.seed)
             for name, recipe in self._baselines(len(names)).items()
@@ -126,6 +128,7 @@ class Run:
             objective=self.objective,
             models=tuple(names),
             seed=self.seed,
+            statistics=tuple(mergers[0].statistics(winner.recipe)),
         )
 
     def _baselines(self, num_models: int) -> dict[str, Recipe]:

@@ -29,6 +29,7 @@ PRESETS = {
     "safety_aware": Preset(),
     "lfs": Preset(("groups", "hyperband", "generation"), ("tpe", "random")),
     "adamms": Preset(),
+    "df_merge": Preset(("generation",), ("gp", "tpe")),
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from m3jax.evaluation.evaluator import Evaluator
+from m3jax.exploration.merger import Merger
 from m3jax.exploration.search.scoring import Objective
 from m3jax.exploration.search.searches import Search
 from m3jax.exploration.search.trials import Proposal
@@ -22,6 +24,7 @@ class Plan(NamedTuple):
       objective: what is maximised.
       space: whose recipes are more than the recipe's own method; None: they are not.
       answers: the search looks at what the models answer.
+      merger: makes what merges, of base, models and recipe.
     """
 
     search: Search
@@ -29,6 +32,7 @@ class Plan(NamedTuple):
     objective: Objective
     space: Space | None = None
     answers: bool = False
+    merger: Callable[[Any, Sequence[Any], Recipe], Merger] = Merger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class Setting:
       name: of the preset.
       models: paths or pytrees.
       tensors: names of theirs.
+      evaluator: that chooses.
       tasks: names of the scores, as far as they are known.
     """
 
@@ -47,6 +52,7 @@ class Setting:
     has_base: bool
     models: Sequence[Any]
     tensors: Sequence[str]
+    evaluator: Evaluator
     objective: Objective
     tasks: Sequence[str]
     draws: int

@@ -56,7 +56,7 @@ class Worker:
         """Raises CheckpointError if the search was begun with another header."""
         header = json.loads(json.dumps(header))  # tuples become lists
         ((found, _),) = self.each({_HEADER: header}, lambda own, _: own, [None])
-        compare(self._storage.place, found, header)
+        compare(self._storage.place, found, header, "study")
 
     def each(
         self, items: Mapping[str, T], work: Callable[[T, L], Line], places: Sequence[L]
