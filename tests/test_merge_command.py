@@ -339,7 +339,7 @@ class TestMisuse:
             ("bad.py", "import nothing_of_this_name", "ModuleNotFoundError: No module"),
             ("bad.py", "config = 1", "KeyError: 'get_config'; a config is a Python fi"),
             ("bad.json", "{", "not valid JSON"),
-            ("bad.json", "[1]", "not a recipe"),
+            ("bad.json", "[1]", "needs an object"),
         ],
     )
     def test_config_files(self, name, text, message, merge, models: Path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from m3jax.engine.progress import Progress
+from m3jax.engine.progress import Progress, size
 
 if TYPE_CHECKING:
     from m3jax.engine.jobs import Job
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 10.0
 _FEW_GROUPS = 8
-
-
-def size(count: float) -> str:
-    """Bytes as text, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def plan(prepared: Prepared, output: str | None = None) -> str:

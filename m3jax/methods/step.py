@@ -17,7 +17,17 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import Choice, Field, Weights, choice, number, switch, weights
+from m3jax.methods.fields import (
+    Choice,
+    Field,
+    Weights,
+    choice,
+    number,
+    scaling,
+    share,
+    switch,
+    weights,
+)
 from m3jax.traced import is_traced
 
 S = TypeVar("S", bound="type[Step]")
@@ -182,8 +192,9 @@ class Transform(Step):
 
     @property
     def on(self) -> bool:
-        """Whether it does anything."""
-        return True
+        """Whether it does anything: no number is missing that has no default."""
+        needed = [name for name, own in self.fields().items() if own.default is None]
+        return all(getattr(self, name) is not None for name in needed)
 
     def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
         """The operands with other models; `draw` is (K, ...), or None."""
@@ -251,7 +262,7 @@ TRANSFORMS: dict[str, type[Transform]] = {}
 @dataclass_transform(
     kw_only_default=True,
     frozen_default=True,
-    field_specifiers=(number, weights, choice, switch),
+    field_specifiers=(number, share, scaling, weights, choice, switch),
 )
 def register(name: str) -> Callable[[S], S]:
     """Makes a class a step with parameters, known by `name` to everything."""
