@@ -24,8 +24,9 @@ best third of them on three times as many, and so on; the last one is evaluated 
 --hyperband=3 does that several times, from many draws on little to few on all.
 
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
-model_glue, safety_aware, lfs (a method for each group of layers), adamms (chosen by
-answers, without labels) or m3. docs/EXPLORE.md says what each does.
+model_glue, safety_aware, lfs (a method for each group of layers), dis and rmm (whole
+layers in a row, of any model, left out and repeated), adamms (chosen by answers,
+without labels) or m3. docs/EXPLORE.md says what each does.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ _SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=T
 _PRESET = flags.DEFINE_enum(
     "preset",
     None,
-    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "adamms"],
+    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "dis", "rmm", "adamms"],
     "A published search, in the place of --sampler and --search.",
 )
 _SAMPLER = flags.DEFINE_enum(
@@ -118,6 +119,9 @@ _HALVING = flags.DEFINE_integer(
 )
 _HYPERBAND = flags.DEFINE_integer(
     "hyperband", None, "Halving at this rate, from several numbers of draws."
+)
+_FRACTION = flags.DEFINE_float(
+    "fraction", None, "Of the data that a draw of --preset=rmm is evaluated on. [1]"
 )
 _TEST_ALL = flags.DEFINE_bool(
     "test_all_draws", False, "Report mean and deviation over draws on test, too."
@@ -194,6 +198,7 @@ def main(positional: list[str]) -> int:
         budget=scoring.LIMIT.value,
         halving=_HALVING.value,
         hyperband=_HYPERBAND.value,
+        fraction=_FRACTION.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),
