@@ -174,7 +174,7 @@ def reduce(
             flat = jnp.pad(flat, (*((0, 0),) * len(lead), (0, missing)))
         return flat.reshape(*lead, *valid.shape)
 
-    parts = [
+    parts: list[Any] = [
         [rows(own) for own in part] if isinstance(part, list) else rows(part)
         for part in function(x, arguments)
     ]
