@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
-from absl import flags
 
 import m3jax
-from m3jax.commands.cli import UsageError, local
+from m3jax.commands.cli import at_least_one, define, local
 from m3jax.commands.tables import table
 from m3jax.engine.pipeline import available_cores
 
@@ -27,14 +26,10 @@ if TYPE_CHECKING:
 
 USAGE = "m3jax demo [--output=DIR] [--draws=N] [--seed=N]"
 
-# Other commands have flags of these names, too; a process runs one command.
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "The folder to make. [m3jax-demo]", allow_override=True
-)
-_SEED = flags.DEFINE_integer(
-    "seed", None, "Of ratios and masks. [0]", allow_override=True
-)
-_DRAWS = flags.DEFINE_integer("draws", 32, "To explore.", allow_override=True)
+
+_OUTPUT = define("output", str, "The folder to make. [m3jax-demo]")
+_SEED = define("seed", int, "Of ratios and masks. [0]")
+_DRAWS = define("draws", int, "To explore.", 32)
 
 _DATA = Path(m3jax.__file__).parent / "demo_data"
 _MODELS = "models"  # in the output: a copy of them
@@ -50,10 +45,7 @@ _LEARNED_STEPS = 40
 
 
 def main(positional: list[str]) -> int:
-    if positional:
-        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    if _DRAWS.value < 1:
-        raise UsageError(f"--draws={_DRAWS.value} needs 1 or more")
+    at_least_one(_DRAWS)
     output, seed = local(_OUTPUT.value or "m3jax-demo"), _SEED.value or 0
     copy = shutil.copyfile  # without the permissions of an installed package
     shutil.copytree(_DATA, output / _MODELS, copy_function=copy, dirs_exist_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3jax.methods.fields import number, switch, weights
+from m3jax.methods.fields import switch, weights
+from m3jax.methods.scaled import Scaled
 from m3jax.methods.step import (
     Info,
     Method,
@@ -57,7 +58,7 @@ class Linear(Method):
     Source: agrees with mergekit's `linear`.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
+    weights: Any = weights()
     normalize: Any = switch(default=True, help="divide by the sum of the weights")
     needs_base = False
     shows_nonfinite = True
@@ -73,7 +74,7 @@ class Linear(Method):
 
 
 @register("task_arithmetic")
-class TaskArithmetic(Method):
+class TaskArithmetic(Scaled):
     """Base plus the sum of scaled task vectors: θ0 + s Σ λ_i τ_i; without M3, λ_i = 1.
 
         >>> import jax.numpy as jnp, m3jax
@@ -92,13 +93,8 @@ class TaskArithmetic(Method):
         "tunes each of four LLMs, 16 benchmarks); at s = 0.7 among the best of "
         "long-to-short reasoning merges (2503.20641)"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
     shows_nonfinite = True
     differentiable = True
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        total = sum_over_models(rounded_product(x.deltas, p["weights"]))
-        return x.base + rounded_product(total, p["scaling"])
+    def merged(self, tasks: Any, x: Operands, p: Numbers, info: Numbers) -> Any:
+        return sum_over_models(tasks)

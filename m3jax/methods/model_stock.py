@@ -6,6 +6,7 @@ from typing import Any
 
 from m3jax.lazy import jnp
 from m3jax.methods.fields import choice
+from m3jax.methods.geometry import square
 from m3jax.methods.step import (
     Info,
     Method,
@@ -63,14 +64,7 @@ class ModelStock(Method):
         return {"products": products.reshape(-1)}
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
-        if self.by_row:
-            return {}
-        count = int(len(info["products"]) ** 0.5)
-        products = [
-            [info["products"][i * count + j] for j in range(count)]
-            for i in range(count)
-        ]
-        return {"share": _share(products, xp)}
+        return {} if self.by_row else {"share": _share(square(info), xp)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         count = x.models.shape[0]
@@ -85,7 +79,7 @@ class ModelStock(Method):
         return x.base + rounded_product(mean, share)
 
 
-def _share(products: list[list[Any]], xp: Any) -> Any:
+def _share(products: Any, xp: Any) -> Any:
     """t, from the dot products of the task vectors."""
     count = len(products)
     cosines = [

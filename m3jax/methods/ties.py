@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import scaling, share, weights
 from m3jax.methods.selection import Codes, kth_smallest_and, magnitudes
 from m3jax.methods.step import (
     Method,
@@ -57,16 +57,12 @@ class Ties(Method):
         "16 benchmarks); at a high trim rate it did well in long-to-short "
         "reasoning merges (2503.20641)"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0, low=0.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
-    trim_rate: Any = number(
+    weights: Any = weights(low=0.0)
+    scaling: Any = scaling()
+    trim_rate: Any = share(
         default=0.5,
         help="r, share of each task vector set to zero, smallest first, over the whole "
         "model",
-        low=0.0,
-        high=1.0,
         search=(0.2, 0.9),
     )
     scope = "model"

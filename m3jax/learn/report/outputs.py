@@ -11,7 +11,7 @@ from typing import Any
 from m3jax.checkpoints.places import durable
 from m3jax.evaluation.results import as_json
 from m3jax.exploration.report.folder import write
-from m3jax.learn.training.result import Comparison, Learning
+from m3jax.learn.report.result import Comparison, Learning
 from m3jax.learn.training.state import STATE
 
 RECIPE, SUMMARY, CURVES = "recipe.json", "summary.json", "curves.png"

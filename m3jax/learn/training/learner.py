@@ -24,11 +24,11 @@ from m3jax.learn.coefficients import replay as replays
 from m3jax.learn.gradient import tensors as stores
 from m3jax.learn.gradient.pullback import Merge, learnable
 from m3jax.learn.report import outputs
+from m3jax.learn.report.result import Comparison, Learning, compared
 from m3jax.learn.training import objectives
 from m3jax.learn.training.config import Config
 from m3jax.learn.training.data import TaskBatches, by_task, taught
 from m3jax.learn.training.loop import Apply, Descent, Progress, nothing, run
-from m3jax.learn.training.result import Comparison, Learning, compared
 from m3jax.learn.training.sources import Texts, experts_of, read_tasks
 from m3jax.learn.training.state import STATE, State
 from m3jax.learn.training.texts import Speaker
