@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.methods.selection import ABOVE, count_codes
-from m3jax.methods.step import UNITS, Method, Operands, Step, Transform
+from m3jax.methods.step import UNITS, Method, Operands, Reduction, Step, Transform
 from m3jax.recipe import Recipe
 
 WIDTH = 1024  # elements whose integers an int32 can sum up; the columns of a tile
@@ -83,6 +83,69 @@ class Numbers(NamedTuple):
         return Numbers(self.p[:depth], self.info[:depth])
 
 
+class At(NamedTuple):
+    """A step of a program, and the numbers of it and of those before.
+
+    Attributes:
+      program: whose step it is.
+      depth: its place: so many transforms come before it.
+      numbers: tables, with what the steps before have found.
+    """
+
+    program: Program
+    depth: int
+    numbers: Numbers
+
+    @classmethod
+    def method(cls, program: Program, numbers: Numbers) -> At:
+        """The last step."""
+        return cls(program, len(program.transforms), numbers)
+
+    @property
+    def step(self) -> Step:
+        return self.program.steps[self.depth]
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return self.numbers.p[self.depth]
+
+    @property
+    def unit(self) -> str:
+        """What the transforms before it have to see whole."""
+        return self.program.unit(self.depth)
+
+    @property
+    def draws(self) -> str:
+        """The random numbers that the transforms before it take, or ""."""
+        return self.program.draws(self.depth)
+
+    @property
+    def threshold(self) -> Any:
+        """See `Program.threshold`."""
+        return self.program.threshold(self.numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reducing:
+    """What a kernel finds in parts of tensors, in words.
+
+    Attributes:
+      program: whose transforms are applied first.
+      function, combine: of the `Reduction`.
+      count: make histograms here; otherwise the codes are returned.
+    """
+
+    program: Program
+    function: Callable[..., tuple[Any, ...]]
+    combine: tuple[str, ...]
+    count: bool
+
+    @classmethod
+    def of(cls, at: At, reduction: Reduction, *, count: bool) -> Reducing:
+        before = at.program.before(at.depth)
+        return cls(before, reduction.function, reduction.combine, count)
+
+
 def take(tables: Any, items: Any, ndim: int, dtype: Any = np.float32) -> Any:
     """The numbers of some tensors, ready to broadcast against parts of them.
 
@@ -126,7 +189,7 @@ def merge(
     Returns:
       The parts of the output by name; "" is the merged model.
     """
-    x = _transformed(_wide(x), numbers, draw, program, None)
+    x = _transformed(_wide(x), numbers, draw, program)
     merged = program.method.apply(x, numbers.p[-1], numbers.info[-1])
     for i, step in enumerate(program.transforms):
         if step.after:
@@ -141,28 +204,21 @@ def reduce(
     draw: Any,
     arguments: Any,
     valid: jax.Array,
-    *,
-    program: Program,
-    depth: int,
-    function: Callable[..., tuple[Any, ...]],
-    combine: tuple[str, ...],
-    count: bool,
+    how: Reducing,
 ) -> tuple[jax.Array, ...]:
     """What a `Reduction` finds in one part, for the host to put together.
 
     Args:
-      x, numbers, draw, program: as for `merge`.
+      x, numbers, draw: as for `merge`.
       arguments: of the reduction, ready to broadcast.
       valid: (R, WIDTH) bool, in the order of the part's elements: which are real.
-      depth: of the step that measures: the transforms before it are applied.
-      function, combine: of the reduction.
-      count: make histograms here; otherwise the codes are returned.
+      how: what to find.
 
     Returns:
       For each array of the function: sums and maxima of each row, (R, ...); a
       histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH); values likewise.
     """
-    x = _transformed(_wide(x), numbers, draw, program, depth)
+    x = _transformed(_wide(x), numbers, draw, how.program)
     shape = x.models.shape[1:]
 
     def rows(part: jax.Array) -> jax.Array:
@@ -173,32 +229,32 @@ def reduce(
             flat = jnp.pad(flat, (*((0, 0),) * len(lead), (0, missing)))
         return flat.reshape(*lead, *valid.shape)
 
-    def combined(part: jax.Array, how: str) -> jax.Array:
+    def combined(part: jax.Array, kind: str) -> jax.Array:
         part = rows(part)
-        if how == "values":
+        if kind == "values":
             return part[None]
-        if how == "histogram":
+        if kind == "histogram":
             codes = jnp.where(valid, part, jnp.uint16(ABOVE))
-            return count_codes(codes)[None] if count else codes[None]
+            return count_codes(codes)[None] if how.count else codes[None]
         real = jnp.where(valid, part, jnp.zeros((), part.dtype))
         summed = (
             jnp.max(real, axis=-1)
-            if how == "max"
+            if kind == "max"
             else jnp.sum(real, axis=-1, dtype=jnp.float32)
-            if how == "float"
+            if kind == "float"
             else jnp.sum(real, axis=-1, dtype=jnp.int32)
         )
         return jnp.moveaxis(summed, -1, 0)
 
-    parts = function(x, arguments)
-    return tuple(combined(*pair) for pair in zip(parts, combine, strict=True))
+    parts = how.function(x, arguments)
+    return tuple(combined(*pair) for pair in zip(parts, how.combine, strict=True))
 
 
 def _transformed(
-    x: Operands, numbers: Numbers, draw: Any, program: Program, depth: int | None
+    x: Operands, numbers: Numbers, draw: Any, program: Program
 ) -> Operands:
-    """The operands after the first `depth` transforms."""
-    for i, step in enumerate(program.transforms[:depth]):
+    """The operands after the transforms."""
+    for i, step in enumerate(program.transforms):
         if step.after:
             continue
         own = draw if step.draws else None
