@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.formats import tree
 from m3jax.models.config import Config
 from m3jax.models.decoder import ARCHITECTURES, parameter_shapes, read_config
 
-_FEW = 4
 # The parameters' own shapes and names say these.
 _MAY_DIFFER = ("vocab_size", "tie_word_embeddings", "max_position_embeddings")
 
@@ -122,7 +121,6 @@ def check_parameters(
             found, wanted = list(leaf.shape), list(needed[tensor])
             flaws.append(f"{shown(tensor)} has shape {found}, needs {wanted}")
     if flaws:
-        more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
         raise CheckpointError(
-            f"{name}: is not what its config.json says: {'; '.join(flaws[:_FEW])}{more}"
+            f"{name}: is not what its config.json says: {few(flaws, 4)}"
         )
