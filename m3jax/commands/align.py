@@ -11,32 +11,24 @@ Where --to has more units or heads, units of zeros are added, which add nothing.
 
 from __future__ import annotations
 
-from absl import flags
-
 from m3jax.commands import process
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define, need
 from m3jax.commands.tables import say
 
 USAGE = "m3jax align MODEL --to=OTHER --output=DIR"
+TAKES = (1, "one model")
 LESS_MEMORY = "without residual among --units it takes two models' layer at a time"
 
-_TO = flags.DEFINE_string("to", None, "The model whose order it is.")
-# Other commands have flags of this name, too; a process runs one command.
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "The folder to make.", allow_override=True
-)
-_UNITS = flags.DEFINE_list(
-    "units", ["ffn", "heads"], "What may be moved: ffn, heads, residual."
+_TO = define("to", str, "The model whose order it is.")
+_OUTPUT = define("output", str, "The folder to make.")
+_UNITS = define(
+    "units", list, "What may be moved: ffn, heads, residual.", ["ffn", "heads"]
 )
 
 
 def main(positional: list[str]) -> int:
-    if len(positional) != 1:
-        raise UsageError(f"needs one model, not {len(positional)}; usage: {USAGE}")
-    to, output = _TO.value, _OUTPUT.value
-    if not to or not output:
-        name = "output" if to else "to"
-        raise UsageError(f"--{name} is missing; usage: {USAGE}")
+    need(USAGE, to=_TO.value, output=_OUTPUT.value)
+    to, output = str(_TO.value), str(_OUTPUT.value)
     process.leave_at_once()
     from m3jax.align import align  # only now JAX
     from m3jax.align.architectures import GROUPS

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from m3jax import programs
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.places import durable
 from m3jax.evaluation.evaluator import Evaluator
@@ -32,6 +33,7 @@ from m3jax.exploration.search.trials import (
 )
 from m3jax.exploration.sharing.worker import Worker
 from m3jax.models.layers import Parameters
+from m3jax.programs import Block
 from m3jax.recipe import Mixup, Recipe
 
 Say = Callable[[str], None]
@@ -96,7 +98,9 @@ class Run:
           search: asks for the draws.
           total: how many trials there will be, if that is known.
         """
-        first = next(search)
+        first = next(search, None)
+        if first is None:
+            raise CheckpointError("no draw makes a model to evaluate; allow more draws")
         places = choose_places(trees, self.at_once, len(first))
         parents = {
             name: functools.partial(lambda own: own, tree)
@@ -111,7 +115,7 @@ class Run:
             for name, recipe in self._baselines(len(names)).items()
         }
         rows += self._rows("baseline", baselines)
-        trials, chosen = self._all_trials(mergers, search, first, total)
+        trials, chosen = self._all_trials(mergers, search, first, total, names)
         winner = chosen or best(at_the_largest_budget(trials), 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
@@ -120,7 +124,7 @@ class Run:
             )
         name = f"winner (draw {winner.index})"
         make = functools.partial(mergers[0], winner.recipe, winner.seed)
-        rows += self._rows("winner", {name: make})
+        rows += self._rows("winner", {name: make}, winner.program)
         return Exploration(
             trials=tuple(trials),
             winner=winner,
@@ -143,7 +147,10 @@ class Run:
         }
 
     def _rows(
-        self, kind: str, makers: Mapping[str, Callable[[], Parameters]]
+        self,
+        kind: str,
+        makers: Mapping[str, Callable[[], Parameters]],
+        program: Sequence[Block] | None = None,
     ) -> list[Row]:
         """The rows that were found before, or new ones, of what is made."""
         known = {line["row"]: line for line in self.rows.lines}
@@ -153,7 +160,7 @@ class Run:
                 return known[name]
             parameters = makers[name]()
             scored = {
-                own: self._score(own, parameters, self.budget)
+                own: self._score(own, parameters, self.budget, program=program)
                 for own in self.evaluators
             }
             return Row(name, kind, scored).to_dict()
@@ -190,6 +197,7 @@ class Run:
         search: Search,
         first: Sequence[Proposal],
         total: int | None,
+        names: Sequence[str],
     ) -> tuple[list[Trial], Trial | None]:
         """All of them, and the one that the search chose, if it did."""
         trials: list[Trial] = []
@@ -207,6 +215,8 @@ class Run:
                     end = total if alike else total and start + len(asked)
                     left = None if end is None else end - len(trials)
                     what = described(trial.objective, trial.scores, trial.mean_ratios)
+                    if trial.program is not None:
+                        what = f"{programs.counted(trial.program, names)}; {what}"
                     self.say(
                         f"{len(trials)}{of_all}: draw {trial.index}, {what}; "
                         f"{progress.text(trial, left)}"
@@ -250,16 +260,22 @@ class Run:
     def _do(self, asked: Proposal, merger: Merger) -> dict[str, Any]:
         """Merges a draw and evaluates it; the trial, and the seconds that it took."""
         recipe, seed = asked.recipe, asked.seed
+        program = programs.of_recipe(recipe)
         start = time.perf_counter()
         parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
         scored = self._score(
-            "validation", parameters, asked.budget, answers=self.answers
+            "validation",
+            parameters,
+            asked.budget,
+            answers=self.answers,
+            part=asked.part,
+            program=program,
         )
         own = scored.scores
         others = [name for name in self.evaluators if name != "validation"]
         other = {
-            name: self._score(name, parameters, self.budget).scores
+            name: self._score(name, parameters, self.budget, program=program).scores
             for name in (others if self.test_all_draws else ())
         }
         trial = Trial(
@@ -272,6 +288,7 @@ class Run:
             objective=self.objective(own),
             other=other,
             answers=scored.answers if self.answers else None,
+            part=asked.part,
         )
         seconds = {
             "merge_seconds": round(merged - start, 6),
@@ -286,9 +303,19 @@ class Run:
         budget: int | None,
         *,
         answers: bool = False,
+        part: int = 0,
+        program: Sequence[Block] | None = None,
     ) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
-        return score(self.evaluators[name], parameters, budget, key, answers)
+        return score(
+            self.evaluators[name],
+            parameters,
+            budget,
+            key,
+            answers,
+            part=part,
+            layers=None if program is None else [block.layer for block in program],
+        )
 
 
 def _recorded(line: Mapping[str, Any], asked: Proposal, place: int) -> Trial:

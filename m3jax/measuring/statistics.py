@@ -135,7 +135,7 @@ def _with_batch(
 ) -> Any:
     """The sum with that of a batch; see `fisher.add`."""
     own = [asked[i] for i in batch.index.tolist() if i >= 0]
-    longest = max(len(question.completions[0]) for question in own)
+    longest = max(len(question.item.completions[0]) for question in own)
     return fisher_information.add(
         total,
         parameters,

@@ -26,6 +26,7 @@ from m3jax.exploration.fields import Searched
 from m3jax.exploration.merger import Merger
 from m3jax.exploration.presets.setting import Plan, Setting
 from m3jax.exploration.search import samplers
+from m3jax.exploration.search.searches import brackets
 from m3jax.exploration.search.trials import Proposal
 from m3jax.exploration.space import Space, Values
 from m3jax.methods.df_merge import DfMerge
@@ -52,8 +53,7 @@ def plan(setting: Setting) -> Plan:
             Space(setting.num_models, {_COEFFICIENTS: searched}),
         ),
         setting.objective,
-        draws=setting.draws,
-        generation=setting.generation,
+        brackets(setting.draws, setting.budget, generation=setting.generation),
     )
     make = functools.partial(FisherMerger, _fisher(setting))
     return Plan(found, setting.draws, setting.objective, merger=make)
