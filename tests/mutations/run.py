@@ -31,7 +31,7 @@ def run(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
     done = subprocess.run(
         command, cwd=tree, env=env, capture_output=True, text=True, check=False
     )
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return done.returncode, failed[1] if failed else done.stdout[-2000:]
 
 
