@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-long mutations lint types fuzz bench clean
+.PHONY: demo test test-long mutations lint types docs notebook fuzz bench clean
 
 demo: .venv/installed ## merge the built-in models, and explore their merges
 	$(BIN)/m3jax demo
@@ -25,6 +25,12 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
+docs: .venv/installed-docs ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebook: .venv/installed-docs ## runs examples/m3.ipynb from top to bottom
+	$(BIN)/jupyter-execute examples/m3.ipynb
+
 fuzz: .venv/installed-dev ## the readers, coverage-guided, ten minutes
 	$(BIN)/python -m pip install --quiet atheris
 	$(BIN)/python tests/fuzz/run.py --seconds=200
@@ -36,7 +42,7 @@ bench: .venv/installed-dev ## beside mergekit, 20 minutes; see benchmarks/README
 	$(BIN)/python benchmarks/startup.py --rounds=3
 
 clean:
-	rm -rf .venv build dist *.egg-info m3jax-demo
+	rm -rf .venv build dist site *.egg-info m3jax-demo
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -45,4 +51,8 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
