@@ -288,8 +288,9 @@ class TestVocabulary:
         message = fails(*models, configs=configs)
         assert (
             "tensor 'lm_head.weight' has shape [32, 6] in base, [33, 6] in a, [32, 6] "
-            "in b (vocabulary sizes differ: set vocabulary to union or base to merge "
-            "by token, to mean or truncate to merge by row)"
+            "in b (vocabulary sizes differ: set vocabulary to union or base, in "
+            "mergekit's YAML tokenizer: {source: base}, to merge by token, to mean or "
+            "truncate to merge by row)"
         ) in message
         assert "tensor 'model.embed_tokens.weight' has shape [32, 6] in base" in message
 

@@ -397,8 +397,9 @@ class TestBadInput:
         checkpoints.write(models / "c", checkpoints.random_model(4, shapes))
         assert fails("--models=a,c") == (
             "tensor 'model.embed_tokens.weight' has shape [11, 5] in base, [11, 5] in "
-            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to union or base "
-            "to merge by token, to mean or truncate to merge by row)"
+            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to union or "
+            "base, in mergekit's YAML tokenizer: {source: base}, to merge by token, "
+            "to mean or truncate to merge by row)"
         )
 
     def test_no_such_model(self, fails):

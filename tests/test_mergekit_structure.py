@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -232,8 +233,57 @@ def test_a_record_makes_the_documents_again(tmp_path: Path, run: Run) -> None:
     again = checkpoints.read(Path("again"))
     assert all(own.tobytes() == again[name].tobytes() for name, own in got.items())
     assert run("verify", "out").code == 0
-    dry = run("merge", "--config=own.yml", "--dry_run")
-    assert "first: linear of a, b" in dry.out
+
+
+def test_where_all_documents_have_names(tmp_path: Path, run: Run) -> None:
+    """The output is the one that no other needs."""
+    for i, name in enumerate("abc"):
+        _write(tmp_path / name, i)
+    got = _merge(run, tmp_path, CHAIN)
+    named = CHAIN.replace("---\nmerge", "---\nname: last\nmerge").split("---\nname: u")
+    Path("own.yml").write_text(named[0])
+    ran = run("merge", "--config=own.yml", "--output=named")
+    assert "last: no other document needs it, and it is the output" in ran.err
+    again = checkpoints.read(Path("named"))
+    assert all(own.tobytes() == again[name].tobytes() for name, own in got.items())
+
+
+def test_a_dry_run_plans_every_document(tmp_path: Path, run: Run) -> None:
+    """Also those whose inputs are other documents', which are not there yet."""
+    for i, name in enumerate("abc"):
+        _write(tmp_path / name, i)
+    Path("own.yml").write_text(CHAIN)
+    there = sorted(tmp_path.iterdir())
+    ran = run("merge", "--config=own.yml", "--output=out", "--dry_run")
+    assert ran.code == 0 and sorted(tmp_path.iterdir()) == there
+    first, last = ran.out.split("the output: ")
+    assert first.startswith("first: linear of a, b\n")
+    assert last.startswith("linear of first, c\n")
+    for plan, place in ((first, "out.documents/first"), (last, "out")):
+        assert "10 (10 merged, 0 copied), 108 elements" in plan
+        assert f"{place}, free" in plan
+    shutil.rmtree("c")
+    _write(tmp_path / "c", 2, layers=3)
+    ran = run("merge", "--config=own.yml", "--dry_run")
+    assert ran.code == 3 and "is missing in c" in ran.out
+
+
+def test_documents_draw_apart(tmp_path: Path, run: Run) -> None:
+    """Each from a seed of its name, with which it can be merged alone."""
+    base = _write(tmp_path / "base", 0)
+    checkpoints.write(tmp_path / "a", {name: own + 1 for name, own in base.items()})
+    family = FAMILY.replace(", {model: b, parameters: {weight: 0.5, density: 0.5}}", "")
+    one = "merge_method: dare_linear\n" + family
+    text = f"name: x\n{one}---\nname: y\n{one}---\nmerge_method: linear\nmodels: "
+    weighed = "{{model: {}, parameters: {{weight: 1}}}}"
+    _merge(run, tmp_path, f"{text}[{weighed.format('x')}, {weighed.format('y')}]")
+    name = "model.embed_tokens.weight"
+    x, y = (checkpoints.read(Path("out.documents") / own)[name] for own in "xy")
+    assert not np.array_equal(x, y)
+    (tmp_path / "own.yml").write_text(one)
+    seed = int.from_bytes(hashlib.sha256(b"0 y").digest()[:4], "little")
+    run("merge", "--config=own.yml", "--output=alone", f"--seed={seed}")
+    assert np.array_equal(checkpoints.read(Path("alone"))[name], y)
 
 
 def test_a_model_that_no_document_makes(tmp_path: Path, run: Run) -> None:

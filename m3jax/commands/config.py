@@ -18,6 +18,7 @@ from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.groups import group
 from m3jax.recipe.recipe import FLAT, renaming
+from m3jax.recipe.tokenizer import BY_ROW
 
 if TYPE_CHECKING:
     from m3jax.moe.document import Mixture
@@ -110,6 +111,10 @@ def asked(
       RecipeError: the recipe, or documents that a record has.
     """
     fields = _holder.value.to_dict()
+    notes = [*_record.get("notes", ())]
+    flagged = fields["vocabulary"] != _record.get("vocabulary", fields["vocabulary"])
+    if flagged and fields["vocabulary"] == "truncate":
+        notes += _truncate(fields, _record["vocabulary"])
     if rename:
         fields["rename"] = (*renaming(fields["rename"]), *rename)
     recipe = Recipe.from_dict(fields)
@@ -118,12 +123,14 @@ def asked(
         own = {"path": None, **own}
         names[str(own.pop("path") or own["name"])] = str(own["name"])
         document = Document.from_dict(own)
-        # What the flags say of vocabularies is said of all documents.
-        changed = document.recipe.with_fields(vocabulary=recipe.vocabulary)
-        flagged = recipe.vocabulary != _record.get("vocabulary", recipe.vocabulary)
-        documents.append(
-            dataclasses.replace(document, recipe=changed) if flagged else document
-        )
+        if flagged:  # what the flags say of vocabularies is said of all documents
+            theirs = document.recipe.to_dict()
+            before, theirs["vocabulary"] = theirs["vocabulary"], recipe.vocabulary
+            if recipe.vocabulary == "truncate":
+                _truncate(theirs, before)
+            changed = Recipe.from_dict(theirs)
+            document = dataclasses.replace(document, recipe=changed)
+        documents.append(document)
     own_base = (_record.get("base") or {}).get("path")
     own_models = [model["path"] for model in _record.get("models", [])]
     return Asked(
@@ -135,8 +142,23 @@ def asked(
         statistics=[own["path"] for own in _record.get("statistics", [])],
         documents=tuple(own.renamed(names) for own in documents),
         mixture=_mixture(),
-        notes=tuple(_record.get("notes", ())),
+        notes=tuple(notes),
     )
+
+
+def _truncate(fields: dict[str, Any], vocabulary: str) -> list[str]:
+    """Lets rows be truncated as mergekit does it: config.json stays, and a document
+    whose rows are aligned by token is not touched.
+
+    Args:
+      fields: of a document's recipe, which change.
+      vocabulary: that the document has.
+    """
+    if vocabulary not in BY_ROW:
+        fields["vocabulary"] = vocabulary
+        return ["vocabulary=truncate has no effect: the YAML has a tokenizer"]
+    fields["tokenizer"]["config"] = fields["tokenizer"]["config"] or "keep"
+    return []
 
 
 def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -24,8 +24,9 @@ best third of them on three times as many, and so on; the last one is evaluated 
 --hyperband=3 does that several times, from many draws on little to few on all.
 
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
-model_glue, safety_aware, lfs (a method for each group of layers), adamms (chosen by
-answers, without labels) or m3. docs/EXPLORE.md says what each does.
+model_glue, safety_aware, lfs (a method for each group of layers), dis and rmm (whole
+layers in a row, of any model, left out and repeated), adamms (chosen by answers,
+without labels) or m3. docs/EXPLORE.md says what each does.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ _DRAWS = define("draws", int, "How many.", 32)
 _SEED = define("seed", int, "Of all draws. [0]")
 _PRESET = define(
     "preset",
-    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "adamms"],
+    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "dis", "rmm", "adamms"],
     "A published search, in the place of --sampler and --search.",
 )
 _SAMPLER = define(
@@ -112,6 +113,9 @@ _HYPERBAND = define(
 )
 _TEST_ALL = define(
     "test_all_draws", bool, "Report mean and deviation over draws on test, too."
+)
+_FRACTION = define(
+    "fraction", float, "Of the data that a draw of --preset=rmm is evaluated on. [1]"
 )
 _AT_ONCE = define(
     "at_once",
@@ -176,6 +180,7 @@ def main(positional: list[str]) -> int:
         budget=scoring.LIMIT.value,
         halving=_HALVING.value,
         hyperband=_HYPERBAND.value,
+        fraction=_FRACTION.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),

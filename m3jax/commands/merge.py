@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
+    from m3jax.engine.prepare import Execution
     from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
@@ -151,11 +153,12 @@ def main(positional: list[str]) -> int:
     )
     if _DRY_RUN.value:
         reporting.notes(asked.notes)
-    if _DRY_RUN.value and asked.documents:
-        print(reporting.documents(asked.documents))
-        return 0
     if _DRY_RUN.value:
         try:
+            if asked.documents:
+                last = Document(base, tuple(models), recipe)
+                _plan_documents([*asked.documents, last], seed, execution)
+                return 0
             with (
                 _built(asked.mixture, models, seed) as given,
                 prepare(base, given, recipe, seed, execution, statistics) as prepared,
@@ -181,7 +184,7 @@ def main(positional: list[str]) -> int:
     with _profiled(_PROFILE.value), shown as progress:
         named = {}
         if asked.documents:
-            folder = Path(_DOCUMENTS.value or f"{output}.documents")
+            folder = _documents_folder()
             check_inputs([*asked.documents, Document(base, tuple(models), recipe)])
             check_free(
                 store.parse(output),
@@ -217,6 +220,27 @@ def main(positional: list[str]) -> int:
         reporting.notes(asked.notes)
         print(reporting.summary(result, profile=_PROFILE.value is not None))
     return 0
+
+
+def _documents_folder() -> Path:
+    return Path(_DOCUMENTS.value or f"{_OUTPUT.value}.documents")
+
+
+def _plan_documents(
+    documents: Sequence[Document], seed: int, execution: Execution
+) -> None:
+    """Prints a plan of each, in order."""
+    from m3jax.engine.documents import planned
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for own, prepared in planned(
+            documents, Path(scratch), seed=seed, execution=execution
+        ):
+            output = _OUTPUT.value
+            if own.name is not None:
+                output = output and str(_documents_folder() / own.name)
+            plan = reporting.document_plan(own, prepared, output)
+            print(plan.replace(f"{scratch}/", ""))
 
 
 def _recipe(asked: config.Asked) -> Recipe:

@@ -120,6 +120,7 @@ class Leaves:
         arrays = [a for leaf in leaves if leaf.merged for a in leaf.arrays]
         self.traced = any(map(is_traced, arrays))
         self.few = 0
+        self.at_hand = False
 
     @property
     def merged(self) -> list[int]:

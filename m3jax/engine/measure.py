@@ -34,12 +34,14 @@ class Bench(Protocol):
       num_models: K.
       traced: the arrays are arguments of a transformation of JAX.
       few: of a group of at most so many elements a pass may ask for the values.
+      at_hand: the elements lie in memory, so that a pass more costs little.
     """
 
     names: list[str]
     sizes: list[int]
     num_models: int
     traced: bool
+    at_hand: bool
 
     @property
     def few(self) -> int: ...
@@ -152,6 +154,7 @@ def _found(
                 num_models=bench.num_models,
                 size=sizes[g],
                 few=sizes[g] <= bench.few,
+                at_hand=bench.at_hand,
                 numbers=_OfGroup(step.name, at.parameters, groups[g]),
                 traced=traced,
             )

@@ -56,6 +56,7 @@ class Stream:
     """Executes passes over the tensors of a merge; a `measure.Bench`."""
 
     traced = False
+    at_hand = False
 
     def __init__(
         self,

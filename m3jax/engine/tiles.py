@@ -7,7 +7,6 @@ what differs between them is a number per tile.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,6 @@ from m3jax.engine.plan import TILE, Chunk
 from m3jax.methods.step import Operands
 
 AXIS = "tiles"
-_BLOCK = 64  # tiles
 TILES = P(AXIS)
 STACK_TILES = P(None, AXIS)
 
@@ -63,9 +61,7 @@ def reduce_tiles(
         return kernel.reduce(x, numbers, own, arguments, valid, how)
 
     if mesh is None:
-        several_sums = len(how.combine) > 1 and set(how.combine) == {"sum"}
-        blocks = several_sums and not how.count
-        return jax.jit(_in_blocks(reduce) if blocks else reduce)
+        return jax.jit(reduce)
 
     def specs(tree: Any) -> Any:
         """Tiles are the axis before the last; what is per model has one before it."""
@@ -77,29 +73,6 @@ def reduce_tiles(
         )(*operands)
 
     return jax.jit(on_devices)
-
-
-def _in_blocks(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, a few tiles after the others.
-
-    What several sums are made of XLA's CPU backend writes out first, which for a whole
-    chunk is ten times the chunk; of a few tiles it stays in the processor's cache.
-    """
-
-    def reduce_in_blocks(*operands: Any) -> Any:
-        count = operands[-1].shape[0]
-        size = math.gcd(count, _BLOCK)
-
-        def reduce_block(place: jax.Array) -> Any:
-            def cut(a: jax.Array) -> jax.Array:  # tiles are the axis before the last
-                return jax.lax.dynamic_slice_in_dim(a, place * size, size, a.ndim - 2)
-
-            return reduce(*jax.tree.map(cut, operands))
-
-        found = jax.lax.map(reduce_block, jnp.arange(count // size))
-        return jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), found)
-
-    return reduce_in_blocks
 
 
 def keys_and_blocks(

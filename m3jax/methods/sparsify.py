@@ -193,7 +193,7 @@ class Rescale(Transform):
 def _norms(x: Operands) -> Any:
     whole = x.beside.get(_WHOLE, x.deltas)
     tied = [x.beside[name] for name in _TIED if name in x.beside]
-    return jnp.abs(jnp.concatenate([whole, x.deltas, *tied]))
+    return [jnp.abs(own) for stack in (whole, x.deltas, *tied) for own in stack]
 
 
 def _rank_thresholds(tau: Any, p: Numbers) -> Any:

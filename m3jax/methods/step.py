@@ -63,8 +63,8 @@ class Reduction:
 
     Attributes:
       function: (operands, arguments) -> a tuple of arrays whose last axes are those
-        of the operands' parts: one number for each element. Hashable: a function of a
-        module, or a frozen dataclass with `__call__`.
+        of the operands' parts: one number for each element; (J, ...) may be a list of J
+        arrays. Hashable: a function of a module, or a frozen dataclass with `__call__`.
       arguments: arrays () or (J,) by name; `function` gets them ready to broadcast.
       combine: for each array of the tuple, what the engine makes of it over a group.
         ``sum``: of integers of at most 2**20, exact, as int64. ``max``. ``histogram``:
@@ -94,6 +94,7 @@ class Problem:
       traced: the arrays are those of a `jax.jit`, `grad` or `vmap` around the merge:
         Python cannot look at what a pass finds.
       few: the elements are so few that a pass may ask for ``values``.
+      at_hand: they lie in memory: a pass that counts little costs little.
     """
 
     num_models: int
@@ -101,6 +102,7 @@ class Problem:
     numbers: Numbers
     traced: bool = False
     few: bool = False
+    at_hand: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.formats import tree
 from m3jax.models.config import Config
 from m3jax.models.decoder import ARCHITECTURES, parameter_shapes, read_config
+from m3jax.recipe.values import layer_of, renumbered
 
 # The parameters' own shapes and names say these.
 _MAY_DIFFER = ("vocab_size", "tie_word_embeddings", "max_position_embeddings")
@@ -95,6 +98,26 @@ def common_config(names: Sequence[str]) -> tuple[Config, dict[str, Path]]:
                     "of them: make the two files agree"
                 )
     return first, {name: folder for name, (_, folder) in found.items()}
+
+
+def padded(parameters: Mapping[str, Any], config: Config) -> Mapping[str, Any]:
+    """The parameters with as many layers as the config has.
+
+    Those that they lack have weights of zero, and add nothing to the residual stream:
+    models of several depths run as one program.
+    """
+    leaves, _ = tree.flatten(parameters)
+    layers = {name: layer_of(name) for name in leaves}
+    count = max((n for n in layers.values() if n is not None), default=-1) + 1
+    if count >= config.num_layers:
+        return parameters
+    for name in [name for name, layer in layers.items() if layer == 0]:
+        own = leaves[name]
+        if jnp.issubdtype(own.dtype, jnp.floating):
+            own = own - own  # zeros that lie where it does
+        for i in range(count, config.num_layers):
+            leaves[renumbered(name, i)] = own
+    return tree.nest(leaves)
 
 
 def check_parameters(
