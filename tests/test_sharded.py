@@ -126,7 +126,14 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndar
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        *((name, slice(None)) for name in LAYOUTS if name != "explicit"),
+        *(
+            pytest.param(
+                name, slice(None), marks=() if name == "grid" else pytest.mark.slow
+            )
+            for name in LAYOUTS
+            if name != "explicit"
+        ),
+        ("rows", slice(3, 4)),
         ("explicit", slice(3, 4)),
     ],
 )

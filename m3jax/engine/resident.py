@@ -150,10 +150,9 @@ class Resident:
             stride = max(1, max(sizes) // (step * _SAMPLE))
         asked = Pass(at, groups, reductions, len(self.names), stride)
         for i in range(0, len(self.chunks), step):
-            chunk = self.chunks[i]
+            chunk, x = self.chunks[i], self.filled[i]
             if asked.asks(chunk):
-                draw = self.draw(at, i)
-                asked.add(self._work.reduce_chunk(asked, chunk, self.filled[i], draw))
+                asked.add(self._work.reduce_chunk(asked, chunk, x, self.draw(at, i)))
         return asked.answers()
 
     def draw(self, at: At, i: int) -> Any:

@@ -28,6 +28,13 @@ class Dare(Transform):
     ``magnitude``, the k = int(n · p) smallest |τ_i| of each tensor are dropped, and all
     that equal the k-th. p = 1 drops everything and does not divide.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> base, a = {"w": jnp.zeros(8)}, {"w": jnp.ones(8)}
+        >>> dare = m3jax.Dare(drop_rate=0.5)
+        >>> recipe = m3jax.Recipe(method="task_arithmetic", dare=dare)
+        >>> m3jax.merge_params(base, [a], recipe, 0)["w"].tolist()
+        [0.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]
+
     Source: arXiv 2311.03099. Agrees with the authors' `mask_merging`; mergekit
     rescales by the ratio of L1 norms per tensor instead of 1/(1 − p).
     """

@@ -18,6 +18,12 @@ class Magmax(Scaled):
     Of equal magnitudes the later model's counts. Without M3 all λ_k are 1. The authors
     take s = 0.5.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> base, a, b = ({"w": jnp.array(w)} for w in ([1.0, 1], [5.0, 2], [-1.0, -2]))
+        >>> recipe = m3jax.Recipe(method="magmax", mixup=m3jax.Mixup(alpha=None))
+        >>> m3jax.merge_params(base, [a, b], recipe)["w"].tolist()
+        [5.0, -2.0]
+
     Source: arXiv 2407.06322; agrees with fusion-bench 0.2.33.
     """
 

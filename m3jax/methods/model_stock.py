@@ -33,6 +33,13 @@ class ModelStock(Method):
     (`by_row`) of each of its rows: a task vector of 0 has cosine 0 with every other.
     Where the task vectors cancel out t is 0. K = 1 gives θ_1.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> tau = [1.0, 1.0, 1.0], [1.0, 1.0, -1.0]  # c = 1/3, t = 1/2
+        >>> base, a, b = ({"w": jnp.array(w)} for w in ([0.0, 0.0, 0.0], *tau))
+        >>> recipe = m3jax.Recipe(method="model_stock", mixup=m3jax.Mixup(alpha=None))
+        >>> m3jax.merge_params(base, [a, b], recipe)["w"].tolist()
+        [0.5, 0.5, 0.0]
+
     Source: arXiv 2403.19522. Agrees with mergekit's `model_stock`.
     """
 

@@ -39,6 +39,14 @@ class Ties(Method):
     nothing. The majority is the sign of Σ sign(Σ_i x_i) over all n entries. Both are
     exact.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> tau = [4.0, 1.0, -2.0], [2.0, -3.0, 0.5]  # trimmed: 4, 0, -2 and 2, -3, 0
+        >>> base, a, b = ({"w": jnp.array(w)} for w in ([0.0, 0.0, 0.0], *tau))
+        >>> method, off = m3jax.Ties(trim_rate=0.7), m3jax.Mixup(alpha=None)
+        >>> recipe = m3jax.Recipe(method=method, mixup=off)
+        >>> m3jax.merge_params(base, [a, b], recipe)["w"].tolist()
+        [3.0, -3.0, -2.0]
+
     Source: arXiv 2306.01708; with λ drawn, M3, arXiv 2502.15434. Agrees with the
     authors' `ties_merging`. mergekit's `ties` differs: it trims per tensor to a fixed
     number of entries, weighs the vote, and sends sums of 0 to +.
