@@ -195,7 +195,8 @@ def counted(program: Sequence[Block], models: Sequence[str]) -> str:
         f"{counts[k]} of {names[k]}"
         for k in sorted(counts, key=lambda k: k % len(names))
     )
-    return f"{len(program)} layers: {', '.join(each)}"
+    plural = "" if len(program) == 1 else "s"
+    return f"{len(program)} layer{plural}: {', '.join(each)}"
 
 
 def described(program: Sequence[Block], models: Sequence[str]) -> str:
