@@ -351,7 +351,7 @@ def _resizing(
     """Changes to config.json for tensors of other rows than the first checkpoint's."""
     changes: dict[str, Any] = {}
     for tensor in tensors:
-        if tensor.name in resized:
+        if tensor.name in resized and not recipe.keeps_config:
             rows, before = tensor.shape[0], resized[tensor.name][0].source.shape[0]
             changes |= vocabulary.size_changes(first.config or {}, rows, before)
     if resized and recipe.vocabulary == "truncate":
@@ -361,4 +361,11 @@ def _resizing(
         notes.append(
             f"{', '.join(sorted(resized))}: truncated to {kept} rows ({', '.join(had)})"
         )
+        named = dict(vocabulary.sizes(first.config or {}))
+        if recipe.keeps_config and set(named.values()) - {kept}:
+            told = ", ".join(f"{name}={size}" for name, size in named.items())
+            notes.append(
+                f"config.json keeps {told}, as mergekit has it: transformers does not "
+                "load the output; --config.tokenizer.config=fit makes it follow"
+            )
     return changes
