@@ -3,17 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-long lint types docs notebook fuzz bench clean
+.PHONY: demo test test-long mutations lint types docs notebook fuzz bench clean
 
 demo: .venv/installed ## merge the built-in models, and explore their merges
 	$(BIN)/m3jax demo
 
 # A file goes to one worker: its tests share what they compile.
 test: .venv/installed-dev ## the tests, minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -rs
 
-test-long: .venv/installed-dev ## the tests that take long: kill, resume, soak
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+test-long: .venv/installed-dev ## what takes long: dense grids, kill, resume, soak
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -rs
+
+mutations: .venv/installed-dev ## faults are planted, and `make test` has to see each
+	$(BIN)/python tests/mutations/run.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

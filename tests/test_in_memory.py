@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from grids import thin
 
 import m3jax
 from m3jax.checkpoints.errors import CheckpointError
@@ -102,8 +103,7 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("dare", DARE)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dare"), thin(METHODS, DARE))
 def test_bits_are_those_of_the_streamed_merge(method: str, dare: str, tmp_path: Path):
     base, *models = map(as_tree, TRIO)
     for name, mixup in MIXUPS.items():
@@ -306,8 +306,7 @@ def test_donated_inputs_are_given_up():
         m3jax.merge_params(x, [x, {"x": jnp.ones(3)}], recipe, donate=True)
 
 
-@pytest.mark.parametrize("dare", ["off", "random"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dare"), thin(METHODS, ["off", "random"]))
 def test_gradients_of_coefficients_and_scaling(method: str, dare: str):
     """jax.grad through the kernels, against differences of the merge itself."""
     trio = [as_tree(t) for t in random_trio(shapes={"x": (6, 7), "y": (31,)})]

@@ -126,6 +126,48 @@ slices:
         assert got[name(i)].tobytes() == np.asarray(wanted).tobytes()
 
 
+def test_filters_of_words(tmp_path: Path, run: Run) -> None:
+    """A tensor has the word of the first filter in its name, in slices too."""
+    for i, name in enumerate(("base", "a", "b")):
+        _write(tmp_path / name, i)
+    for head, sources in (("models:\n", ""), ("slices:\n", "layer_range: [0, 4]")):
+        entries = [f"{{model: {own}, {sources}}}" for own in ("base", "a", "b")]
+        listed = "".join(f"- {own}\n" for own in entries)
+        if sources:
+            listed = f"- sources: [{', '.join(entries)}]\n"
+        text = f"merge_method: model_stock\nbase_model: base\n{head}{listed}"
+        found = {}
+        rules = "[{filter: attn, value: true}, {value: false}]"
+        for word in ("true", "false", rules):
+            own = f"{text}parameters: {{filter_wise: {word}}}\n"
+            found[word] = _merge(run, tmp_path, own, "--overwrite")
+        for name, own in found[rules].items():
+            wanted = found["true" if "attn" in name else "false"][name]
+            assert own.tobytes() == wanted.tobytes(), name
+            assert "attn" not in name or not np.array_equal(own, found["false"][name])
+
+
+def test_gradients_of_booleans_go_by_steps(tmp_path: Path, run: Run) -> None:
+    """As mergekit 0.1.5 has it: each holds up to the next one; the first outside."""
+    a, b = _write(tmp_path / "a", 0), _write(tmp_path / "b", 1)
+    text = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
+    for points, layers in (
+        ([False, True], [0, 0, 0, 1]),
+        ([True, False, True], [1, 1, 0, 1]),
+        ([1, 1, 0, 0, 1], [1, 1, 0, 1]),
+    ):
+        shared = f"parameters: {{weight: 1, normalize: {points}}}\n"
+        got = _merge(run, tmp_path, text + shared.lower(), "--overwrite")
+        for name, own in got.items():
+            layer = re.search(r"layers\.(\d)", name)
+            halved = layers[int(layer[1])] if layer else points[0]
+            wanted = (a[name] + b[name]) / (2 if halved else 1)
+            np.testing.assert_allclose(own, wanted, atol=1e-6, err_msg=name)
+    refused = "parameters: {weight: 1, normalize: [0.3, 1]}\n"
+    ran = _merge(run, tmp_path, text + refused, "--overwrite", code=2)
+    assert "normalize=0.3 needs true or false" in ran.error
+
+
 def test_slices_refuse_what_is_not_there(tmp_path: Path, run: Run) -> None:
     _write(tmp_path / "a", 0)
     _write(tmp_path / "b", 1)

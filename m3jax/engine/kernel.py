@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.methods.selection import ABOVE, count_codes
-from m3jax.methods.step import UNITS, Method, Operands, Step, Transform
+from m3jax.methods.step import UNITS, Method, Operands, Reduction, Step, Transform
 from m3jax.recipe import Recipe
 
 WIDTH = 1024  # elements whose integers an int32 can sum up; the columns of a tile
@@ -84,6 +84,69 @@ class Numbers(NamedTuple):
         return Numbers(self.p[:depth], self.info[:depth])
 
 
+class At(NamedTuple):
+    """A step of a program, and the numbers of it and of those before.
+
+    Attributes:
+      program: whose step it is.
+      depth: its place: so many transforms come before it.
+      numbers: tables, with what the steps before have found.
+    """
+
+    program: Program
+    depth: int
+    numbers: Numbers
+
+    @classmethod
+    def method(cls, program: Program, numbers: Numbers) -> At:
+        """The last step."""
+        return cls(program, len(program.transforms), numbers)
+
+    @property
+    def step(self) -> Step:
+        return self.program.steps[self.depth]
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return self.numbers.p[self.depth]
+
+    @property
+    def unit(self) -> str:
+        """What the transforms before it have to see whole."""
+        return self.program.unit(self.depth)
+
+    @property
+    def draws(self) -> str:
+        """The random numbers that the transforms before it take, or ""."""
+        return self.program.draws(self.depth)
+
+    @property
+    def threshold(self) -> Any:
+        """See `Program.threshold`."""
+        return self.program.threshold(self.numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reducing:
+    """What a kernel finds in parts of tensors, in words.
+
+    Attributes:
+      program: whose transforms are applied first.
+      function, combine: of the `Reduction`.
+      count: make histograms here; otherwise the codes are returned.
+    """
+
+    program: Program
+    function: Callable[..., tuple[Any, ...]]
+    combine: tuple[str, ...]
+    count: bool
+
+    @classmethod
+    def of(cls, at: At, reduction: Reduction, *, count: bool) -> Reducing:
+        before = at.program.before(at.depth)
+        return cls(before, reduction.function, reduction.combine, count)
+
+
 def take(tables: Any, items: Any, ndim: int, dtype: Any = np.float32) -> Any:
     """The numbers of some tensors, ready to broadcast against parts of them.
 
@@ -127,7 +190,7 @@ def merge(
     Returns:
       The parts of the output by name; "" is the merged model.
     """
-    x = _transformed(_wide(x), numbers, draw, program, None)
+    x = _transformed(_wide(x), numbers, draw, program)
     merged = program.method.apply(x, numbers.p[-1], numbers.info[-1])
     for i, step in enumerate(program.transforms):
         if step.after:
@@ -142,28 +205,21 @@ def reduce(
     draw: Any,
     arguments: Any,
     valid: jax.Array,
-    *,
-    program: Program,
-    depth: int,
-    function: Callable[..., tuple[Any, ...]],
-    combine: tuple[str, ...],
-    count: bool,
+    how: Reducing,
 ) -> tuple[jax.Array, ...]:
     """What a `Reduction` finds in one part, for the host to put together.
 
     Args:
-      x, numbers, draw, program: as for `merge`.
+      x, numbers, draw: as for `merge`.
       arguments: of the reduction, ready to broadcast.
       valid: (R, WIDTH) bool, in the order of the part's elements: which are real.
-      depth: of the step that measures: the transforms before it are applied.
-      function, combine: of the reduction.
-      count: make histograms here; otherwise the codes are returned.
+      how: what to find.
 
     Returns:
       For each array of the function: sums and maxima of each row, (R, ...); a
       histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH); values likewise.
     """
-    x = _transformed(_wide(x), numbers, draw, program, depth)
+    x = _transformed(_wide(x), numbers, draw, how.program)
     shape = x.models.shape[1:]
 
     def rows(part: jax.Array) -> jax.Array:
@@ -176,24 +232,28 @@ def reduce(
 
     parts: list[Any] = [
         [rows(own) for own in part] if isinstance(part, list) else rows(part)
-        for part in function(x, arguments)
+        for part in how.function(x, arguments)
     ]
+    combine = how.combine
     found: list[Any] = [None] * len(combine)
-    over = [j for j, how in enumerate(combine) if how in _OVER_ROWS]
-    for j, how in enumerate(combine):
+    over = [j for j, kind in enumerate(combine) if kind in _OVER_ROWS]
+    for j, kind in enumerate(combine):
         if j in over:
             continue
         part = jnp.stack(parts[j]) if isinstance(parts[j], list) else parts[j]
-        if how == "values":
+        if kind == "values":
             found[j] = part[None]
-        elif how == "histogram":
+        elif kind == "histogram":
             codes = jnp.where(valid, part, jnp.uint16(ABOVE))
-            found[j] = count_codes(codes)[None] if count else codes[None]
+            found[j] = count_codes(codes)[None] if how.count else codes[None]
         else:
             real = jnp.where(valid, part, 0)
             found[j] = jnp.moveaxis(jnp.sum(real, -1, dtype=jnp.float32), -1, 0)
     reduced = _over_rows(
-        [parts[j] for j in over], [combine[j] for j in over], valid, together=not count
+        [parts[j] for j in over],
+        [combine[j] for j in over],
+        valid,
+        together=not how.count,
     )
     for j, own in zip(over, reduced, strict=True):
         found[j] = jnp.moveaxis(own, -1, 0)
@@ -248,10 +308,10 @@ def _over_rows(
 
 
 def _transformed(
-    x: Operands, numbers: Numbers, draw: Any, program: Program, depth: int | None
+    x: Operands, numbers: Numbers, draw: Any, program: Program
 ) -> Operands:
-    """The operands after the first `depth` transforms."""
-    for i, step in enumerate(program.transforms[:depth]):
+    """The operands after the transforms."""
+    for i, step in enumerate(program.transforms):
         if step.after:
             continue
         own = draw if step.draws else None

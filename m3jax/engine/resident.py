@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from m3jax.engine.jobs import Job
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.kernel import At, Numbers
 from m3jax.engine.measure import Groups, completed, measured_by
 from m3jax.engine.passes import Pass
 from m3jax.engine.plan import TILE, Chunk, Item, whole
@@ -134,9 +134,7 @@ class Resident:
 
     def reduce(
         self,
-        program: Program,
-        depth: int,
-        numbers: Numbers,
+        at: At,
         groups: Groups,
         reductions: Sequence[Reduction],
         *,
@@ -150,21 +148,17 @@ class Resident:
             groups = [own if size >= _SAMPLED else [] for own, size in pairs]
             step = max(1, len(self.chunks) // 2)
             stride = max(1, max(sizes) // (step * _SAMPLE))
-        count = len(self.names)
-        asked = Pass(program, depth, numbers, groups, reductions, count, stride)
+        asked = Pass(at, groups, reductions, len(self.names), stride)
         for i in range(0, len(self.chunks), step):
-            chunk = self.chunks[i]
+            chunk, x = self.chunks[i], self.filled[i]
             if asked.asks(chunk):
-                draw = self.draw(program, depth, numbers, i)
-                asked.add(self._work.reduce_chunk(asked, chunk, self.filled[i], draw))
+                asked.add(self._work.reduce_chunk(asked, chunk, x, self.draw(at, i)))
         return asked.answers()
 
-    def draw(
-        self, program: Program, depth: int | None, numbers: Numbers, i: int
-    ) -> Any:
+    def draw(self, at: At, i: int) -> Any:
         """Masks or lanes of a chunk, drawn once."""
-        if not program.draws(depth):
+        if not at.draws:
             return None
         if self.draws[i] is None:
-            self.draws[i] = self._work.draw(program, depth, numbers, self.chunks[i])
+            self.draws[i] = self._work.draw(at, self.chunks[i])
         return self.draws[i]

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from m3jax import prng
 from m3jax.engine import kernel
-from m3jax.engine.kernel import Program
+from m3jax.engine.kernel import Program, Reducing
 from m3jax.engine.plan import TILE, Chunk
 from m3jax.methods.step import Operands
 
@@ -43,12 +43,7 @@ def merge_tiles(
 
 @functools.lru_cache(maxsize=256)
 def reduce_tiles(
-    program: Program,
-    depth: int,
-    function: Callable[..., Any],
-    combine: tuple[str, ...],
-    mesh: Mesh | None,
-    count: bool,
+    how: Reducing, mesh: Mesh | None
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """The kernel (operands, numbers, draw, arguments, counts) -> what is found.
 
@@ -62,18 +57,8 @@ def reduce_tiles(
         x: Operands, numbers: Any, draw: Any, arguments: Any, counts: Any
     ) -> Any:
         valid = jnp.arange(TILE, dtype=jnp.int32)[None] < counts
-        return kernel.reduce(
-            x,
-            numbers,
-            _drawn(draw, program, depth),
-            arguments,
-            valid,
-            program=program,
-            depth=depth,
-            function=function,
-            combine=combine,
-            count=count,
-        )
+        own = _drawn(draw, how.program)
+        return kernel.reduce(x, numbers, own, arguments, valid, how)
 
     if mesh is None:
         return jax.jit(reduce)
@@ -134,13 +119,13 @@ def drawn_beforehand(kind: str, made_of: tuple[np.ndarray, ...]) -> np.ndarray:
     return drawn.view(np.bool_) if kind == "mask" else drawn
 
 
-def _drawn(draw: Any, program: Program, depth: int | None = None) -> Any:
+def _drawn(draw: Any, program: Program) -> Any:
     """The draw itself, or what it is made of made into it."""
     if not isinstance(draw, tuple):
         return draw
     keys, blocks, thresholds = draw
     lanes = jax.vmap(prng.mask_lanes, (0, None, None))(keys, blocks, TILE)
-    if program.draws(depth) == "lanes":
+    if program.draws() == "lanes":
         return lanes
     return lanes.astype(jnp.uint32) < thresholds
 

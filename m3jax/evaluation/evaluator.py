@@ -272,21 +272,16 @@ class TaskEvaluator:
         scores = iter(scored)
         for example, item in zip(examples, prepared, strict=True):
             sums = [next(scores).log_likelihood for _ in item.completions]
-            tokens = [len(part) for part in item.completions]
             if task.kind == "loss":
+                tokens = len(item.completions[0])
                 yield {
                     "completion": example.completion,
                     "log_likelihood": sums[0],
-                    "tokens": tokens[0],
-                    "score": -sums[0] / tokens[0],
+                    "tokens": tokens,
+                    "score": -sums[0] / tokens,
                 }
                 continue
-            lengths = {
-                "bytes": [len(choice.encode()) for choice in example.choices],
-                "tokens": tokens,
-                "none": [1] * len(tokens),
-            }[task.normalise]
-            normal = [s / n for s, n in zip(sums, lengths, strict=True)]
+            normal = [s / n for s, n in zip(sums, item.lengths, strict=True)]
             # A model that gives NaN has chosen nothing.
             chosen = None if any(map(math.isnan, normal)) else int(np.argmax(normal))
             yield {

@@ -133,7 +133,8 @@ class Choice(Field):
 class Gradient:
     """Values at equal distances from the first layer to the last, linear in between.
 
-    Embeddings count as the first layer, what stands behind the layers as the last.
+    Embeddings count as the first layer, what stands behind the layers as the last. Of
+    booleans each holds up to the next one, and the first outside the layers.
     """
 
     points: tuple[float, ...]

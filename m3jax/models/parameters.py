@@ -9,13 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.formats import tree
 from m3jax.models.config import Config
 from m3jax.models.decoder import ARCHITECTURES, parameter_shapes, read_config
 from m3jax.recipe.values import layer_of, renumbered
 
-_FEW = 4
 # The parameters' own shapes and names say these.
 _MAY_DIFFER = ("vocab_size", "tie_word_embeddings", "max_position_embeddings")
 
@@ -145,7 +144,6 @@ def check_parameters(
             found, wanted = list(leaf.shape), list(needed[tensor])
             flaws.append(f"{shown(tensor)} has shape {found}, needs {wanted}")
     if flaws:
-        more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
         raise CheckpointError(
-            f"{name}: is not what its config.json says: {'; '.join(flaws[:_FEW])}{more}"
+            f"{name}: is not what its config.json says: {few(flaws, 4)}"
         )
