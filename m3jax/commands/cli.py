@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from m3jax.commands import signals
+from m3jax.commands import process, signals
 
 DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 
@@ -93,6 +93,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         arguments = getattr(module, "prepare", list)(arguments)
         positional = flags.FLAGS([f"m3jax {name}", *arguments])[1:]
         debug = _DEBUG.value
+        process.open_many_files()
         with signals.handled_by(signals.stop):
             code = module.main(positional)
             sys.stdout.flush()

@@ -84,9 +84,9 @@ def _side_files(facts: Facts) -> dict[str, bytes]:
         if other is not None:
             files[name] = other
     if facts.config_changes and side_files.CONFIG in files:
-        config = files[side_files.CONFIG]
-        files[side_files.CONFIG] = side_files.changed_config(
-            config, facts.config_changes
+        config = json.loads(files[side_files.CONFIG])
+        files[side_files.CONFIG] = side_files.as_json(
+            side_files.changed(config, facts.config_changes)
         )
     return files
 

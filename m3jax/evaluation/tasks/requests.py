@@ -97,14 +97,14 @@ def _encode_pair(
     """
     if whole:
         context = _encode(prompt, tokenizer, special, where)
-        both = tuple(tokenizer.encode(prompt + completion, add_special_tokens=special))
-        if both[: len(context)] == context:
-            return context, both[len(context) :]
+        joined = tokenizer.encode(prompt + completion, add_special_tokens=special)
+        if tuple(joined[: len(context)]) == context:
+            return context, tuple(joined[len(context) :])
         alone = tokenizer.encode(completion, add_special_tokens=False)
         return context, tuple(alone)
     stripped = prompt.rstrip()
     completion = prompt[len(stripped) :] + completion
     context = tuple(tokenizer.encode(stripped, add_special_tokens=special))
-    whole = tokenizer.encode(stripped + completion, add_special_tokens=special)
-    behind = tuple(whole[len(context) :])
+    both = tokenizer.encode(stripped + completion, add_special_tokens=special)
+    behind = tuple(both[len(context) :])
     return context or _encode(stripped, tokenizer, special, where), behind
