@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import json
 import math
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -183,8 +182,7 @@ def _side_files(like: str, dtypes: Mapping[str, Dtype]) -> dict[str, bytes]:
         config = load_json(
             files[side_files.CONFIG], str(folder / side_files.CONFIG), constants=True
         )
-        text = json.dumps(_fitted(config, dtypes), indent=2, ensure_ascii=False) + "\n"
-        files[side_files.CONFIG] = text.encode()
+        files[side_files.CONFIG] = side_files.as_json(_fitted(config, dtypes))
     return files
 
 
