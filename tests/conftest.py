@@ -1,7 +1,13 @@
-"""Settings of every test: eight virtual devices, strict promotion, no network."""
+"""Settings of every test: eight virtual devices, strict promotion, no network.
+
+All that XLA compiles in a run is kept in a folder of that run: the tests of one file
+merge by the same programs, and so do those of the next one.
+"""
 
 import os
+import shutil
 import signal
+import tempfile
 
 # Read by jax and huggingface_hub when they are imported, here and in subprocesses.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,6 +21,15 @@ import jax
 from command_line import run  # noqa: F401 - a fixture for all tests
 from hypothesis import settings
 
+# The workers of pytest-xdist inherit the variable. Whoever sets it keeps the folder.
+PROGRAMS = "M3JAX_TEST_PROGRAMS"
+_ours = PROGRAMS not in os.environ
+if _ours:
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="m3jax-programs-")
+jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 # A busy machine is slow, not wrong.
 settings.register_profile("m3jax", deadline=None)
 settings.load_profile("m3jax")
@@ -25,3 +40,8 @@ def pytest_sessionstart() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert jax.local_device_count() == 8, "jax was imported before tests/conftest.py"
+
+
+def pytest_unconfigure() -> None:
+    if _ours:
+        shutil.rmtree(os.environ[PROGRAMS], ignore_errors=True)

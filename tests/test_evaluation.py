@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_tokenizer
+from grids import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,7 +128,7 @@ def test_log_likelihoods_equal_transformers():
         assert score.greedy == (scores.argmax(-1).tolist() == completion)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 40, 100_000])
+@pytest.mark.parametrize("tokens_per_batch", [slow(1), 40, 100_000])
 def test_batches_change_no_score(
     tokens_per_batch, loss_task, choice_task, written_task
 ):

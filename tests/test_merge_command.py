@@ -342,7 +342,7 @@ class TestMisuse:
             ("bad.py", "import nothing_of_this_name", "ModuleNotFoundError: No module"),
             ("bad.py", "config = 1", "KeyError: 'get_config'; a config is a Python fi"),
             ("bad.json", "{", "not valid JSON"),
-            ("bad.json", "[1]", "not a recipe"),
+            ("bad.json", "[1]", "needs an object"),
         ],
     )
     def test_config_files(self, name, text, message, merge, models: Path):
@@ -400,8 +400,9 @@ class TestBadInput:
         checkpoints.write(models / "c", checkpoints.random_model(4, shapes))
         assert fails("--models=a,c") == (
             "tensor 'model.embed_tokens.weight' has shape [11, 5] in base, [11, 5] in "
-            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to union or base "
-            "to merge by token, to mean or truncate to merge by row)"
+            "a, [12, 5] in c (vocabulary sizes differ: set vocabulary to union or "
+            "base, in mergekit's YAML tokenizer: {source: base}, to merge by token, "
+            "to mean or truncate to merge by row)"
         )
 
     def test_no_such_model(self, fails):

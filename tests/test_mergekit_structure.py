@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -125,6 +126,48 @@ slices:
         assert got[name(i)].tobytes() == np.asarray(wanted).tobytes()
 
 
+def test_filters_of_words(tmp_path: Path, run: Run) -> None:
+    """A tensor has the word of the first filter in its name, in slices too."""
+    for i, name in enumerate(("base", "a", "b")):
+        _write(tmp_path / name, i)
+    for head, sources in (("models:\n", ""), ("slices:\n", "layer_range: [0, 4]")):
+        entries = [f"{{model: {own}, {sources}}}" for own in ("base", "a", "b")]
+        listed = "".join(f"- {own}\n" for own in entries)
+        if sources:
+            listed = f"- sources: [{', '.join(entries)}]\n"
+        text = f"merge_method: model_stock\nbase_model: base\n{head}{listed}"
+        found = {}
+        rules = "[{filter: attn, value: true}, {value: false}]"
+        for word in ("true", "false", rules):
+            own = f"{text}parameters: {{filter_wise: {word}}}\n"
+            found[word] = _merge(run, tmp_path, own, "--overwrite")
+        for name, own in found[rules].items():
+            wanted = found["true" if "attn" in name else "false"][name]
+            assert own.tobytes() == wanted.tobytes(), name
+            assert "attn" not in name or not np.array_equal(own, found["false"][name])
+
+
+def test_gradients_of_booleans_go_by_steps(tmp_path: Path, run: Run) -> None:
+    """As mergekit 0.1.5 has it: each holds up to the next one; the first outside."""
+    a, b = _write(tmp_path / "a", 0), _write(tmp_path / "b", 1)
+    text = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
+    for points, layers in (
+        ([False, True], [0, 0, 0, 1]),
+        ([True, False, True], [1, 1, 0, 1]),
+        ([1, 1, 0, 0, 1], [1, 1, 0, 1]),
+    ):
+        shared = f"parameters: {{weight: 1, normalize: {points}}}\n"
+        got = _merge(run, tmp_path, text + shared.lower(), "--overwrite")
+        for name, own in got.items():
+            layer = re.search(r"layers\.(\d)", name)
+            halved = layers[int(layer[1])] if layer else points[0]
+            wanted = (a[name] + b[name]) / (2 if halved else 1)
+            np.testing.assert_allclose(own, wanted, atol=1e-6, err_msg=name)
+    refused = "parameters: {weight: 1, normalize: [0.3, 1]}\n"
+    ran = _merge(run, tmp_path, text + refused, "--overwrite", code=2)
+    assert "normalize=0.3 needs true or false" in ran.error
+
+
 def test_slices_refuse_what_is_not_there(tmp_path: Path, run: Run) -> None:
     _write(tmp_path / "a", 0)
     _write(tmp_path / "b", 1)
@@ -232,8 +275,57 @@ def test_a_record_makes_the_documents_again(tmp_path: Path, run: Run) -> None:
     again = checkpoints.read(Path("again"))
     assert all(own.tobytes() == again[name].tobytes() for name, own in got.items())
     assert run("verify", "out").code == 0
-    dry = run("merge", "--config=own.yml", "--dry_run")
-    assert "first: linear of a, b" in dry.out
+
+
+def test_where_all_documents_have_names(tmp_path: Path, run: Run) -> None:
+    """The output is the one that no other needs."""
+    for i, name in enumerate("abc"):
+        _write(tmp_path / name, i)
+    got = _merge(run, tmp_path, CHAIN)
+    named = CHAIN.replace("---\nmerge", "---\nname: last\nmerge").split("---\nname: u")
+    Path("own.yml").write_text(named[0])
+    ran = run("merge", "--config=own.yml", "--output=named")
+    assert "last: no other document needs it, and it is the output" in ran.err
+    again = checkpoints.read(Path("named"))
+    assert all(own.tobytes() == again[name].tobytes() for name, own in got.items())
+
+
+def test_a_dry_run_plans_every_document(tmp_path: Path, run: Run) -> None:
+    """Also those whose inputs are other documents', which are not there yet."""
+    for i, name in enumerate("abc"):
+        _write(tmp_path / name, i)
+    Path("own.yml").write_text(CHAIN)
+    there = sorted(tmp_path.iterdir())
+    ran = run("merge", "--config=own.yml", "--output=out", "--dry_run")
+    assert ran.code == 0 and sorted(tmp_path.iterdir()) == there
+    first, last = ran.out.split("the output: ")
+    assert first.startswith("first: linear of a, b\n")
+    assert last.startswith("linear of first, c\n")
+    for plan, place in ((first, "out.documents/first"), (last, "out")):
+        assert "10 (10 merged, 0 copied), 108 elements" in plan
+        assert f"{place}, free" in plan
+    shutil.rmtree("c")
+    _write(tmp_path / "c", 2, layers=3)
+    ran = run("merge", "--config=own.yml", "--dry_run")
+    assert ran.code == 3 and "is missing in c" in ran.out
+
+
+def test_documents_draw_apart(tmp_path: Path, run: Run) -> None:
+    """Each from a seed of its name, with which it can be merged alone."""
+    base = _write(tmp_path / "base", 0)
+    checkpoints.write(tmp_path / "a", {name: own + 1 for name, own in base.items()})
+    family = FAMILY.replace(", {model: b, parameters: {weight: 0.5, density: 0.5}}", "")
+    one = "merge_method: dare_linear\n" + family
+    text = f"name: x\n{one}---\nname: y\n{one}---\nmerge_method: linear\nmodels: "
+    weighed = "{{model: {}, parameters: {{weight: 1}}}}"
+    _merge(run, tmp_path, f"{text}[{weighed.format('x')}, {weighed.format('y')}]")
+    name = "model.embed_tokens.weight"
+    x, y = (checkpoints.read(Path("out.documents") / own)[name] for own in "xy")
+    assert not np.array_equal(x, y)
+    (tmp_path / "own.yml").write_text(one)
+    seed = int.from_bytes(hashlib.sha256(b"0 y").digest()[:4], "little")
+    run("merge", "--config=own.yml", "--output=alone", f"--seed={seed}")
+    assert np.array_equal(checkpoints.read(Path("alone"))[name], y)
 
 
 def test_a_model_that_no_document_makes(tmp_path: Path, run: Run) -> None:

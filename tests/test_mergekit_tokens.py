@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import read
+from checkpoints import read, write
 from command_line import Run
 from safetensors.numpy import load_file
 
@@ -154,6 +154,33 @@ def test_documents_name_each_other(tmp_path: Path, run: Run) -> None:
     assert all(
         own.tobytes() == read(tmp_path / "b")[n].tobytes() for n, own in got.items()
     )
+
+
+def test_truncation_as_mergekit_does_it(tmp_path: Path, run: Run) -> None:
+    """config.json stays, as mergekit documents it; a tokenizer has precedence."""
+    rows = {}
+    for name, count in (("large", 9), ("small", 7)):
+        rows[name] = np.full((count, 2), count, np.float32)
+        write(tmp_path / name, {EMBEDDING: rows[name]}, {"vocab_size": count})
+    text = "\n".join(
+        ["merge_method: linear", "models:"]
+        + [f"- {{model: {tmp_path / own}, parameters: {{weight: 1}}}}" for own in rows]
+    )
+    (tmp_path / "own.yml").write_text(text)
+    merged = ("merge", f"--config={tmp_path / 'own.yml'}", "--nofsync")
+    assert "tokenizer: {source: base}" in run(*merged, f"--output={tmp_path}/0").error
+    truncated = (*merged, "--config.vocabulary=truncate")
+    ran = run(*truncated, f"--output={tmp_path}/1")
+    assert "truncated to 7 rows" in ran.err and "keeps vocab_size=9" in ran.err
+    assert np.array_equal(read(tmp_path / "1")[EMBEDDING], np.full((7, 2), 8.0))
+    run(*truncated, "--config.tokenizer.config=fit", f"--output={tmp_path}/2")
+    for place, wanted in ((1, 9), (2, 7)):
+        config = json.loads((tmp_path / str(place) / "config.json").read_text())
+        assert config["vocab_size"] == wanted
+    config = f"--config={GOLDEN / 'yaml' / 'tok_union.yml'}"
+    flags = (config, "--config.vocabulary=truncate", f"--output={tmp_path}/3")
+    ran = run("merge", *flags)
+    assert ran.code == 0 and "vocabulary=truncate has no effect" in ran.err
 
 
 DOCUMENT = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"

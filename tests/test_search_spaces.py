@@ -219,11 +219,11 @@ def test_hyperband_runs_its_brackets() -> None:
     found = m3jax.explore(
         base, models, evaluator=evaluator, sampler="sobol", hyperband=3, budget=9
     )
-    rungs = brackets(9, 3)
+    rungs = brackets(0, 9, hyperband=3)
     asked = [
         own.budget for bracket in rungs for own in bracket for _ in range(own.draws)
     ]
     assert budgets[5:-1] == asked
-    assert len(asked) == sum(map(total, rungs)) == len(found.trials)
+    assert len(asked) == total(rungs) == len(found.trials)
     assert found.winner.budget == 9
     assert len(found.draws) == sum(bracket[0].draws for bracket in rungs)

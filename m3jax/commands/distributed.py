@@ -12,21 +12,19 @@ import re
 import signal
 from collections.abc import Mapping
 
-from absl import flags
+from m3jax.commands.cli import SYSTEM, UsageError, define, leave_at_once
 
-from m3jax.commands.cli import SYSTEM, UsageError, leave_at_once
-
-_DISTRIBUTED = flags.DEFINE_enum(
+_DISTRIBUTED = define(
     "distributed",
-    "auto",
     ["auto", "on", "off"],
     "Share the work with other processes; auto: if the environment has several.",
+    "auto",
 )
-_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, where nothing says it."
+_ADDRESS = define(
+    "coordinator_address", str, "HOST:PORT of process 0, where nothing says it."
 )
-_COUNT = flags.DEFINE_integer("num_processes", None, "How many, where nothing says it.")
-_INDEX = flags.DEFINE_integer("process_id", None, "This one's, from 0, likewise.")
+_COUNT = define("num_processes", int, "How many, where nothing says it.")
+_INDEX = define("process_id", int, "This one's, from 0, likewise.")
 
 _SHUTDOWN = 30  # seconds in which all processes have to end after the first
 # Google's address for what a virtual machine may know of itself.

@@ -6,9 +6,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from m3jax.engine.progress import Progress
+from m3jax.engine.progress import Progress, size
 
 if TYPE_CHECKING:
     from m3jax.engine.jobs import Job
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 10.0
 _FEW_GROUPS = 8
-
-
-def size(count: float) -> str:
-    """Bytes as text, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def plan(prepared: Prepared, output: str | None = None) -> str:
@@ -64,13 +56,13 @@ def notes(lines: Sequence[str]) -> None:
         print(f"m3jax: note: {line}", file=sys.stderr)
 
 
-def documents(named: Sequence[Document]) -> str:
-    """What --dry_run prints of several documents: their order."""
-    lines = [
-        f"{own.name}: {own.recipe.method.name} of {', '.join(own.inputs)}"
-        for own in named
-    ]
-    return "\n".join(["in this order, and then the output:", *lines])
+def document_plan(
+    document: Document, prepared: Prepared, output: str | None = None
+) -> str:
+    """What --dry_run prints of one of several documents."""
+    name = "the output" if document.name is None else document.name
+    inputs = f"{document.recipe.method.name} of {', '.join(document.inputs)}"
+    return f"{name}: {inputs}\n{indent(plan(prepared, output), '  ')}\n"
 
 
 def _method(job: Job) -> str:

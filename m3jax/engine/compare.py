@@ -24,7 +24,7 @@ import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.source import Source, byte_size
 from m3jax.checkpoints.sources import quantised
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
@@ -181,7 +181,7 @@ def compare(
         if name in sides[1]
     }
     paired = [name for name, (x, y) in pairs.items() if x.shape == y.shape]
-    progress.stage("comparing", sum(_bytes(s) for n in paired for s in pairs[n]))
+    progress.stage("comparing", sum(byte_size(s) for n in paired for s in pairs[n]))
     sums: dict[str, Sums] = {}
 
     def work(name: str, buffers: _Buffers, turn: Any) -> None:
@@ -229,10 +229,6 @@ def _weights(checkpoint: Checkpoint, notes: list[str]) -> Mapping[str, Source]:
 def _described(checkpoint: Checkpoint, name: str) -> Described | None:
     tensor = checkpoint.stored.get(name)
     return None if tensor is None else (tensor.dtype.code, tensor.shape)
-
-
-def _bytes(source: Source) -> int:
-    return math.prod(source.shape) * source.dtype.itemsize
 
 
 class _Buffers:

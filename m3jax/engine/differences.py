@@ -19,7 +19,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.places.files import Location
-from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.source import Source, read
 from m3jax.engine.inputs import TensorInputs
 
 _MAX_JSON = 64_000_000  # bytes of a file that is looked into
@@ -240,9 +240,7 @@ def _sample(source: Source) -> np.ndarray:
     """Elements from the middle of a tensor, float64, about their mean."""
     size = math.prod(source.shape)
     count = min(size, _ELEMENTS)
-    values = np.empty(count, source.dtype.numpy)
-    source.read_into(values, (size - count) // 2)
-    wide = values.astype(np.float64)
+    wide = read(source, (size - count) // 2, count).astype(np.float64)
     finite = wide[np.isfinite(wide)]
     return wide - (finite.mean() if len(finite) else 0)
 

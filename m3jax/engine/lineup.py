@@ -12,7 +12,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.naming.table import Table
-from m3jax.checkpoints.side_files import size_changes
+from m3jax.checkpoints.side_files import size_changes, sizes
 from m3jax.checkpoints.source import Converted, Repeated, Source
 from m3jax.engine import layer_config, unmatched, vocabulary
 from m3jax.engine.by_token import ByToken, Compared
@@ -400,7 +400,7 @@ def _resizing(
     """Changes to config.json for tensors of other rows than the first checkpoint's."""
     changes: dict[str, Any] = {}
     for tensor in tensors:
-        if tensor.name in resized:
+        if tensor.name in resized and not recipe.keeps_config:
             rows, before = tensor.shape[0], resized[tensor.name][0].source.shape[0]
             changes |= size_changes(first.config or {}, rows, before)
     if resized and recipe.vocabulary == "truncate":
@@ -410,4 +410,11 @@ def _resizing(
         notes.append(
             f"{', '.join(sorted(resized))}: truncated to {kept} rows ({', '.join(had)})"
         )
+        named = dict(sizes(first.config or {}))
+        if recipe.keeps_config and set(named.values()) - {kept}:
+            told = ", ".join(f"{name}={size}" for name, size in named.items())
+            notes.append(
+                f"config.json keeps {told}, as mergekit has it: transformers does not "
+                "load the output; --config.tokenizer.config=fit makes it follow"
+            )
     return changes

@@ -126,7 +126,7 @@ def tokenizer_files(
     elif options.chat_template is not None:
         _bring_template(found, options.chat_template, every, first, tokens)
     if rows is not None:
-        _check_rows(found, first, tokens, rows)
+        _check_rows(found, first, tokens, rows, recipe.keeps_config)
         if tokens is None and unasked and options.copy:
             found.notes.append(
                 f"the output has {rows} vocabulary rows, {first.name} has "
@@ -340,13 +340,20 @@ def _ends(model: Checkpoint) -> list[int]:
 
 
 def _check_rows(
-    found: TokenizerFiles, first: Checkpoint, tokens: ByToken | None, rows: int
+    found: TokenizerFiles,
+    first: Checkpoint,
+    tokens: ByToken | None,
+    rows: int,
+    keeps: bool,
 ) -> None:
-    """Says where ids reach beyond the rows; what a loader would fail on goes."""
+    """Says where ids reach beyond the rows; what a loader would fail on goes, unless
+    config.json is to stay."""
     config = dict(generation.token_fields(first.config or {})) | found.config
     for name, own in config.items():
-        if name.endswith("pad_token_id") and any(
-            one >= rows for one in generation.ids_of(own)
+        if (
+            not keeps
+            and name.endswith("pad_token_id")
+            and any(one >= rows for one in generation.ids_of(own))
         ):
             found.config[name] = None
             found.notes.append(

@@ -79,6 +79,7 @@ def hint(name: str, sources: list[Source], checkpoints: list[Checkpoint]) -> str
     if not _is_vocabulary(name, sources, checkpoints):
         return ""
     return (
-        " (vocabulary sizes differ: set vocabulary to union or base to merge by token, "
-        "to mean or truncate to merge by row)"
+        " (vocabulary sizes differ: set vocabulary to union or base, in mergekit's "
+        "YAML tokenizer: {source: base}, to merge by token, to mean or truncate to "
+        "merge by row)"
     )

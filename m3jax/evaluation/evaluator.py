@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import numpy as np
 
 from m3jax import prng
 from m3jax.evaluation.results import Result
-from m3jax.evaluation.running import continuations, log_likelihoods
+from m3jax.evaluation.running import continuations, log_likelihoods, up_to_depth
 from m3jax.evaluation.tasks import answers, programs
 from m3jax.evaluation.tasks.examples import Example, load_examples
 from m3jax.evaluation.tasks.requests import Prepared, prepare
@@ -26,7 +27,7 @@ from m3jax.evaluation.tasks.task import Task, TaskError, load_tasks
 from m3jax.models.config import Config
 from m3jax.models.generation import Sampling
 from m3jax.models.layers import Parameters
-from m3jax.models.parameters import read_model_config
+from m3jax.models.parameters import padded, read_model_config
 from m3jax.models.tokenizer import Tokenizer
 
 
@@ -52,6 +53,8 @@ class Evaluator(Protocol):
 class Together:
     """Several evaluators as one, which has the scores of all."""
 
+    in_parts = False
+
     def __init__(self, evaluators: Sequence[Evaluator]):
         self._evaluators = tuple(evaluators)
 
@@ -72,6 +75,15 @@ class Together:
         """The tasks of which less is better."""
         none: frozenset[str] = frozenset()
         return none.union(*(getattr(own, "losses", none) for own in self._evaluators))
+
+    def of_layers(self, layers: Sequence[int]) -> Together:
+        """As that of `TaskEvaluator`."""
+        return Together(
+            [
+                own.of_layers(layers) if hasattr(own, "of_layers") else own
+                for own in self._evaluators
+            ]
+        )
 
     def fingerprint(self) -> list[Any]:
         """What a resumed exploration has to have in common with the first one."""
@@ -189,15 +201,27 @@ class TaskEvaluator:
         parameters: Parameters,
         budget: int | None = None,
         key: jax.Array | None = None,
+        part: int = 0,
     ) -> list[Result]:
         """The results of all tasks, in their order; see `results`."""
-        return list(self.results(parameters, budget, key))
+        return list(self.results(parameters, budget, key, part))
+
+    def of_layers(self, layers: Sequence[int]) -> TaskEvaluator:
+        """That of models whose layers are these of this one's, in this order.
+
+        Models of about as many layers share compilations: see `padded`.
+        """
+        made = copy.copy(self)
+        config = self._options["config"].of_layers(up_to_depth(layers))
+        made._options = {**self._options, "config": config}
+        return made
 
     def results(
         self,
         parameters: Parameters,
         budget: int | None = None,
         key: jax.Array | None = None,
+        part: int = 0,
     ) -> Iterator[Result]:
         """Yields the result of each task when it has been run.
 
@@ -205,13 +229,19 @@ class TaskEvaluator:
           parameters: nested dict of arrays.
           budget: only the first examples of each task; None: all.
           key: for sampling; the default is ``jax.random.key(0)``.
+          part: not the first `budget` examples but those behind so many times as many,
+            beginning anew at the end.
         """
         if budget is not None and budget < 1:
             raise ValueError(f"budget={budget} needs 1 example or more")
         key = jax.random.key(0) if key is None else key
+        parameters = padded(parameters, self._options["config"])
         for place, task in enumerate(self.tasks):
-            examples = self._examples[place][:budget]
-            prepared = [self._prepare(place, i) for i in range(len(examples))]
+            count = len(self._examples[place])
+            first = part * (budget or 0)
+            members = [(first + i) % count for i in range(count)][:budget]
+            examples = [self._examples[place][i] for i in members]
+            prepared = [self._prepare(place, i) for i in members]
             found: Iterable[dict[str, Any]]
             if task.kind in ("loss", "choice"):
                 found = self._score(parameters, task, examples, prepared)
@@ -242,21 +272,16 @@ class TaskEvaluator:
         scores = iter(scored)
         for example, item in zip(examples, prepared, strict=True):
             sums = [next(scores).log_likelihood for _ in item.completions]
-            tokens = [len(part) for part in item.completions]
             if task.kind == "loss":
+                tokens = len(item.completions[0])
                 yield {
                     "completion": example.completion,
                     "log_likelihood": sums[0],
-                    "tokens": tokens[0],
-                    "score": -sums[0] / tokens[0],
+                    "tokens": tokens,
+                    "score": -sums[0] / tokens,
                 }
                 continue
-            lengths = {
-                "bytes": [len(choice.encode()) for choice in example.choices],
-                "tokens": tokens,
-                "none": [1] * len(tokens),
-            }[task.normalise]
-            normal = [s / n for s, n in zip(sums, lengths, strict=True)]
+            normal = [s / n for s, n in zip(sums, item.lengths, strict=True)]
             # A model that gives NaN has chosen nothing.
             chosen = None if any(map(math.isnan, normal)) else int(np.argmax(normal))
             yield {

@@ -53,6 +53,7 @@ def explore(
     budget: int | None = None,
     halving: int | None = None,
     hyperband: int | None = None,
+    fraction: float | None = None,
     test_all_draws: bool = False,
     at_once: int | None = 1,
     generation: int = 1,
@@ -85,8 +86,8 @@ def explore(
       draws: how many; a grid takes at most so many.
       seed: 0 <= seed < 2**32; with the same seed everything is the same.
       preset: a published search, in the place of sampler and search: ``m3``,
-        ``greedy_soup``, ``model_glue``, ``safety_aware``, ``lfs`` or ``adamms``, which
-        asks the evaluator for ``answers``, too; see docs/EXPLORE.md.
+        ``greedy_soup``, ``model_glue``, ``safety_aware``, ``lfs``, ``dis``, ``rmm`` or
+        ``adamms``, which asks the evaluator for ``answers``, too; see docs/EXPLORE.md.
       sampler: ``recipe``, the default (its own Beta or Dirichlet, a new seed a draw),
         ``grid``, ``sobol``, ``random``, and optuna's ``tpe``, ``cmaes``, ``gp`` and
         ``nsga2``, which looks at every task by itself.
@@ -104,6 +105,8 @@ def explore(
       hyperband: η, 2 or more: successive halving several times over, from many draws at
         a budget of 1 to a few at the full one; their numbers follow from budget and η,
         and `draws` is not looked at.
+      fraction: of the data that a draw of ``rmm`` is evaluated on, each time another
+        part of it; a function of yours gets that budget and a key of its own.
       test_all_draws: evaluate every draw on `test` and `ood`, too, for mean and
         deviation there; nothing is chosen by it.
       at_once: draws that are merged and evaluated at a time, which changes nothing but
@@ -136,7 +139,11 @@ def explore(
     rates = {"halving": halving, "hyperband": hyperband}
     for name, rate in rates.items():
         searches.check_rate(name, rate)
-    full = _full(evaluator, budget, rates)
+    if fraction is not None and not (preset and 0 < fraction <= 1):
+        raise RecipeError(
+            f"fraction={fraction} needs preset='rmm', and a number above 0, up to 1"
+        )
+    full = _full(evaluator, budget, {**rates, "fraction": fraction})
     objective = Objective(dict(weights or {}), losses(evaluator))
     if isinstance(evaluator, TaskEvaluator):
         objective.check([task.name for task in evaluator.tasks])
@@ -149,6 +156,7 @@ def explore(
     if preset is not None:
         given: dict[str, Any] = {"search": search, "groups": groups, **rates}
         given["generation"] = generation if generation > 1 else None
+        given["fraction"] = fraction
         registry.check(preset, sampler, given)
         setting = Setting(
             name=preset,
@@ -166,6 +174,7 @@ def explore(
             generation=generation,
             halving=halving,
             hyperband=hyperband,
+            fraction=fraction,
         )
         plan = registry.plan(setting)
         if plan.answers and not answering(evaluator):
@@ -194,7 +203,11 @@ def explore(
             hyperband=hyperband,
             tasks=tasks,
         )
-        plan = Plan(asks, total, objective, space)
+        reading = None if space is None else space.reading(recipe)
+        plan = Plan(asks, total, objective, reading)
+    for note in plan.notes:
+        say(f"note: {note}")
+    fixed = sampler in ("grid", "nsga2") or halving or fraction
     lists = {"validation": evaluator, "test": test, "ood": ood}
     header = {
         "m3jax": m3jax.__version__,
@@ -206,13 +219,14 @@ def explore(
         "seed": seed,
         **({} if preset is None else {"preset": preset}),
         "sampler": sampler,
-        "search": list(search or ()) if plan.space and preset is None else None,
+        "search": list(search) if search and sampler != "recipe" else None,
         **({} if groups is None else {"groups": groups}),
         # Otherwise it may go on to more draws than it began with.
-        "draws": draws if sampler in ("grid", "nsga2") or halving else None,
+        "draws": draws if fixed else None,
         "generation": generation if sampler in ADAPTIVE or preset else None,
         "halving": halving,
         **({} if hyperband is None else {"hyperband": hyperband}),
+        **({} if fraction is None else {"fraction": fraction}),
         "budget": budget,
         "weights": objective.weights,
         "test_all_draws": test_all_draws,
@@ -239,7 +253,7 @@ def explore(
             rows=rows,
             times=path and path / files.TIMES,
             say=say,
-            aligned=None if plan.space is None else plan.space.reading(recipe),
+            aligned=plan.reading,
             answers=plan.answers,
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
@@ -256,12 +270,17 @@ def explore(
 
 
 def _full(
-    evaluator: Evaluator, budget: int | None, rates: Mapping[str, int | None]
+    evaluator: Evaluator, budget: int | None, rates: Mapping[str, float | None]
 ) -> int | None:
-    """The full budget, as a number where halving or Hyperband need one."""
+    """The full budget, as a number where halving, Hyperband or parts need one."""
     name = next((own for own, rate in rates.items() if rate is not None), None)
     if name is None:
         return budget
+    if name == "fraction" and not getattr(evaluator, "in_parts", True):
+        raise RecipeError(
+            "fraction needs tasks in files, or a function: others are evaluated on "
+            "their first examples alone"
+        )
     if isinstance(evaluator, TaskEvaluator):
         return min(evaluator.full_budget, budget or evaluator.full_budget)
     if budget is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from m3jax import programs
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.places import durable
 from m3jax.evaluation.evaluator import Evaluator
@@ -25,6 +26,7 @@ from m3jax.exploration.search.scoring import Objective, Scored, score
 from m3jax.exploration.search.searches import Search
 from m3jax.exploration.search.trials import Proposal, Trial, best
 from m3jax.models.layers import Parameters
+from m3jax.programs import Block
 from m3jax.recipe import Mixup, Recipe
 
 Say = Callable[[str], None]
@@ -83,7 +85,9 @@ class Run:
           search: asks for the draws.
           total: how many trials there will be, if that is known.
         """
-        first = next(search)
+        first = next(search, None)
+        if first is None:
+            raise CheckpointError("no draw makes a model to evaluate; allow more draws")
         places = choose_places(trees, self.at_once, len(first))
         rows = [
             self._row(name, "parent", lambda own: own, tree)
@@ -94,7 +98,7 @@ class Run:
         merger = mergers[0]
         for name, recipe in self._baselines(len(names)).items():
             rows.append(self._row(name, "baseline", merger, recipe, self.seed))
-        trials, chosen = self._all_trials(mergers, search, first, total)
+        trials, chosen = self._all_trials(mergers, search, first, total, names)
         winner = chosen or best(at_the_largest_budget(trials), 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
@@ -102,7 +106,8 @@ class Run:
                 "merged into, overflow; try --dtype=float32, or another recipe"
             )
         name = f"winner (draw {winner.index})"
-        made = self._row(name, "winner", merger, winner.recipe, winner.seed)
+        arguments = winner.recipe, winner.seed
+        made = self._row(name, "winner", merger, *arguments, program=winner.program)
         return Exploration(
             trials=tuple(trials),
             winner=winner,
@@ -124,7 +129,12 @@ class Run:
         }
 
     def _row(
-        self, name: str, kind: str, make: Callable[..., Parameters], *arguments: Any
+        self,
+        name: str,
+        kind: str,
+        make: Callable[..., Parameters],
+        *arguments: Any,
+        program: Sequence[Block] | None = None,
     ) -> Row:
         """The row that was found before, or a new one, of what `make` makes."""
         for line in self.rows.lines:
@@ -132,7 +142,8 @@ class Run:
                 return Row.from_dict(line)
         parameters = make(*arguments)
         scored = {
-            own: self._score(own, parameters, self.budget) for own in self.evaluators
+            own: self._score(own, parameters, self.budget, program=program)
+            for own in self.evaluators
         }
         row = Row(name, kind, scored)
         self.rows.append(row.to_dict())
@@ -146,6 +157,7 @@ class Run:
         search: Search,
         first: Sequence[Proposal],
         total: int | None,
+        names: Sequence[str],
     ) -> tuple[list[Trial], Trial | None]:
         """All of them, and the one that the search chose, if it did."""
         trials: list[Trial] = []
@@ -163,6 +175,8 @@ class Run:
                     end = total if alike else total and start + len(asked)
                     left = None if end is None else end - len(trials)
                     what = described(trial.objective, trial.scores, trial.mean_ratios)
+                    if trial.program is not None:
+                        what = f"{programs.counted(trial.program, names)}; {what}"
                     self.say(
                         f"{len(trials)}{of_all}: draw {trial.index}, {what}; "
                         f"{progress.text(trial, left)}"
@@ -198,16 +212,22 @@ class Run:
     def _do(self, asked: Proposal, merger: Merger) -> tuple[Trial, dict[str, float]]:
         """Merges a draw and evaluates it; the seconds that it took."""
         recipe, seed = asked.recipe, asked.seed
+        program = programs.of_recipe(recipe)
         start = time.perf_counter()
         parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
         scored = self._score(
-            "validation", parameters, asked.budget, answers=self.answers
+            "validation",
+            parameters,
+            asked.budget,
+            answers=self.answers,
+            part=asked.part,
+            program=program,
         )
         own = scored.scores
         others = [name for name in self.evaluators if name != "validation"]
         other = {
-            name: self._score(name, parameters, self.budget).scores
+            name: self._score(name, parameters, self.budget, program=program).scores
             for name in (others if self.test_all_draws else ())
         }
         trial = Trial(
@@ -220,6 +240,7 @@ class Run:
             objective=self.objective(own),
             other=other,
             answers=scored.answers if self.answers else None,
+            part=asked.part,
         )
         return trial, {
             "merge_seconds": round(merged - start, 6),
@@ -233,9 +254,19 @@ class Run:
         budget: int | None,
         *,
         answers: bool = False,
+        part: int = 0,
+        program: Sequence[Block] | None = None,
     ) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
-        return score(self.evaluators[name], parameters, budget, key, answers)
+        return score(
+            self.evaluators[name],
+            parameters,
+            budget,
+            key,
+            answers,
+            part=part,
+            layers=None if program is None else [block.layer for block in program],
+        )
 
 
 def at_the_largest_budget(trials: Sequence[Trial]) -> list[Trial]:

@@ -75,7 +75,7 @@ def measure_fisher(
     def add(state: dict[str, Any], batch: Batch) -> dict[str, Any]:
         first = asked[int(batch.index[0])]
         own = (asked[i] for i in batch.index.tolist() if i >= 0)
-        longest = max(len(q.completions[0]) for q in own)
+        longest = max(len(q.item.completions[0]) for q in own)
         found = fisher_information.add(
             structure(state[n] for n in names),
             parameters,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ class Document:
     Attributes:
       base, models: paths, Hugging Face ids, or names of other documents.
       recipe: what to do with them.
-      seed: None: that of the whole.
+      seed: None: it follows from that of the whole; see `seeded`.
       name: by which others call its result; None: it is the output.
     """
 
@@ -33,6 +34,20 @@ class Document:
     @property
     def inputs(self) -> tuple[str, ...]:
         return (*([] if self.base is None else [self.base]), *self.models)
+
+    def seeded(self, seed: int) -> int:
+        """The seed that it draws with, in a whole of this seed.
+
+        One with a name that gives no seed has the first four bytes, little-endian, of
+        SHA-256 of "SEED NAME": two documents merge models of the same place and tensors
+        of the same names, and would drop the same entries of them.
+        """
+        if self.seed is not None:
+            return self.seed
+        if self.name is None:
+            return seed
+        digest = hashlib.sha256(f"{seed} {self.name}".encode()).digest()
+        return int.from_bytes(digest[:4], "little")
 
     def renamed(self, names: Mapping[str, str]) -> Document:
         """The document with other names, or paths, for some of its inputs."""
@@ -65,6 +80,29 @@ def renamed(reference: str, names: Mapping[str, str]) -> str:
     return names.get(head, head) + plus + adapter
 
 
+def with_output(documents: Sequence[Document]) -> Sequence[Document]:
+    """The documents, of which one has no name: it is the output. Where all have one,
+    it is the one that no other needs.
+
+    Raises:
+      RecipeError: there is not one of either.
+    """
+    unnamed = sum(own.name is None for own in documents)
+    if unnamed == 1:
+        return documents
+    needed = {head.partition("+")[0] for own in documents for head in own.inputs}
+    ends = [own.name for own in documents if own.name not in needed]
+    if unnamed or len(ends) != 1:
+        raise RecipeError(
+            f"{unnamed} of {len(documents)} documents have no name, where one has to: "
+            "it is the output"
+        )
+    return [
+        dataclasses.replace(own, name=None) if own.name == ends[0] else own
+        for own in documents
+    ]
+
+
 def in_order(documents: Sequence[Document]) -> tuple[Document, ...]:
     """What the output needs, each document behind those that it is made of.
 
@@ -72,15 +110,11 @@ def in_order(documents: Sequence[Document]) -> tuple[Document, ...]:
       The documents; the last one has no name.
 
     Raises:
-      RecipeError: there is not one document without a name, two have the same, a name
+      RecipeError: which one is the output cannot be told, two have the same name, one
         cannot be that of a folder, or they need each other in a circle.
     """
+    documents = with_output(documents)
     results = [own for own in documents if own.name is None]
-    if len(results) != 1:
-        raise RecipeError(
-            f"{len(results)} of {len(documents)} documents have no name, where one has "
-            "to: it is the output"
-        )
     by_name: dict[str, Document] = {}
     for own in documents:
         if own.name is None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from m3jax.methods import TRANSFORMS
 from m3jax.recipe import mergekit_tokenizer
-from m3jax.recipe.documents import Document, in_order
+from m3jax.recipe.documents import Document, in_order, with_output
 from m3jax.recipe.mergekit_layout import laid_out
 from m3jax.recipe.mergekit_methods import METHODS, MergekitMethod, Steps, method_of
 from m3jax.recipe.mergekit_parts import Part, parts_of
@@ -98,6 +98,13 @@ def parse(text: str) -> Configuration:
             raise RecipeError(f"{name}: {error}" if name else str(error)) from None
         documents.append(document)
         notes += [f"{name}: {note}" if name else note for note in ignored]
+    named = [own.name for own in documents]
+    documents = list(with_output(documents))
+    notes += [
+        f"{name}: no other document needs it, and it is the output"
+        for name, own in zip(named, documents, strict=True)
+        if name != own.name
+    ]
     ordered = in_order(documents)
     notes += [
         f"{own.name}: no document needs it, and it is not merged"

@@ -116,10 +116,16 @@ def laid_out(
         at = (before[-1].stop or 0) if before else 0
         arranged.append(_Arranged(part, own_base, entries, at))
     count = max(len(own.entries) for own in arranged)
-    steps = [
-        method.steps(_fields(name, method, own, drawn, count), own.base is not None)
+    variants = [
+        [
+            (filters, method.steps(fields, own.base is not None))
+            for filters, fields in _variants(
+                method, _fields(name, method, own, drawn, count)
+            )
+        ]
         for own in arranged
     ]
+    steps = [own[-1][1] for own in variants]
     words = [_words(own) for own in steps]
 
     def joined(i: int) -> Steps:
@@ -129,7 +135,11 @@ def laid_out(
 
     first = arranged[0]
     if len(parts) == 1 and parts[0].layers is None and not parts[0].module:
-        return Layout(first.base, tuple(first.entries), (), joined(0), ())
+        rules = [
+            (_pattern(arranged, 0, filters), _joined(arranged, [own]))
+            for filters, own in variants[0][:-1]
+        ]
+        return Layout(first.base, tuple(first.entries), (), joined(0), tuple(rules))
     bases = [own.base for own in arranged if own.base is not None]
     every = [model for own in arranged for model in own.entries]
     models = [m for m in dict.fromkeys([*every, *bases]) if m != base]
@@ -138,10 +148,13 @@ def laid_out(
     else:
         own_base = base
     slices = tuple(own.slice(own_base, models, count) for own in arranged)
-    rules: list[tuple[str, Steps]] = []
-    if any(own != words[0] for own in words):
-        order = sorted(range(len(parts)), key=lambda i: not parts[i].module)  # stable
-        rules = [(_pattern(arranged, i), joined(i)) for i in order]
+    rules = []
+    if any(own != words[0] for own in words) or any(len(own) > 1 for own in variants):
+        for i in sorted(range(len(parts)), key=lambda i: not parts[i].module):  # stable
+            for filters, own in variants[i][:-1]:
+                alike = _joined(arranged, [own] * len(parts))
+                rules.append((_pattern(arranged, i, filters), alike))
+            rules.append((_pattern(arranged, i), joined(i)))
     return Layout(own_base, tuple(models), slices, joined(0), tuple(rules))
 
 
@@ -182,6 +195,26 @@ def _fields(
     return fields
 
 
+def _variants(
+    method: MergekitMethod, fields: dict[str, Any]
+) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The fields for tensors that filters of words tell apart.
+
+    Returns:
+      Patterns that are all found in a tensor's name, and fields without such filters;
+      the first that fit count, and the last has no pattern.
+    """
+    for parameter in method.parameters:
+        value = fields.get(parameter.name)
+        if parameter.word and isinstance(value, Rules):
+            return [
+                ((*pattern, *more), own)
+                for *pattern, word in (*value.rules, (value.otherwise,))
+                for more, own in _variants(method, {**fields, parameter.name: word})
+            ]
+    return [((), fields)]
+
+
 def _words(steps: Steps) -> dict[str, dict[str, Any]]:
     """What of the steps a kernel is compiled for."""
     kinds = {**TRANSFORMS, **METHODS}
@@ -208,8 +241,11 @@ def _joined(parts: Sequence[_Arranged], steps: Sequence[Steps]) -> Steps:
     return joined
 
 
-def _pattern(parts: Sequence[_Arranged], place: int) -> str:
-    """A regular expression for the names of the tensors of a part."""
+def _pattern(
+    parts: Sequence[_Arranged], place: int, filters: Sequence[str] = ()
+) -> str:
+    """A regular expression for the names of the tensors of a part, in which patterns of
+    `filters` are found."""
     own = parts[place]
     alike = [other for other in parts if other.part.module == own.part.module]
     outside = r"^(?!(?:.*\.)?\d+(?:\.|$))"
@@ -222,8 +258,9 @@ def _pattern(parts: Sequence[_Arranged], place: int) -> str:
     if own.stop is not None:
         ways += [outside + before] * (own is alike[0])
         ways += [outside + before.replace("(?=", "(?!", 1)] * (own is alike[-1])
-    module = rf"(?=.*?{own.part.module})" if own.part.module else ""
-    return "|".join(way.replace("^", "^" + module, 1) for way in ways)
+    words = [*filters, *([own.part.module] if own.part.module else [])]
+    ahead = "".join(rf"(?=.*?(?:{word}))" for word in words)
+    return "|".join(way.replace("^", "^" + ahead, 1) for way in ways)
 
 
 def _over_layers(parts: Sequence[_Arranged], values: Sequence[Any]) -> Any:

@@ -85,7 +85,7 @@ def _conditions(parameter: Parameter, given: Any) -> list[tuple[str | None, Any]
 
 def _value(parameter: Parameter, value: Any) -> Any:
     if isinstance(value, list) and value and not parameter.word:
-        return Gradient(tuple(float(_value(parameter, point)) for point in value))
+        return Gradient(tuple(_value(parameter, point) for point in value))
     if isinstance(value, str):
         value = _WORDS.get(value.lower(), value)
     if parameter.word and parameter.options != (True, False):
@@ -93,7 +93,7 @@ def _value(parameter: Parameter, value: Any) -> Any:
             allowed = ", ".join(map(str, parameter.options))
             raise RecipeError(f"{parameter.name}={value!r} needs one of {allowed}")
         return value
-    if isinstance(value, bool) or parameter.word:
+    if parameter.word or isinstance(parameter.default, bool):
         if value in (True, False) and isinstance(value, (bool, int, float)):
             return bool(value)
         raise RecipeError(f"{parameter.name}={value!r} needs true or false")

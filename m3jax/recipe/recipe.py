@@ -281,6 +281,11 @@ class Recipe:
             tokenizer=self.tokenizer.renamed(name),
         )
 
+    @property
+    def keeps_config(self) -> bool:
+        """Whether config.json stays where rows of the vocabulary are truncated."""
+        return self.vocabulary == "truncate" and self.tokenizer.config == "keep"
+
     def with_fields(self, **changes: Any) -> Recipe:
         """The recipe with other fields than its steps; `without_effect` stays."""
         changed = dataclasses.replace(self, **changes)

@@ -46,6 +46,8 @@ class TokenizerConfig:
       chat_template: a model's name, ``auto`` (what most models have), alpaca, chatml,
         exaone, llama3, mistral, or a template; None: what goes with the tokenizer.
       copy: False leaves tokenizer and chat template out.
+      config: ``fit``, which None is: where rows are truncated, config.json follows;
+        ``keep``: it stays, as with mergekit, and transformers does not load the model.
     """
 
     tokens: tuple[Any, ...] = ()
@@ -53,6 +55,7 @@ class TokenizerConfig:
     pad_to_multiple_of: int | None = None
     chat_template: str | None = None
     copy: bool = True
+    config: str | None = None
 
     def __post_init__(self) -> None:
         rows = plain(self.tokens)
@@ -93,6 +96,8 @@ class TokenizerConfig:
             problems.add("tokenizer.chat_template", template, "a template or its name")
         if not isinstance(self.copy, bool):
             problems.add("tokenizer.copy", self.copy, "True or False")
+        if self.config not in (None, "fit", "keep"):
+            problems.add("tokenizer.config", self.config, "None, fit or keep")
         if template is not None and not self.copy:
             problems.add("tokenizer.copy", self.copy, "True, or no chat_template")
         if not isinstance(vocabulary, str) or not vocabulary:

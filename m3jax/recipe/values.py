@@ -157,6 +157,9 @@ def of_tensor(value: Any, name: str, place: Place) -> Any:
         return of_tensor(value.otherwise, name, place)
     if isinstance(value, Runs):
         return of_tensor(*_of_run(value, name, place))
+    if isinstance(value, Gradient) and isinstance(value.points[0], bool):
+        position = 0.0 if place.layer is None else place.position
+        return value.points[int(position * (len(value.points) - 1))]
     if isinstance(value, Gradient):
         points = np.linspace(0, 1, len(value.points))
         own = np.array(value.points, np.float64)

@@ -31,7 +31,7 @@ from m3jax.checkpoints.formats.dtypes import BFLOAT16, DTYPES, FLOAT32, Dtype
 from m3jax.checkpoints.formats.gguf_config import Metadata
 from m3jax.checkpoints.formats.safetensors import TensorEntry
 from m3jax.checkpoints.places.files import InputFile
-from m3jax.checkpoints.source import FileTensor, Stored
+from m3jax.checkpoints.source import Derived, FileTensor, Stored, read
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -116,15 +116,15 @@ class Quantised:
         while done < len(out):
             first, skip = divmod(start + done, self.size)
             count = min(step - skip, len(out) - done)
-            codes = np.empty(-(-(skip + count) // self.size) * width, np.uint8)
-            self.blocks.read_into(codes, first * width)
+            blocks = -(-(skip + count) // self.size)
+            codes = read(self.blocks, first * width, blocks * width)
             values = quants.dequantize(codes.reshape(-1, width), self.kind)
             out[done : done + count] = values.reshape(-1)[skip : skip + count]
             done += count
 
 
 @dataclasses.dataclass(frozen=True)
-class HalvesTogether:
+class HalvesTogether(Derived):
     """Rows whose pairs 2j and 2j + 1 of each head are j and j + d/2 of the result.
 
     Attributes:
@@ -134,18 +134,6 @@ class HalvesTogether:
 
     source: Stored
     heads: int
-
-    @property
-    def dtype(self) -> Dtype:
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return self.source.output_dtype
 
     @property
     def place(self) -> str:

@@ -64,7 +64,7 @@ def write(folder: OutputFolder, facts: Facts) -> None:
     """Writes the side files, the model card and m3jax.json."""
     base = [facts.base] if facts.base else []
     checkpoints = [*base, *facts.models, *facts.statistics]
-    files = _side_files(facts)
+    files = side_files_of(facts.side_files, facts.other_files, facts.config_changes)
     files[MODEL_CARD] = model_card.render(
         facts.recipe, facts.seed, facts.ratios, facts.base, facts.models
     ).encode()
@@ -73,21 +73,28 @@ def write(folder: OutputFolder, facts: Facts) -> None:
     folder.write(MANIFEST, _manifest(facts, checkpoints, files))
 
 
-def _side_files(facts: Facts) -> dict[str, bytes]:
+def side_files_of(
+    folders: Mapping[str, Location],
+    others: Mapping[str, bytes | None],
+    config_changes: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """The contents of the side files of an output, by name; see `Facts`.
+
+    Raises:
+      CheckpointError: one cannot be read.
+    """
     files: dict[str, bytes] = {}
-    for name, folder in facts.side_files.items():
+    for name, folder in folders.items():
         content = side_files.read_side_file(folder, name)
         if content is not None:
             files[name] = content
-    for name, other in facts.other_files.items():
+    for name, other in others.items():
         files.pop(name, None)
         if other is not None:
             files[name] = other
-    if facts.config_changes and side_files.CONFIG in files:
-        config = json.loads(files[side_files.CONFIG])
-        files[side_files.CONFIG] = side_files.as_json(
-            side_files.changed(config, facts.config_changes)
-        )
+    if config_changes and side_files.CONFIG in files:
+        config = files[side_files.CONFIG]
+        files[side_files.CONFIG] = side_files.changed_config(config, config_changes)
     return files
 
 

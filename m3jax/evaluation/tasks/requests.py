@@ -16,11 +16,13 @@ class Prepared:
     Attributes:
       contexts, completions: for loss one pair, for choice one per choice; for the
         other kinds one context, to be continued.
+      lengths: by which the log-likelihood of each completion is divided.
       truncated: the beginning of a context was cut off, to fit into the model.
     """
 
     contexts: tuple[tuple[int, ...], ...]
     completions: tuple[tuple[int, ...], ...] = ()
+    lengths: tuple[int, ...] = ()
     truncated: bool = False
 
 
@@ -52,7 +54,7 @@ def prepare(
             )
         return Prepared((context[-room:],), truncated=len(context) > room)
     texts = example.choices or (example.completion,)
-    contexts, completions, truncated = [], [], False
+    contexts, completions, lengths, truncated = [], [], [], False
     for text in texts:
         context, completion = _encode_pair(
             prompt, task.delimiter + text, tokenizer, special, where, whole=task.chat
@@ -66,7 +68,9 @@ def prepare(
         truncated |= len(context) > room
         contexts.append(context[-room:])
         completions.append(completion)
-    return Prepared(tuple(contexts), tuple(completions), truncated)
+        divisors = {"bytes": len(text.encode()), "tokens": len(completion), "none": 1}
+        lengths.append(divisors[task.normalise] if task.kind == "choice" else 1)
+    return Prepared(tuple(contexts), tuple(completions), tuple(lengths), truncated)
 
 
 def _encode(

@@ -28,6 +28,8 @@ PRESETS = {
     "model_glue": Preset(("groups",)),
     "safety_aware": Preset(),
     "lfs": Preset(("groups", "hyperband", "generation"), ("tpe", "random")),
+    "dis": Preset(("hyperband", "generation"), ("tpe", "random")),
+    "rmm": Preset(("fraction",), ("random",)),
     "adamms": Preset(),
 }
 
