@@ -19,7 +19,7 @@ os.environ["M3JAX_CACHE"] = "off"  # of the user's; tests of it have one of thei
 
 import jax
 from command_line import run  # noqa: F401 - a fixture for all tests
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # The workers of pytest-xdist inherit the variable. Whoever sets it keeps the folder.
 PROGRAMS = "M3JAX_TEST_PROGRAMS"
@@ -32,6 +32,9 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # A busy machine is slow, not wrong.
 settings.register_profile("m3jax", deadline=None)
+# For mutations/run.py: any failure will do, it need not be the smallest.
+found = (Phase.explicit, Phase.generate)
+settings.register_profile("first failure", deadline=None, phases=found)
 settings.load_profile("m3jax")
 
 

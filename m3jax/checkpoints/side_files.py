@@ -247,11 +247,6 @@ def read_config(folder: Location) -> dict[str, Any] | None:
         raise CheckpointError(f"{error}; fetch it again, or mend it") from None
 
 
-def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
-    """The text of config.json with other fields; see `changed`."""
-    return as_json(changed(json.loads(content), changes))
-
-
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with other fields: their dotted names and values, None to remove."""
     made = copy.deepcopy(dict(config))

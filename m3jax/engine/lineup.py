@@ -12,7 +12,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.naming.table import Table
-from m3jax.checkpoints.side_files import size_changes, sizes
+from m3jax.checkpoints.side_files import size_changes
 from m3jax.checkpoints.source import Converted, Repeated, Source
 from m3jax.engine import layer_config, unmatched, vocabulary
 from m3jax.engine.by_token import ByToken, Compared
@@ -410,7 +410,7 @@ def _resizing(
         notes.append(
             f"{', '.join(sorted(resized))}: truncated to {kept} rows ({', '.join(had)})"
         )
-        named = dict(sizes(first.config or {}))
+        named = dict(vocabulary.sizes(first.config or {}))
         if recipe.keeps_config and set(named.values()) - {kept}:
             told = ", ".join(f"{name}={size}" for name, size in named.items())
             notes.append(

@@ -55,8 +55,10 @@ class TokenizerFiles:
 def not_taken(recipe: Recipe) -> tuple[str, ...]:
     """Side files that models may agree in and that do not go along all the same."""
     left_out = () if recipe.tokenizer.copy else _ALONE
-    by_row = recipe.vocabulary in BY_ROW
-    return left_out if by_row else (*left_out, GENERATION)  # it has the models' ids
+    if recipe.vocabulary in BY_ROW:
+        return left_out
+    # The template is that of the tokenizer; the config has the models' ids.
+    return (*left_out, *CHAT_TEMPLATES, GENERATION)
 
 
 def tokenizer_owner(

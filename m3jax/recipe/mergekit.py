@@ -134,7 +134,8 @@ def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     recipe |= {"method": method.native, "mixup": {"alpha": None, **mixup}}
     recipe |= {"slices": layout.slices, **_dtypes(document)}
     recipe |= _transforms(ours, _ours(ours, layout.steps))
-    recipe |= mergekit_tokenizer.fields(document, layout.base, _model_name)
+    donor = "base" if layout.base else base or layout.models[0]
+    recipe |= mergekit_tokenizer.fields(document, donor, _model_name)
     recipe["rules"] = [
         {
             "tensors": names,
