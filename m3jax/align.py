@@ -1,7 +1,7 @@
 """Puts the units of one network in the order of another's, so that they can be merged.
 
-permutations = m3jax.align.weight_matching(target, source, axes)
-aligned = m3jax.align.permute(source, permutations, axes)
+    permutations = m3jax.align.weight_matching(target, source, axes)
+    aligned = m3jax.align.permute(source, permutations, axes)
 
 `axes` says what may be permuted: {leaf's name: [group or None for each axis]}. All
 axes of a group have the same units. In a transformer the units between the two matrices
