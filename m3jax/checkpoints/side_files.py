@@ -10,10 +10,11 @@ merge.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
@@ -111,6 +112,17 @@ def names_of(folder: Location) -> list[str]:
             if module in present:
                 found |= _within(folder, module, _MODULE_FILES)
     return sorted(found)
+
+
+def weights_of_modules(folder: Location) -> list[str]:
+    """The weights of sentence-transformers' layers behind the encoder, "a/b" each."""
+    if not folder.is_dir() or not exists(folder / MODULES):
+        return []
+    return [
+        name
+        for name in names_of(folder)
+        if "/" in name and name.endswith((".safetensors", ".bin"))
+    ]
 
 
 def check_side_files(owners: Mapping[str, Location]) -> None:
@@ -235,13 +247,36 @@ def read_config(folder: Location) -> dict[str, Any] | None:
         raise CheckpointError(f"{error}; fetch it again, or mend it") from None
 
 
-def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with other fields: their dotted names and values, None to remove."""
-    config = json.loads(content)
+    made = copy.deepcopy(dict(config))
     for name, value in changes.items():
         *path, field = name.split(".")
-        fields = functools.reduce(
-            lambda own, key: own.setdefault(key, {}), path, config
-        )
+        fields = functools.reduce(lambda own, key: own.setdefault(key, {}), path, made)
         fields.pop(field, None) if value is None else fields.update({field: value})
+    return made
+
+
+def as_json(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sizes(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Where config.json has a vocab_size, nested ones too: dotted name and value."""
+    for name, own in config.items():
+        if isinstance(own, dict):
+            yield from sizes(own, f"{prefix}{name}.")
+        elif name == "vocab_size":
+            yield prefix + name, own
+
+
+def size_changes(config: Mapping[str, Any], rows: int, before: int) -> dict[str, int]:
+    """Changes to config.json for another number of rows than there was."""
+    found = list(sizes(config))
+    named = [name for name, size in found if size == before]
+    if not named:  # it never fitted, or stands nowhere: where a loader looks first
+        nested = [name for name, _ in found if "." in name]
+        top = "vocab_size" in config or not nested
+        named = ["vocab_size"] if top else nested[:1]
+    of_name = dict(found)
+    return {name: rows for name in named if of_name.get(name) != rows}
