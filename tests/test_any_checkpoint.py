@@ -239,7 +239,14 @@ def embedding(family: str) -> str:
 
 def words_of(family: str) -> set[str]:
     """The tensors with a row for each token."""
-    return {embedding(family), "lm_head.weight", *ties(family), *ties(family).values()}
+    model = model_of(family)
+    head = model.get_output_embeddings()
+    of_head = [] if head is None else [id(own) for own in head.parameters()]
+    every = model.state_dict(keep_vars=True).items()
+    return {
+        *(name for name, own in every if id(own) in of_head),
+        *(embedding(family), *ties(family), *ties(family).values()),
+    }
 
 
 def grown(family: str, tensors: State, extra: int) -> State:
