@@ -164,7 +164,9 @@ def _known(
     lacking = every.difference(set(tables[0]).intersection(*tables)) - told
     for config in configs if lacking else ():
         known = registry.of(config)
-        for names in known.tied.items() if known else ():
+        if known is None:
+            continue
+        for names in known.tied.items():
             # The base model's prefix may be off.
             bare = [name.removeprefix(f"{known.prefix}.") for name in names]
             for alias, original in (names, bare):
