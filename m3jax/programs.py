@@ -1,8 +1,10 @@
 """Models that are put together of blocks of others.
 
-program = [(0, 0), (0, 1), (1, 1), (-1, 2)]  # blocks of maths, code and the base
-recipe = m3jax.programs.as_recipe(program)
-m3jax.merge("base", ["maths", "code"], "child", recipe)
+    program = [(0, 0), (0, 1), (1, 1), (-1, 2)]  # blocks of maths, code and the base
+    recipe = m3jax.programs.as_recipe(program)
+    m3jax.merge("base", ["maths", "code"], "child", recipe)
+
+`apply` makes the same model in memory.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Child(NamedTuple):
     Attributes:
       params: nested dicts whose blocks are numbered from 0.
       scales: (blocks,), of the hidden state after each block, its residual included.
-        They are no weights: the child's own code has to apply them, from its config.
+        They are no weights: the child's own code would have to apply them, from its
+        config. `as_recipe` puts them into weights.
     """
 
     params: dict[str, Any]
@@ -118,9 +121,10 @@ def as_recipe(program: Sequence[Sequence[Any]], like: Recipe | None = None) -> R
 
     The scales go into the weights, so that the child is a plain model: with C the
     product of the scales before a block, what the block adds to the residual stream is
-    divided by C. Every hidden state is then the scaled one over C, and its norm is the
-    same but for ε, which counts C² times as much; see `can_scale` for which blocks that
-    holds. The last block's scale does nothing for the same reason.
+    divided by C, and rounded once. Every hidden state is then the scaled one over C,
+    and its norm is the same but for ε, which counts 1/C² times as much for the scaled
+    one; see `can_scale` for which blocks that holds. The last block's scale does
+    nothing, for the same reason.
 
     Args:
       program: (model, layer) or (model, layer, scale) each, one or more.
@@ -195,7 +199,8 @@ def counted(program: Sequence[Block], models: Sequence[str]) -> str:
         f"{counts[k]} of {names[k]}"
         for k in sorted(counts, key=lambda k: k % len(names))
     )
-    return f"{len(program)} layers: {', '.join(each)}"
+    plural = "" if len(program) == 1 else "s"
+    return f"{len(program)} layer{plural}: {', '.join(each)}"
 
 
 def described(program: Sequence[Block], models: Sequence[str]) -> str:

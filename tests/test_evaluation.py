@@ -359,6 +359,13 @@ def test_requests():
     assert not found.truncated
 
 
+def test_a_templates_line_break_is_no_part_of_the_answer(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat", lambda messages: "user: hi\nassistant:\n")
+    found = _prepare("hi", "you", chat=True)
+    assert _text(found.contexts[0]) == "user: hi\nassistant:\n"
+    assert _text(found.completions[0]) == "you"
+
+
 def test_long_prompts_lose_their_beginning():
     found = _prepare("abcdefghij", "xyz", length=8)
     assert found.truncated

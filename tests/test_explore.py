@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import slow, thin
 
 import m3jax
 import m3jax.exploration.report
@@ -188,8 +189,10 @@ def test_a_sampler_without_its_package_says_how_to_get_it(monkeypatch):
         explore(sampler="tpe")
 
 
-@pytest.mark.parametrize("strategy", ["random", "magnitude"])
-@pytest.mark.parametrize("searched", ["ratios", "trim_rate", "drop_rate", "seed"])
+@pytest.mark.parametrize(
+    ("searched", "strategy"),
+    thin(["ratios", "trim_rate", "drop_rate", "seed"], ["random", "magnitude"]),
+)
 def test_draws_are_what_merge_params_gives(searched, strategy):
     """What draws have in common is measured once, and nothing more than that."""
     seen = []
@@ -560,7 +563,7 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("method", [slow("average"), slow("task_arithmetic"), "ties"])
 def test_one_compilation_serves_all_draws_of_a_device(method, compiled):
     counts = []
 

@@ -15,6 +15,7 @@ from grids import thinned
 import m3jax
 from m3jax.checkpoints.formats import tree
 from m3jax.engine.sharding_rules import over_devices
+from m3jax.learn.coefficients.constraints import CONSTRAINTS
 from m3jax.learn.coefficients.space import GRANULARITIES, Space
 from m3jax.learn.gradient import tensors as stores
 from m3jax.learn.gradient.pullback import Merge
@@ -225,6 +226,17 @@ def test_raw_gradients_are_those_of_jax_through_the_whole_merge(constraint: str)
             np.testing.assert_allclose(found[group], own, rtol=0, atol=2e-6 * scale)
         rows = 1 if constraint == "share" else 2
         assert all(len(own) == rows for own in raw.values())
+
+
+@pytest.mark.parametrize("name", [n for n, own in CONSTRAINTS.items() if own.bounded])
+def test_a_constraint_keeps_coefficients_within_its_bounds(name: str):
+    own, (low, high) = CONSTRAINTS[name], (-0.5, 1.5)
+    raw = jnp.linspace(-20, 20, 81, dtype=jnp.float32)[None]
+    made = np.asarray(own.apply(raw, low, high))
+    assert (made.min(), made.max()) == (low, high)
+    inside = np.linspace(low + 0.1, high - 0.1, 9)[None]
+    raw = jnp.asarray(own.invert(inside, low, high), jnp.float32)
+    np.testing.assert_allclose(own.apply(raw, low, high), inside, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["task_arithmetic", "ties_dare", "slerp"])

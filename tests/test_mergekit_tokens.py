@@ -183,13 +183,35 @@ def test_truncation_as_mergekit_does_it(tmp_path: Path, run: Run) -> None:
     assert ran.code == 0 and "vocabulary=truncate has no effect" in ran.err
 
 
+def test_without_a_base_it_is_the_first_model(tmp_path: Path, run: Run) -> None:
+    """Where mergekit takes any of them; and its template goes along, or none does."""
+    entries = "".join(
+        f"- {{model: {own}, parameters: {{weight: 1}}}}\n"
+        for own in ("t_other", "t_chat")
+    )
+    text = f"merge_method: linear\nmodels:\n{entries}tokenizer: {{source: base}}\n"
+    (tmp_path / "own.yml").write_text(text)
+    config = f"--config={tmp_path / 'own.yml'}"
+    ran = run("merge", config, f"--output={tmp_path / 'a'}", "--nofsync")
+    assert ran.code == 0, ran.err
+    ours, theirs = (_tokenizer(own) for own in (tmp_path / "a", Path("t_other")))
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.chat_template == theirs.chat_template
+    based = text.replace("models:", "base_model: t_base\nmodels:").replace(
+        "- {model: t_other, parameters: {weight: 1}}\n", ""
+    )
+    (tmp_path / "own.yml").write_text(based.replace("linear", "task_arithmetic"))
+    ran = run("merge", config, f"--output={tmp_path / 'b'}", "--nofsync")
+    assert ran.code == 0 and "theirs go" not in ran.err
+    assert _tokenizer(tmp_path / "b").chat_template is None
+
+
 DOCUMENT = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("tokenizer_source: base", "tokenizer_source: base needs base_model"),
         ("tokenizer: {sauce: base}", "tokenizer.sauce; did you mean 'source'"),
         ("tokenizer: union", "tokenizer='union' needs keys and values"),
         ("tokenizer: {tokens: {x: {source: 3}}}", "tokens.x.source=3 needs a folder"),

@@ -214,6 +214,11 @@ def test_rmm_walks_on_parts_and_ends_on_everything():
     assert {part for _, part in walked} == {0, 1, 2, 3}
     ends = [trial.objective for trial in trials[-3:]]
     assert max(ends) == best(trials)
+    made: dict[int, str] = {}
+    for trial in trials:  # a draw is a program, wherever it is evaluated
+        program = str(programs.of_recipe(trial.recipe))
+        assert made.setdefault(trial.index, program) == program
+    assert len(set(made.values())) == len(made) < len(trials) - 3
 
 
 def test_what_makes_no_model_is_worse_than_anything(monkeypatch):

@@ -12,6 +12,7 @@ import checkpoints
 import jax
 import numpy as np
 import pytest
+from grids import thin
 from interruptions import Observer, write_models
 
 import m3jax
@@ -82,8 +83,7 @@ def without(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(resident, "places", lambda *arguments: [])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("chunk_size", [1024, None])
+@pytest.mark.parametrize(("chunk_size", "recipe"), thin([1024, None], RECIPES))
 def test_one_reading_gives_the_same_bytes(
     recipe, chunk_size, merge, read, tmp_path, monkeypatch
 ):

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from m3jax.commands import signals
+from m3jax.commands import process, signals
 
 DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 
@@ -138,6 +138,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         positional = flags.FLAGS([f"m3jax {name}", *arguments])[1:]
         _check_count(positional, module)
         debug = _DEBUG.value
+        process.open_many_files()
         with signals.handled_by(signals.stop):
             code = module.main(positional)
             sys.stdout.flush()

@@ -12,11 +12,11 @@ from ml_collections import config_dict
 
 from m3jax.commands import config_file
 from m3jax.commands.cli import UsageError
-from m3jax.commands.config_file import as_config, dotted
+from m3jax.commands.config_file import as_config
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
-from m3jax.recipe.groups import group
+from m3jax.recipe.groups import dotted, group
 from m3jax.recipe.recipe import FLAT, renaming
 from m3jax.recipe.tokenizer import BY_ROW
 

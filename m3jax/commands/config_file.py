@@ -107,15 +107,6 @@ def as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
     return config
 
 
-def dotted(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of nested groups by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        inner = isinstance(value, dict)
-        found |= dotted(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return found
-
-
 def _folders(folder: str) -> list[Path]:
     import m3jax.configs
 

@@ -25,6 +25,7 @@ from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import DIFFERENT, UsageError, define, local
 from m3jax.commands.tables import clean, percent, shape, table
 from m3jax.engine.compare import Compared, Comparison, Described, Sums, add, compare
+from m3jax.evaluation import results
 
 USAGE = "m3jax diff A B [--tensors | --json] [--plot=FILE.png] [--exit_code]"
 TAKES = (2, "two checkpoints")
@@ -173,22 +174,19 @@ def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
 
 def _sums_as_json(sums: Sums) -> dict[str, Any]:
     """Numbers that JSON can hold: None where one is undefined."""
-    return {
+    found = {
         "relative_distance": sums.relative_distance,
         "cosine": sums.cosine,
         "equal_share": sums.equal_share,
-        "largest_difference": _finite(sums.largest),
-        "distance": _finite(sums.distance),
-        "norm_a": _finite(math.sqrt(sums.a_squared)),
-        "norm_b": _finite(math.sqrt(sums.b_squared)),
+        "largest_difference": sums.largest,
+        "distance": sums.distance,
+        "norm_a": math.sqrt(sums.a_squared),
+        "norm_b": math.sqrt(sums.b_squared),
         "elements": sums.elements,
         "equal": sums.equal,
         "nonfinite": sums.nonfinite,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return results.as_json(found)
 
 
 def _described(tensor: Described) -> dict[str, Any]:

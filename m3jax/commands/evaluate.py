@@ -24,7 +24,6 @@ and without a network where the system allows that. It is no sandbox: use a cont
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from m3jax.checkpoints.places import durable
 from m3jax.commands import cli, scoring
 from m3jax.commands.cli import UsageError, define, define_names
-from m3jax.commands.tables import clean, say, table
+from m3jax.commands.tables import clean, number, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,17 +176,13 @@ def _harness(
     return run
 
 
-def _number(value: float, form: str = ".4f", before: str = "") -> str:
-    return "—" if math.isnan(value) else f"{before}{value:{form}}"
-
-
 def _report(results: list[Scored]) -> list[str]:
     rows = [
         (
             clean(result.task),
             result.metric,
-            _number(result.mean),
-            _number(result.standard_error, before="± "),
+            number(result.mean),
+            number(result.standard_error, before="± "),
             f"{result.count:,}",
         )
         for result in results
@@ -208,7 +203,7 @@ def _report_attacks(attacked: list[Robustness]) -> list[str]:
             found.attack,
             f"{found.clean.mean:.4f}",
             f"{found.attacked.mean:.4f}",
-            _number(found.drop_rate, ".1%"),
+            number(found.drop_rate, ".1%"),
             clean(found.prompt),
         )
         for found in attacked

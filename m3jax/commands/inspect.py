@@ -15,10 +15,9 @@ from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.record.record import Record, read_record
 from m3jax.commands import reporting, tensor_names
 from m3jax.commands.cli import define
-from m3jax.commands.config_file import dotted
 from m3jax.commands.tables import clean, fact, shape, table
 from m3jax.recipe import Recipe, RecipeError
-from m3jax.recipe.groups import group
+from m3jax.recipe.groups import dotted, group
 
 USAGE = "m3jax inspect DIR [--tensors | --json]"
 TAKES = (1, "one checkpoint")

@@ -10,6 +10,7 @@ from ml_collections import config_dict
 from m3jax.commands import config_file
 from m3jax.commands.cli import UsageError
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.recipe.groups import dotted
 
 if TYPE_CHECKING:
     from m3jax.learn.training.config import Config
@@ -36,7 +37,7 @@ def prepare(arguments: list[str]) -> list[str]:
     global _holder
     source, rest = config_file.take("--config", arguments)
     own = _load(source) if source else default()
-    known = list(config_file.dotted(own.to_dict()))
+    known = list(dotted(own.to_dict()))
     for field in config_file.fields_given(rest):
         if field not in known:
             close = difflib.get_close_matches(field, known, n=3)

@@ -25,7 +25,7 @@ import numpy as np
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.source import Source, byte_size
-from m3jax.checkpoints.sources.float8 import Dequantised, dequantise
+from m3jax.checkpoints.sources import quantised
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
@@ -211,15 +211,19 @@ def compare(
 
 
 def _weights(checkpoint: Checkpoint, notes: list[str]) -> Mapping[str, Source]:
-    """The stored tensors, float8 weights dequantised."""
+    """The stored tensors, dequantised where that can be."""
     stored: dict[str, Source] = dict(checkpoint.stored)
+    if checkpoint.format == "adapter":
+        notes.append(
+            f"{checkpoint.name}: an adapter (LoRA), compared as it is stored; "
+            f"BASE+{checkpoint.name} is what it makes of its base"
+        )
     try:
-        weights = dequantise(stored, checkpoint.config)
+        weights = quantised.weights_of(stored, checkpoint.config).tensors
     except CheckpointError as error:
         notes.append(f"{checkpoint.name}: compared as codes: {error}")
         return stored
-    dequantised = {n: w for n, w in weights.items() if isinstance(w, Dequantised)}
-    return stored | dequantised
+    return stored | weights
 
 
 def _described(checkpoint: Checkpoint, name: str) -> Described | None:

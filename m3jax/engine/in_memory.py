@@ -112,6 +112,9 @@ def merge_params(
 class Leaves:
     """Aligned leaves in device memory; a `measure.Bench`."""
 
+    few = 0
+    at_hand = False
+
     def __init__(self, leaves: Sequence[Leaf], num_models: int):
         self.leaves = leaves
         self.num_models = num_models
@@ -119,8 +122,6 @@ class Leaves:
         self.sizes = [leaf.size for leaf in leaves]
         arrays = [a for leaf in leaves if leaf.merged for a in leaf.arrays]
         self.traced = any(map(is_traced, arrays))
-        self.few = 0
-        self.at_hand = False
 
     @property
     def merged(self) -> list[int]:

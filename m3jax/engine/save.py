@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import json
 import math
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -187,13 +186,8 @@ def _side_files(
         config = load_json(
             files[side_files.CONFIG], str(folder / side_files.CONFIG), constants=True
         )
-        text = (
-            json.dumps(
-                {**_fitted(config, dtypes), **changes}, indent=2, ensure_ascii=False
-            )
-            + "\n"
-        )
-        files[side_files.CONFIG] = text.encode()
+        config = {**_fitted(config, dtypes), **changes}
+        files[side_files.CONFIG] = side_files.as_json(config)
     return files
 
 

@@ -85,7 +85,7 @@ class Stream:
         self.clock = Clock()
         self.names = [tensor.name for tensor in tensors]
         self.sizes = [item.size for item in items]
-        self.num_models = _num_models(tensors)
+        self.num_models = max((len(own.models) for own in tensors), default=0)
         self._tensors = tensors
         self._items = items
         self._share = share
@@ -334,7 +334,3 @@ class Stream:
             made.append(Made(run.item, run.start, output, [values]))
         with turn(), self.clock.stage("hashing"):
             emit.record(made)
-
-
-def _num_models(tensors: Sequence[TensorInputs]) -> int:
-    return max((len(tensor.models) for tensor in tensors), default=0)

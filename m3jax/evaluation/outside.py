@@ -16,7 +16,7 @@ import jax
 
 from m3jax.checkpoints.errors import shown
 from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.side_files import CONFIG, changed_config
+from m3jax.checkpoints.side_files import CONFIG, as_json, changed
 from m3jax.engine import layer_config
 from m3jax.engine.save import save
 from m3jax.engine.slices import Stack
@@ -95,7 +95,7 @@ class CommandEvaluator:
             layer_config.follow(like, [stack], changes, [])
         if changes:
             path = checkpoint / CONFIG
-            path.write_bytes(changed_config(path.read_bytes(), changes))
+            path.write_bytes(as_json(changed(json.loads(path.read_bytes()), changes)))
 
     def fingerprint(self) -> str:
         """What a resumed exploration has to have in common with the first one."""

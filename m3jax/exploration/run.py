@@ -100,7 +100,7 @@ class Run:
         """
         first = next(search, None)
         if first is None:
-            raise CheckpointError("no draw makes a model to evaluate; allow more draws")
+            raise CheckpointError("no draw makes a model; ask for more of them")
         places = choose_places(trees, self.at_once, len(first))
         parents = {
             name: functools.partial(lambda own: own, tree)

@@ -26,14 +26,14 @@ Names = Callable[[Any, str], str | None]
 
 def fields(
     document: Mapping[str, Any],
-    base: str | None,
+    base: str,
     name_of: Names,
 ) -> dict[str, Any]:
     """The recipe's `vocabulary` and `tokenizer`, as far as the document says them.
 
     Args:
       document: of the YAML.
-      base: its base_model.
+      base: what the word base stands for.
       name_of: reads a reference to a model.
 
     Raises:
@@ -69,11 +69,11 @@ def fields(
     return {**found, **({"tokenizer": own} if own else {})}
 
 
-def _source(source: Any, key: str, base: str | None, name_of: Names) -> str:
-    if source == "base" and base is None:
-        raise RecipeError(f"{key}: base needs base_model")
-    if source in ("union", "base"):
-        return str(source)
+def _source(source: Any, key: str, base: str, name_of: Names) -> str:
+    if source == "base":
+        return base
+    if source == "union":
+        return "union"
     name = name_of(source, key)
     if name in (None, "error", "mean", "truncate"):
         raise RecipeError(f"{key}={source!r} needs union, base or a model")

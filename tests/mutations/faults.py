@@ -40,7 +40,7 @@ FAULTS = {
         "parts[part].astype(dtype) for part",
         'parts[part].astype("float16" if dtype == "bfloat16" else dtype).astype(dtype)'
         " for part",
-        ("test_bytes.py", "test_in_memory.py::test_bfloat16"),
+        ("test_bytes.py::test_bytes_of_version_0_1[average-bfloat16-streamed]",),
     ),
     "drop rate rounded down": Fault(
         "the drop rate is the multiple of 1/65536 that is nearest",
@@ -54,7 +54,9 @@ FAULTS = {
         "methods/ties.py",
         'jnp.where(total == 0, info["majority"], jnp.sign(total))',
         "jnp.sign(total)",
-        ("test_majority.py",),
+        (
+            "test_methods.py::test_ties_elects_the_models_majority_where_an_entry_has_none",
+        ),
     ),
     "another key of the ratios": Fault(
         "a seed draws the ratios that it has always drawn",
@@ -96,7 +98,9 @@ FAULTS = {
         "learn/coefficients/constraints.py",
         "low + (high - low) * jax.nn.sigmoid(r)",
         "low + high * jax.nn.sigmoid(r)",
-        ("test_learn.py", "test_learn_run.py"),
+        (
+            "test_learn_gradient.py::test_a_constraint_keeps_coefficients_within_its_bounds",
+        ),
     ),
     "the document before the model": Fault(
         "a parameter of a model counts before that of mergekit's document",

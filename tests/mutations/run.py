@@ -24,13 +24,15 @@ _NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build",
 
 def run(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
     """pytest's exit code on some tests of a tree, and the first that failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p"]
-    command += ["no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow"]
+    command += ["-p", "no:cacheprovider", "--hypothesis-profile=first failure"]
+    command += [f"tests/{test}" for test in tests]
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    env.setdefault("M3JAX_TEST_PROGRAMS", str(ROOT / ".pytest_cache" / "programs"))
     done = subprocess.run(
         command, cwd=tree, env=env, capture_output=True, text=True, check=False
     )
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return done.returncode, failed[1] if failed else done.stdout[-2000:]
 
 

@@ -21,12 +21,14 @@ import math
 import re
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.formats.dtypes import BFLOAT16, DTYPES, FLOAT32, Dtype
+from m3jax.checkpoints.formats.gguf_config import Metadata
 from m3jax.checkpoints.formats.safetensors import TensorEntry
 from m3jax.checkpoints.places.files import InputFile
 from m3jax.checkpoints.source import Derived, FileTensor, Stored, read
@@ -74,6 +76,7 @@ _HOW_TO_CONVERT = (
     "convert it with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, "
     "gguf_file=NAME).save_pretrained(NEW_FOLDER)"
 )
+
 _CUT_OFF = "ends in the middle of its header; fetch it again, or"
 
 
@@ -150,8 +153,15 @@ class HalvesTogether(Derived):
             done += count
 
 
-def read_tensors(file: InputFile) -> tuple[dict[str, Stored], list[str], int]:
+def read_tensors(
+    file: InputFile, parts: Sequence[InputFile] = (), count: int = 1
+) -> tuple[dict[str, Stored], list[str], int]:
     """The tensors of a file by transformers' names, and what is said of them.
+
+    Args:
+      file: whole, or one part of a split file.
+      parts: those before it; the first of them has what is said of the model.
+      count: of all parts.
 
     Returns:
       The tensors; notes; bytes that reading them holds.
@@ -161,12 +171,16 @@ def read_tensors(file: InputFile) -> tuple[dict[str, Stored], list[str], int]:
     """
     try:
         fields, entries, start = _header(_Cursor(file))
-        architecture = fields.get(_ARCHITECTURE)
-        if fields.get("split.count", 1) not in (0, 1):
+        place = fields.get("split.no") or 0, fields.get("split.count") or 1
+        if place != (len(parts), count):
             raise CheckpointError(
-                f"is one of {shown(fields['split.count'])} parts; join them with "
-                "llama.cpp's llama-gguf-split --merge, or"
+                f"says that before it come {shown(place[0])} of {shown(place[1])} "
+                f"parts, and here {len(parts)} of {count} do; give the folder of all "
+                "parts, under their own names, or"
             )
+        if parts:
+            fields = {**_header(_Cursor(parts[0]))[0], **fields}
+        architecture = fields.get(_ARCHITECTURE)
         if architecture not in _ARCHITECTURES:
             raise CheckpointError(
                 f"has architecture {shown(architecture)}, read are "
@@ -197,6 +211,12 @@ def read_tensors(file: InputFile) -> tuple[dict[str, Stored], list[str], int]:
     return tensors, notes, 0
 
 
+def read_metadata(file: InputFile) -> Metadata:
+    """What a file, or the first part of one, says of its model."""
+    fields, entries, _ = _header(_Cursor(file))
+    return Metadata(str(fields.get(_ARCHITECTURE)), fields, frozenset(entries))
+
+
 class _Cursor:
     """Reads the header from its start on, a window at a time."""
 
@@ -209,9 +229,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         stop = self.at + count
         if stop > min(self._file.size, _MAX_HEADER):
-            raise CheckpointError(
-                "ends in the middle of its header; fetch it again, or"
-            )
+            raise CheckpointError(_CUT_OFF)
         if stop > self._start + len(self._window):
             self._start = self.at
             length = min(max(count, _WINDOW), self._file.size - self.at)
@@ -222,9 +240,7 @@ class _Cursor:
 
     def skip(self, count: int) -> None:
         if self.at + count > min(self._file.size, _MAX_HEADER):
-            raise CheckpointError(
-                "ends in the middle of its header; fetch it again, or"
-            )
+            raise CheckpointError(_CUT_OFF)
         self.at += count
         if self.at > self._start + len(self._window):
             self._start, self._window = self.at, b""

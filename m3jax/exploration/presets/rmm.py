@@ -40,29 +40,33 @@ def plan(setting: Setting) -> Plan:
         setting.draws,
         setting.objective,
         reading=programs.as_recipe([(0, 0)], setting.recipe),
+        notes=(
+            f"of {setting.draws} walks those that make no model, or one that was "
+            "evaluated before, are no trials",
+        ),
     )
 
 
 def _search(setting: Setting, layers: int) -> Search:
     parts = round(1 / (setting.fraction or 1))
     last = 0 if parts == 1 else min(8, max(1, setting.draws // 20))
-    walks, index = setting.draws - last, 0
+    walks = setting.draws - last
     budget = setting.budget
     if parts > 1:
         assert budget is not None
         budget = -(-budget // parts)
 
     def proposal(program: Program, budget: int | None, part: int = 0) -> Proposal:
-        nonlocal index
-        index += 1
+        index = draws.setdefault(program, len(draws))
         recipe = programs.as_recipe(program, setting.recipe)
-        return Proposal(index - 1, recipe, setting.seed, budget, part)
+        return Proposal(index, recipe, setting.seed, budget, part)
 
     models = setting.num_models
     root = jax.random.fold_in(jax.random.key(setting.seed), prng.WALKS)
     agent = None
     if setting.sampler != "random":
         agent = ppo.new_agent(root, layers * models, models + 2)
+    draws: dict[Program, int] = {}
     found: dict[tuple[Program, int], float] = {}  # objectives, by part
     rewards: list[float] = []  # of what was evaluated
     for first in range(0, walks, _BUFFER):
@@ -85,16 +89,15 @@ def _search(setting: Setting, layers: int) -> Search:
             if program:
                 score = found[next(scored)]
                 rewards.append(reward if math.isnan(score) else score)
-                reward = float(
-                    dynamic_average_reward(rewards, fraction=1 / parts, episodes=walks)[
-                        -1
-                    ]
+                averaged = dynamic_average_reward(
+                    rewards, fraction=1 / parts, episodes=walks
                 )
+                reward = float(averaged[-1])
             end = steps[-1]._replace(reward=reward, terminal=True)
             buffer += [*steps[:-1], end]
         if agent is not None and len(buffer) > 1:
             agent = ppo.learn(agent, buffer)
-    if last:
+    if last and found:
         yield [proposal(own, setting.budget) for own in _best(found)[:last]]
     return None
 

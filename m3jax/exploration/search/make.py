@@ -33,7 +33,8 @@ def check_sampler(
             f"{sampler} is told of no scores"
         )
     for name, rate in rates.items():
-        if rate is not None and sampler in ADAPTIVE:
+        learns = sampler == "tpe" and name == "hyperband"  # bracket by bracket
+        if rate is not None and sampler in ADAPTIVE and not learns:
             raise RecipeError(
                 f"{name}={rate} needs a sampler that is not told of scores; "
                 f"{sampler} would compare those of different budgets"
@@ -62,9 +63,11 @@ def make_search(
                 "scores of a function"
             )
         own = samplers.Draws(recipe, seed, budget, space)
-        asked = searches.brackets(draws, budget, generation=generation)
+        asked = searches.brackets(
+            draws, budget, generation=generation, hyperband=hyperband
+        )
         found = samplers.optimised(sampler, own, objective, asked, tasks=tasks)
-        return found, draws
+        return found, searches.total(asked)
     asked = searches.brackets(draws, budget, hyperband=hyperband)
     draws = searches.draws(asked)
     listed, count = samplers.listed(
