@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def test_an_interrupted_measurement_goes_on_to_the_same_bytes(
             raise stopped("enough")
         return {"sum": state["sum"] * 1.1 + batch}
 
-    cut.add = add
+    cut = dataclasses.replace(cut, add=add)
     with pytest.raises(stopped) as error:
         accumulate(cut, tmp_path / "cut")
     assert "--resume" in error.value.__notes__[0]
@@ -272,7 +273,7 @@ def test_an_interrupted_measurement_goes_on_to_the_same_bytes(
     with pytest.raises(CheckpointError, match="another measurement"):
         accumulate(parts("b"), tmp_path / "cut", resume=True)
     rest = parts("a")
-    rest.start = lambda: pytest.fail("it began anew")
+    rest = dataclasses.replace(rest, start=lambda: pytest.fail("it began anew"))
     resumed = accumulate(rest, tmp_path / "cut", resume=True)
     for name in ("model.safetensors", "measured.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
