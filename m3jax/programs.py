@@ -1,8 +1,10 @@
 """Models that are put together of blocks of others.
 
-program = [(0, 0), (0, 1), (1, 1), (-1, 2)]  # blocks of maths, code and the base
-recipe = m3jax.programs.as_recipe(program)
-m3jax.merge("base", ["maths", "code"], "child", recipe)
+    program = [(0, 0), (0, 1), (1, 1), (-1, 2)]  # blocks of maths, code and the base
+    recipe = m3jax.programs.as_recipe(program)
+    m3jax.merge("base", ["maths", "code"], "child", recipe)
+
+`apply` makes the same model in memory.
 """
 
 from __future__ import annotations

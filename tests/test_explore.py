@@ -375,7 +375,7 @@ def test_what_is_resumed_must_be_the_same(tmp_path):
     lines = (tmp_path / "trials.jsonl").read_text().splitlines()
     lines[2] = lines[2].replace('"seed": ', '"seed": 1')
     (tmp_path / "trials.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(CheckpointError, match="trial 1 of the exploration to resume"):
+    with pytest.raises(CheckpointError, match="trial 1, which was evaluated before"):
         explore(draws=3, output=tmp_path, resume=True)
     explore(draws=3, seed=1, output=tmp_path, overwrite=True)
 

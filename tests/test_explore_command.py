@@ -346,7 +346,7 @@ def test_what_others_wrote_stays(folder, tmp_path, run):
     ],
 )
 def test_it_says_how_to_resume(error, code, text, folder, tmp_path, run, monkeypatch):
-    def fails(*arguments):
+    def fails(*arguments, **options):
         raise error
 
     with monkeypatch.context() as patch:

@@ -120,6 +120,87 @@ def test_the_record_builds_the_same_bytes(models: Path, run: Run) -> None:
     assert run("moe", "--config=moe.yml", "--dry_run").code == 0
 
 
+def test_noise_on_an_expert(models: Path, run: Run) -> None:
+    """Of that deviation, before what it adds is scaled; the same for any chunks."""
+    document = {"base_model": {"model": {"path": "base"}}, "gate_mode": "random"}
+    noisy = {"source_model": "a", "noise_scale": 0.5, "residual_scale": 0.1}
+    document |= {"experts": [noisy, {"source_model": "b"}], "architecture": "Mixtral"}
+    Path("moe.yml").write_text(yaml.safe_dump(document))
+    merged = ("moe", "--config=moe.yml", "--seed=3")
+    assert run(*merged, "--output=out").code == 0
+    flags = ("--config=out/m3jax.json", "--chunk_size=1024", "--output=again")
+    assert run("moe", *flags).code == 0
+    assert digest(models / "out") == digest(models / "again")
+    got, own = read(models / "out"), read(models / "a")
+    noises = []
+    for word, kind, scale in (("w1", "gate", 1), ("w3", "up", 1), ("w2", "down", 0.1)):
+        for layer in range(2):
+            name = f"model.layers.{layer}.block_sparse_moe.experts.0.{word}.weight"
+            weight = own[f"model.layers.{layer}.mlp.{kind}_proj.weight"]
+            noises.append((got[name] / scale - weight).ravel() / 0.5)
+    assert len({noise[:8].tobytes() for noise in noises}) == 6
+    noise = np.concatenate(noises)
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    untouched = got["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
+    wanted = read(models / "b")["model.layers.0.mlp.down_proj.weight"]
+    assert np.array_equal(untouched, wanted)
+
+
+def _deepseek(model: Any, tensors: dict[str, np.ndarray], per_token: int) -> Any:
+    """A dense model with the feed-forward layers that DeepSeek-MoE has: what the
+    shared expert gives, and of the experts with the largest softmax scores (arXiv
+    2401.06066, eq. 3 to 5) the mean by their scores, which then sum to 1."""
+    torch = pytest.importorskip("torch")
+
+    def weight(name: str) -> Any:
+        return torch.from_numpy(tensors[f"model.layers.{name}.weight"].copy())
+
+    def expert(x: Any, name: str) -> Any:
+        gate, up, down = (weight(f"{name}.{k}_proj") for k in ("gate", "up", "down"))
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    class Mixture(torch.nn.Module):
+        def __init__(self, layer: int) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Any) -> Any:
+            here = f"{self.layer}.mlp"
+            scores = (x @ weight(f"{here}.gate").T).softmax(-1)
+            best, chosen = scores.topk(per_token, -1)
+            best = best / best.sum(-1, keepdim=True)
+            every = [expert(x, f"{here}.experts.{e}") for e in range(scores.shape[-1])]
+            own = torch.stack(every, -2)  # (..., experts, width)
+            index = chosen[..., None].expand(*chosen.shape, own.shape[-1])
+            routed = (own.gather(-2, index) * best[..., None]).sum(-2)
+            return routed + expert(x, f"{here}.shared_experts")
+
+    for layer, block in enumerate(model.model.layers):
+        block.mlp = Mixture(layer)
+    return model
+
+
+def test_deepseek_computes_what_the_dense_model_does(models: Path, run: Run) -> None:
+    """Of equal experts and a silent shared one, whatever the gates choose: transformers
+    has no such model (its code is fetched), so the paper's layer stands here."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    document: dict[str, Any] = {
+        "base_model": "base",
+        "gate_mode": "random",
+        "experts": [{"source_model": "base"}] * 3,
+        "shared_experts": [{"source_model": "a", "residual_scale": 0}],
+    }
+    Path("moe.yml").write_text(yaml.safe_dump(document))
+    assert run("moe", "--config=moe.yml", "--output=out").code == 0
+    dense = transformers.AutoModelForCausalLM.from_pretrained("base").eval()
+    tokens = torch.tensor(prompts(2, 9))
+    with torch.no_grad():
+        wanted = dense(tokens).logits.numpy()
+        made = _deepseek(dense, read(models / "out"), 2)(tokens).logits.numpy()
+    np.testing.assert_allclose(made, wanted, atol=2e-4)
+
+
 def test_deepseek_has_a_shared_expert(models: Path, run: Run) -> None:
     document = {"base_model": "base", "gate_mode": "random", **EXPERTS}
     document |= {"shared_experts": [{"source_model": "base"}], "dtype": "bfloat16"}
@@ -145,7 +226,7 @@ def test_deepseek_has_a_shared_expert(models: Path, run: Run) -> None:
         ({"architecture": "qwen3_moe"}, "takes qwen3 models, base is 'llama'"),
         ({"experts": [{"source_model": "q"}] * 2}, "q: is 'qwen3', base 'llama'"),
         ({"experts": [{"source_model": "w"}] * 2}, "experts are models of one archi"),
-        ({"experts": [{"source_model": "a", "noise_scale": 1}]}, "noise_scale is not"),
+        ({"experts": [{"source_model": "a", "noise_scale": "x"}]}, "needs a number"),
         ({"experts": [{"source_model": "a", "residual_scale": "x"}]}, "needs a number"),
         ({"shared_experts": [{"source_model": "a"}] * 2}, "deepseek has at most one"),
     ],

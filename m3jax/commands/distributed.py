@@ -33,11 +33,14 @@ _METADATA = "metadata.google.internal"
 _started = False
 
 
-def start() -> bool:
+def start(*, survive: bool = False) -> bool:
     """Starts JAX's several processes if that is wanted; returns if this prints.
 
     Comes before anything else is done with JAX. What a user's program has started
     already stays as it is.
+
+    Args:
+      survive: go on if a process other than the first is lost.
 
     Raises:
       UsageError: they cannot be started.
@@ -56,6 +59,7 @@ def start() -> bool:
     if not jax.distributed.is_initialized():
         # JAX's own way with SIGTERM would keep it from ending the command in order.
         jax.config.update("jax_enable_preemption_service", False)
+        jax.config.update("jax_enable_recoverability", survive)
         where = _ADDRESS.value or "the coordinator"
         _speak_before_abort(
             f"process 0 and the others could not meet at {where}: start all of them "

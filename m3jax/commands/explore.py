@@ -23,10 +23,14 @@ has values of its own. With --halving=3 all draws are evaluated on few examples,
 best third of them on three times as many, and so on; the last one is evaluated on all.
 --hyperband=3 does that several times, from many draws on little to few on all.
 
+Several machines share the trials if each has an --output of its own and all name one
+--study: a file on a disk that all see, or a database's URL.
+
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
 model_glue, safety_aware, lfs (a method for each group of layers), dis and rmm (whole
 layers in a row, of any model, left out and repeated), adamms (chosen by answers,
-without labels) or m3. docs/EXPLORE.md says what each does.
+without labels), df_merge (Fisher information at every draw) or m3. docs/EXPLORE.md says
+what each does.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from m3jax.commands import config, scoring
+from m3jax.commands import config, distributed, scoring
 from m3jax.commands.cli import (
     UsageError,
     at_least_one,
@@ -63,7 +67,7 @@ LESS_MEMORY = (
     "a smaller --tokens_per_batch and fewer draws --at_once need less, and --mesh "
     "splits the models over devices"
 )
-SHARED = [scoring]
+SHARED = [scoring, distributed]
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
@@ -90,7 +94,10 @@ _DRAWS = define("draws", int, "How many.", 32)
 _SEED = define("seed", int, "Of all draws. [0]")
 _PRESET = define(
     "preset",
-    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "dis", "rmm", "adamms"],
+    [
+        *("m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "dis", "rmm"),
+        *("adamms", "df_merge"),
+    ],
     "A published search, in the place of --sampler and --search.",
 )
 _SAMPLER = define(
@@ -128,6 +135,12 @@ _GENERATION = define(
 _EXPORT = define("export", str, "Folder for the winner's checkpoint.")
 _RESUME = define("resume", bool, "Go on with an interrupted exploration.")
 _OVERWRITE = define("overwrite", bool, "Replace a previous output.")
+_STUDY = define(
+    "study",
+    str,
+    "Share the trials with all who name the same: a file on a common disk, or a "
+    "database's URL.",
+)
 _TOKENIZER_FROM = define("tokenizer_from", str, "Model whose tokenizer is used. [base]")
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
@@ -151,6 +164,7 @@ def main(positional: list[str]) -> int:
     weights = _weights(_WEIGHTS.value or [])
 
     # Only now JAX, which takes a second to import.
+    prints = distributed.start(survive=True)
     from m3jax.checkpoints.output.folder import check_free
     from m3jax.engine.merge import merge
     from m3jax.engine.prepare import Execution
@@ -188,10 +202,12 @@ def main(positional: list[str]) -> int:
         output=_OUTPUT.value,
         resume=_RESUME.value,
         overwrite=_OVERWRITE.value,
+        study=_STUDY.value,
         tokenizer_from=_TOKENIZER_FROM.value,
         say=say,
     )
-    print("\n".join(_report(found)))
+    if prints:
+        print("\n".join(_report(found)))
     if _EXPORT.value is not None:
         execution = Execution(
             overwrite=_OVERWRITE.value,
@@ -206,9 +222,11 @@ def main(positional: list[str]) -> int:
             winner.recipe,
             seed=winner.seed,
             execution=execution,
+            statistics=[own["path"] for own in found.replay.get("statistics", [])],
         )
-        print(f"\nthe winner's checkpoint is {_EXPORT.value}")
-    else:
+        if prints:
+            print(f"\nthe winner's checkpoint is {_EXPORT.value}")
+    elif prints:
         path = local(_OUTPUT.value or "") / "winner.json"
         print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
     return 0
@@ -220,6 +238,7 @@ def failed(code: int) -> None:
     places = sys.modules.get("m3jax.exploration.search.places")
     if places is not None and places.at_work():
         leave_at_once(code)
+    distributed.leave_after_failure(code)
 
 
 def _weights(given: list[str]) -> dict[str, float]:

@@ -34,11 +34,11 @@ def begin(command: str = "") -> None:
 
     Matrix products of NumPy's then have one thread, since a merge calls them from its
     own threads, where those of OpenBLAS wait for each other by spinning: up to twenty
-    times the CPU. `m3jax lora` decomposes one matrix at a time, and has them all.
+    times the CPU. `lora` and `align` work on one matrix at a time, and have them all.
     """
     global own
     own = True
-    if command != "lora":
+    if command not in ("lora", "align"):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(100_000, 50, 100)  # a tenth of all imports is a search for garbage
 

@@ -37,6 +37,7 @@ def save(
     like: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     format: str = "safetensors",
+    config: Mapping[str, Any] | None = None,
 ) -> Location:
     """Saves a pytree as a checkpoint folder that transformers and safetensors read.
 
@@ -56,6 +57,7 @@ def save(
       max_shard_size: of a file, in bytes or as text such as ``5GB``.
       format: ``safetensors``, or ``orbax``: the folder then holds a subfolder
         ``default``, which Orbax restores, and is a step of its CheckpointManager.
+      config: fields of config.json that are others than those of `like`.
 
     Returns:
       The folder.
@@ -67,7 +69,7 @@ def save(
     final = store.parse(fspath(path))
     leaves, _ = tree.flatten(params)
     dtypes = {name: _dtype(name, leaf) for name, leaf in leaves.items()}
-    files = {} if like is None else _side_files(fspath(like), dtypes)
+    files = {} if like is None else _side_files(fspath(like), dtypes, config or {})
     if format not in FORMATS:
         raise ValueError(f"format={format!r} needs {' or '.join(FORMATS)}")
     shards: list[Shard] = (
@@ -170,7 +172,9 @@ def _dtype(name: str, leaf: Any) -> Dtype:
         ) from None
 
 
-def _side_files(like: str, dtypes: Mapping[str, Dtype]) -> dict[str, bytes]:
+def _side_files(
+    like: str, dtypes: Mapping[str, Dtype], changes: Mapping[str, Any]
+) -> dict[str, bytes]:
     location, _ = hub.locate(like)
     folder = location if location.is_dir() else location.parent
     files = {}
@@ -182,7 +186,8 @@ def _side_files(like: str, dtypes: Mapping[str, Dtype]) -> dict[str, bytes]:
         config = load_json(
             files[side_files.CONFIG], str(folder / side_files.CONFIG), constants=True
         )
-        files[side_files.CONFIG] = side_files.as_json(_fitted(config, dtypes))
+        config = {**_fitted(config, dtypes), **changes}
+        files[side_files.CONFIG] = side_files.as_json(config)
     return files
 
 

@@ -101,6 +101,8 @@ class TaskEvaluator:
 
     Attributes:
       tasks: in the order of the results.
+      config, tokenizer: of the model.
+      tokens_per_batch: padding included.
     """
 
     def __init__(
@@ -139,7 +141,8 @@ class TaskEvaluator:
                 )
         self.tasks = tuple(tasks)
         self._examples = [load_examples(task) for task in tasks]
-        self._tokenizer, self._length = tokenizer, config.max_position_embeddings
+        self.config, self.tokenizer = config, tokenizer
+        self.tokens_per_batch = tokens_per_batch
         self._options: dict[str, Any] = {
             "config": config,
             "tokens_per_batch": tokens_per_batch,
@@ -256,7 +259,8 @@ class TaskEvaluator:
 
     def _prepared(self, place: int, example: int) -> Prepared:
         own = self._examples[place][example]
-        return prepare(own, self.tasks[place], self._tokenizer, self._length)
+        length = self.config.max_position_embeddings
+        return prepare(own, self.tasks[place], self.tokenizer, length)
 
     def _score(
         self,
@@ -308,12 +312,12 @@ class TaskEvaluator:
             parameters,
             [item.contexts[0] for item in prepared],
             max_new_tokens=task.max_new_tokens,
-            stop_tokens=self._tokenizer.stop_tokens,
+            stop_tokens=self.tokenizer.stop_tokens,
             sampling=Sampling(task.temperature, task.top_k, task.top_p),
             key=key,
             **self._options,
         )
-        texts = map(self._tokenizer.decode, written)
+        texts = map(self.tokenizer.decode, written)
         outputs = [answers.until_stop(text, task.stop) for text in texts]
         if task.kind != "code":
             return list(map(functools.partial(_compare, task), examples, outputs))

@@ -73,6 +73,10 @@ class Merger:
         count = self._bench.num_models
         return mixup.draw_ratios(recipe.mixup, count, self._names, seed)
 
+    def statistics(self, recipe: Recipe) -> list[Any]:
+        """What was measured for a draw, a pytree of each model; [] where nothing is."""
+        return []
+
     def _reads(self, recipe: Recipe, seed: int) -> Any:
         """All that statistics depend on; draws that differ in nothing else share them.
 

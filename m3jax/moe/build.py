@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from m3jax import prng
 from m3jax.checkpoints import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
@@ -23,6 +24,7 @@ from m3jax.moe.document import Mixture
 from m3jax.recipe import RecipeError
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.(weight|bias)")
+_NOISE, _NOISE_KEY = 1 << 16, 5  # elements of a block; folded into the root key
 _FAMILIES = {
     "llama": "mixtral",
     "mistral": "mixtral",
@@ -167,6 +169,45 @@ class Scaled(Derived):
 
 
 @dataclasses.dataclass(frozen=True)
+class Noisy(Derived):
+    """A tensor plus normal noise, float32: of each block of elements from the key
+    fold_in(fold_in(key(seed), 5), the words of the name, the block)."""
+
+    deviation: float
+    seed: int
+    name: str
+
+    @property
+    def dtype(self) -> Dtype:
+        return FLOAT32
+
+    @property
+    def place(self) -> str:
+        return str(getattr(self.source, "place", ""))
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        values = np.empty(len(out), self.source.dtype.numpy)
+        self.source.read_into(values, start)
+        for block in range(start // _NOISE, -(-(start + len(out)) // _NOISE)):
+            first = max(block * _NOISE, start)
+            stop = min((block + 1) * _NOISE, start + len(out))
+            noise = self._noise(block)[first - block * _NOISE : stop - block * _NOISE]
+            part = slice(first - start, stop - start)
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[part] = values[part] + self.deviation * noise.astype(np.float64)
+
+    def _noise(self, block: int) -> np.ndarray:
+        import jax
+        import jax.numpy as jnp
+
+        key = prng.fold_in(prng.root_key(self.seed), _NOISE_KEY)
+        for word in (*prng.name_words([self.name])[0], block):
+            key = prng.fold_in(key, word)
+        wrapped = jax.random.wrap_key_data(jnp.asarray(key))
+        return np.asarray(jax.random.normal(wrapped, (_NOISE,), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
 class Gates(Derived):
     """Gates, written in the dtype of the base's tensors."""
 
@@ -215,7 +256,7 @@ def _built(
 ) -> Checkpoint:
     from m3jax.moe.gates import gates
 
-    name, layout = _layout(mixture, base)
+    architecture, layout = _layout(mixture, base)
     layers = _layers(base)
     for expert in experts:
         _check(expert, base, layers)
@@ -230,10 +271,13 @@ def _built(
                 ("gate", "up", "down"), layout.projections, strict=True
             ):
                 source = expert.tensors[f"model.layers.{layer}.mlp.{kind}_proj.weight"]
+                new = form.format(expert=i, projection=projection)
+                name = f"model.layers.{layer}.{new}"
+                if own.noise:
+                    source = Noisy(source, own.noise, seed, name)
                 if kind == "down" and own.scale != 1.0:
                     source = Scaled(source, own.scale)
-                new = form.format(expert=i, projection=projection)
-                tensors[f"model.layers.{layer}.{new}"] = source
+                tensors[name] = source
     like = base.tensors["model.layers.0.mlp.gate_proj.weight"]
     width = like.shape[1]
     rows = gates(
@@ -254,7 +298,7 @@ def _built(
     fields = {**config, **changes}
     return dataclasses.replace(
         base,
-        name=f"{name} of {', '.join(own.source for own in mixture.experts)}",
+        name=f"{architecture} of {', '.join(own.source for own in mixture.experts)}",
         revision=None,
         stored=dict(base.stored),
         tensors=dict(sorted(tensors.items())),

@@ -6,7 +6,8 @@ experts:
   - source_model: MATHS              its feed-forward layers
     positive_prompts: [prove that]   what its gates are made of
     negative_prompts: [a poem]
-    residual_scale: 0.5              multiplies what the expert adds
+    noise_scale: 0.01                deviation of normal noise on its weights
+    residual_scale: 0.5              multiplies what the expert adds, noise and all
   - source_model: BASE+ADAPTER
 shared_experts: [...]                every token goes through; qwen2_moe, deepseek
 experts_per_token: 2
@@ -22,10 +23,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3jax.recipe import RecipeError
+from m3jax.recipe.mergekit import model_name
 from m3jax.recipe.mergekit_values import check_keys, mapping
 
 GATES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random")
 ARCHITECTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek")
+_MERGEKITS = {  # its names for them, of which it takes any beginning
+    "mixtral": "mixtral",
+    "deepseek moe": "deepseek",
+    "qwen moe": "qwen2_moe",
+    "qwen3 moe": "qwen3_moe",
+}
 _KEYS = (
     *("architecture", "base_model", "dtype", "experts", "experts_per_token"),
     *("gate_mode", "m3jax", "shared_experts"),
@@ -44,12 +52,14 @@ class Expert:
       source: the model whose feed-forward layers it is.
       positive, negative: prompts that its gates are made of.
       scale: of its last projection.
+      noise: deviation of the noise on its weights, before they are scaled.
     """
 
     source: str
     positive: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
     scale: float = 1.0
+    noise: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +142,12 @@ def parse(document: Mapping[str, Any]) -> Mixture:
         raise RecipeError(f"experts_per_token={per_token!r} needs an integer")
     dtype = document.get("dtype")
     return Mixture(
-        base=_text(document.get("base_model"), "base_model"),
+        base=_model(document.get("base_model"), "base_model"),
         experts=_experts(document.get("experts"), "experts"),
         shared=_experts(document.get("shared_experts") or [], "shared_experts"),
         gates=_word(document.get("gate_mode", "hidden"), "gate_mode", GATES),
         per_token=per_token,
-        architecture=document.get("architecture")
-        and _word(document["architecture"], "architecture", ARCHITECTURES),
+        architecture=_architecture(document.get("architecture")),
         dtype=dtype and _text(dtype, "dtype").removeprefix("torch."),
         seed=ours.get("seed"),
     )
@@ -150,7 +159,11 @@ def _expert_keys(expert: Expert) -> dict[str, Any]:
         "positive_prompts": list(expert.positive),
         "negative_prompts": list(expert.negative),
     }
-    scaled = {} if expert.scale == 1.0 else {"residual_scale": expert.scale}
+    numbers = {
+        "residual_scale": (expert.scale, 1.0),
+        "noise_scale": (expert.noise, 0.0),
+    }
+    scaled = {key: value for key, (value, plain) in numbers.items() if value != plain}
     return {key: value for key, value in own.items() if value} | scaled
 
 
@@ -163,20 +176,37 @@ def _experts(entries: Any, key: str) -> tuple[Expert, ...]:
 def _expert(entry: Any, key: str) -> Expert:
     entry = mapping(entry, key)
     check_keys(f"{key}.", entry, _OF_EXPERT)
-    if entry.get("noise_scale"):
-        raise RecipeError(
-            f"{key}.noise_scale is not supported: noise on experts is for training on"
-        )
-    scale = entry.get("residual_scale")
-    scale = 1.0 if scale is None else scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise RecipeError(f"{key}.residual_scale={scale!r} needs a number")
     return Expert(
-        _text(entry.get("source_model"), f"{key}.source_model"),
+        _model(entry.get("source_model"), f"{key}.source_model"),
         _prompts(entry.get("positive_prompts"), f"{key}.positive_prompts"),
         _prompts(entry.get("negative_prompts"), f"{key}.negative_prompts"),
-        float(scale),
+        _number(entry.get("residual_scale"), f"{key}.residual_scale", 1.0),
+        _number(entry.get("noise_scale"), f"{key}.noise_scale", 0.0),
     )
+
+
+def _number(value: Any, key: str, default: float) -> float:
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RecipeError(f"{key}={value!r} needs a number")
+    return float(value)
+
+
+def _model(value: Any, key: str) -> str:
+    if isinstance(value, dict):
+        value = model_name(value, key)
+    return _text(value, key)
+
+
+def _architecture(given: Any) -> str | None:
+    """By our name, or by the beginning of mergekit's; None: by the base's family."""
+    if given is None or given in ARCHITECTURES:
+        return given
+    start = str(given).lower()
+    meant = [own for name, own in _MERGEKITS.items() if name.startswith(start)]
+    if not meant:
+        return _word(given, "architecture", ARCHITECTURES)
+    return meant[0] if len(meant) == 1 else None
 
 
 def _prompts(value: Any, key: str) -> tuple[str, ...]:

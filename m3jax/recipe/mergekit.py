@@ -121,8 +121,8 @@ def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     method = method_of(name)
     ours = mapping(document.get("m3jax"), "m3jax")
     check_keys("m3jax.", ours, _OURS)
-    base = _model_name(document.get("base_model"), "base_model")
-    parts = parts_of(document, _model_name)
+    base = model_name(document.get("base_model"), "base_model")
+    parts = parts_of(document, model_name)
     mixup = mapping(ours.get("mixup"), "m3jax.mixup")
     drawn = bool(mixup) and (mixup.get("alpha", 0.5), mixup.get("ratios")) != (
         None,
@@ -135,7 +135,7 @@ def _document(document: dict[str, Any]) -> tuple[Document, tuple[str, ...]]:
     recipe |= {"slices": layout.slices, **_dtypes(document)}
     recipe |= _transforms(ours, _ours(ours, layout.steps))
     donor = "base" if layout.base else base or layout.models[0]
-    recipe |= mergekit_tokenizer.fields(document, donor, _model_name)
+    recipe |= mergekit_tokenizer.fields(document, donor, model_name)
     recipe["rules"] = [
         {
             "tensors": names,
@@ -165,10 +165,15 @@ def _loaded(text: str) -> list[dict[str, Any]]:
     return documents
 
 
-def _model_name(model: Any, key: str) -> str | None:
-    """`PATH`, `PATH@REVISION`, either with `+ADAPTER`, or a mapping of the same."""
+def model_name(model: Any, key: str) -> str | None:
+    """`PATH`, `PATH@REVISION`, either with `+ADAPTER`, or a mapping of the same, whose
+    `override_architecture` is of no matter: names and shapes of tensors decide.
+
+    Raises:
+      RecipeError: it is none of these.
+    """
     if isinstance(model, dict) and "model" in model:
-        check_keys(f"{key}.", model, ("lora", "model"))
+        check_keys(f"{key}.", model, ("lora", "model", "override_architecture"))
         names = [
             _place(model[part], f"{key}.{part}")
             for part in ("model", "lora")

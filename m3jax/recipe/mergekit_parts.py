@@ -120,7 +120,8 @@ class _Reader:
         module: str,
     ) -> Part:
         own = mapping(own, key)
-        check_keys(f"{key}.", own, ("base_model", "parameters", "sources"))
+        known = ("base_model", "parameters", "residual_weight", "sources")
+        check_keys(f"{key}.", own, known)
         base = self.name(own.get("base_model"), f"{key}.base_model") or base
         entries, layers = self._entries(own.get("sources"), f"{key}.sources", True)
         lengths = {stop - first for first, stop in layers.values()}
@@ -128,6 +129,8 @@ class _Reader:
             each = ", ".join(f"{list(own)} of {model}" for model, own in layers.items())
             raise RecipeError(f"{key}: as many layers of each model are needed: {each}")
         nearest = mapping(own.get("parameters"), f"{key}.parameters")
+        idle = "residual_weight"  # which mergekit reads, and does nothing with
+        nearest |= {idle: own[idle]} if own.get(idle) is not None else {}
         return Part(base, entries, (nearest, *levels), layers, module)
 
     def _entries(

@@ -31,6 +31,7 @@ PRESETS = {
     "dis": Preset(("hyperband", "generation"), ("tpe", "random")),
     "rmm": Preset(("fraction",), ("random",)),
     "adamms": Preset(),
+    "df_merge": Preset(("generation",), ("gp", "tpe")),
 }
 
 

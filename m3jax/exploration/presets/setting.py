@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from m3jax.evaluation.evaluator import Evaluator
+from m3jax.exploration.merger import Merger
 from m3jax.exploration.search.scoring import Objective
 from m3jax.exploration.search.searches import Search
 from m3jax.exploration.search.trials import Proposal
@@ -22,6 +24,7 @@ class Plan(NamedTuple):
       objective: what is maximised.
       reading: a recipe that reads what all draws together read; None: the recipe.
       answers: the search looks at what the models answer.
+      merger: makes what merges, of base, models and recipe.
       notes: for the user.
     """
 
@@ -30,6 +33,7 @@ class Plan(NamedTuple):
     objective: Objective
     reading: Recipe | None = None
     answers: bool = False
+    merger: Callable[[Any, Sequence[Any], Recipe], Merger] = Merger
     notes: tuple[str, ...] = ()
 
 
@@ -41,6 +45,7 @@ class Setting:
       name: of the preset.
       models: paths or pytrees.
       tensors: names of theirs.
+      evaluator: that chooses.
       tasks: names of the scores, as far as they are known.
     """
 
@@ -49,6 +54,7 @@ class Setting:
     has_base: bool
     models: Sequence[Any]
     tensors: Sequence[str]
+    evaluator: Evaluator
     objective: Objective
     tasks: Sequence[str]
     draws: int

@@ -123,7 +123,8 @@ def optimised(
     Raises:
       RecipeError: a package is missing, or there is nothing to search but seeds.
     """
-    space, optuna = draw.space, import_optuna(name)
+    space = draw.space
+    optuna = import_optuna(f"sampler={name!r}", _PACKAGES.get(name, ()))
     assert space is not None
     check_searches(name, space)
     several = name == "nsga2"
@@ -232,18 +233,18 @@ def points(name: str, space: Space, draws: int, seed: int) -> list[Values]:
     return [space.values(point.tolist()) for point in points[:draws]]
 
 
-def import_optuna(name: str) -> Any:
-    """optuna, with the packages that a sampler of it needs."""
+def import_optuna(what: str, packages: Sequence[str] = ()) -> Any:
+    """optuna, and that the packages are there that what is asked for needs."""
     import importlib
 
     try:
         import optuna
 
-        for package in _PACKAGES.get(name, ()):
+        for package in packages:
             importlib.import_module(package)  # optuna does when it is too late
     except ImportError as error:
         raise RecipeError(
-            f"sampler={name!r} needs {error.name}; install it from a checkout: "
+            f"{what} needs {error.name}; install it from a checkout: "
             "pip install '.[explore]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)

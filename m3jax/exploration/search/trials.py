@@ -126,6 +126,13 @@ def best(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(trials, key=rank)[:count]
 
 
+def at_the_largest_budget(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that were evaluated on the most; None stands for all there is."""
+    budgets = [math.inf if t.budget is None else t.budget for t in trials]
+    largest = max(budgets)
+    return [t for t, own in zip(trials, budgets, strict=True) if own == largest]
+
+
 def with_nan(value: Any) -> Any:
     """What `as_json` was given: NaN for each null."""
     if isinstance(value, dict):
