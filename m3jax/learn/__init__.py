@@ -22,8 +22,8 @@ _HOMES = {
     "adamerging": "entropy",
     "dam_loss": "distillation",
     "dam_merge": "distillation",
-    "fisher": "information",
-    "grams": "gram",
+    "fisher": ".measuring.information",
+    "grams": ".measuring.moments",
     "learned_soup": "soup",
     "mofo_adamw": "mofo",
     "np_merge": "elementwise",
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from m3jax.learn.distillation import dam_loss, dam_merge
     from m3jax.learn.elementwise import np_merge
     from m3jax.learn.entropy import adamerging
-    from m3jax.learn.gram import grams
-    from m3jax.learn.information import fisher
     from m3jax.learn.mofo import mofo_adamw
     from m3jax.learn.report.result import Learning
     from m3jax.learn.soup import learned_soup
     from m3jax.learn.training.config import Config
     from m3jax.learn.training.optimizer import Optimizer
     from m3jax.learn.uld import uld_loss
+    from m3jax.measuring.information import fisher
+    from m3jax.measuring.moments import grams
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints.errors import shown
 from m3jax.checkpoints.formats import tree
-from m3jax.learn.pytrees import model_names, stack, wide
+from m3jax.learn.pytrees import model_names, stack
+from m3jax.search.pytrees import wide_dtype
 
 TERMS = (
     "kl",
@@ -170,7 +171,7 @@ def of_expert(
     z: jax.Array, t: jax.Array, inputs: Mapping[str, Any], temperature: float
 ) -> dict[str, jax.Array]:
     """The terms of `dam_loss` that compare with one expert: kl, mse and entropy."""
-    mask = inputs["mask"].astype(bool).astype(wide(z))
+    mask = inputs["mask"].astype(bool).astype(wide_dtype(z))
     tokens = jnp.maximum(jnp.sum(mask), 1)
     z = z.astype(mask.dtype) * mask[..., None]
     t = jax.lax.stop_gradient(t.astype(mask.dtype) * mask[..., None])

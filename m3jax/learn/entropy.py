@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints.formats import tree
 from m3jax.learn.descent import Learned, descend
-from m3jax.learn.pytrees import model_names, stack, weighted_sum, wide
+from m3jax.learn.pytrees import model_names, stack, weighted_sum
+from m3jax.search.pytrees import wide_dtype
 
 
 def adamerging(
@@ -93,7 +94,7 @@ def adamerging(
 
 def mean_entropy(logits: jax.Array, inputs: Any = None) -> jax.Array:
     """The mean of −Σ p log p of logits (..., V), where the inputs' mask is, or all."""
-    logs = jax.nn.log_softmax(logits.astype(wide(logits)))
+    logs = jax.nn.log_softmax(logits.astype(wide_dtype(logits)))
     entropies = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
     if not (isinstance(inputs, Mapping) and "mask" in inputs):
         return jnp.mean(entropies)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.formats import tree
+from m3jax.search.pytrees import wide_dtype
 
 
 class Stack(NamedTuple):
@@ -70,7 +71,7 @@ def stack(params: Sequence[Any], names: Sequence[str]) -> Stack:
             f"the pytrees need the same leaves of the same shapes: {few(problems)}"
         )
     arrays = {
-        name: jnp.stack([jnp.asarray(own[name], wide(leaf)) for own in trees])
+        name: jnp.stack([jnp.asarray(own[name], wide_dtype(leaf)) for own in trees])
         for name, leaf in first.items()
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
@@ -86,11 +87,6 @@ def model_names(models: Sequence[Any]) -> list[str]:
     if not models:
         raise ValueError("models=[] needs one model or more")
     return [f"models[{k}]" for k in range(len(models))]
-
-
-def wide(leaf: Any) -> Any:
-    """The dtype of arithmetic with a leaf: float32, or float64 where it is."""
-    return jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
 
 
 def weighted_sum(coefficients: jax.Array, arrays: jax.Array) -> jax.Array:

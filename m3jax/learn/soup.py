@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints.formats import tree
 from m3jax.learn.descent import Learned, descend
-from m3jax.learn.pytrees import model_names, stack, weighted_sum, wide
+from m3jax.learn.pytrees import model_names, stack, weighted_sum
+from m3jax.search.pytrees import wide_dtype
 
 IGNORED = -100  # a label that is not one, PyTorch's
 
@@ -74,13 +75,13 @@ def learned_soup(
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean of −log softmax(logits)[label] where the label is not −100."""
-    counted = jnp.sum((labels != IGNORED).astype(wide(logits)))
+    counted = jnp.sum((labels != IGNORED).astype(wide_dtype(logits)))
     return -jnp.sum(log_likelihoods(logits, labels)) / jnp.maximum(counted, 1)
 
 
 def log_likelihoods(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """log softmax(logits)[label]; 0 where the label is −100."""
-    logs = jax.nn.log_softmax(logits.astype(wide(logits)))
+    logs = jax.nn.log_softmax(logits.astype(wide_dtype(logits)))
     known = labels != IGNORED
     places = jnp.where(known, labels, jnp.zeros_like(labels))
     own = jnp.take_along_axis(logs, places[..., None], axis=-1)[..., 0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from m3jax.learn.pytrees import wide
 from m3jax.learn.soup import IGNORED
+from m3jax.search.pytrees import wide_dtype
 
 
 def uld_loss(
@@ -72,7 +72,7 @@ def sorted_probabilities(
     logits: jax.Array, temperature: float, top_k: int | None, standardize: bool
 ) -> jax.Array:
     """Probabilities (..., K), falling; the steps of `uld_loss` before the distance."""
-    z = logits.astype(wide(logits))
+    z = logits.astype(wide_dtype(logits))
     if standardize:
         deviation = jnp.std(z, axis=-1, keepdims=True)
         z = (z - jnp.mean(z, axis=-1, keepdims=True)) / (deviation + 1e-6)

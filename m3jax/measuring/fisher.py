@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.learn.information import squared_gradients, zeros_like
+from m3jax.measuring.information import squared_gradients, zeros_like
 from m3jax.measuring.texts import Batch
 from m3jax.models.config import Config
 from m3jax.models.decoder import forward

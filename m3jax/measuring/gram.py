@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.learn.gram import second_moment
+from m3jax.measuring.moments import second_moment
 from m3jax.measuring.texts import Batch
 from m3jax.models.config import Config
 from m3jax.models.inputs import layer_inputs

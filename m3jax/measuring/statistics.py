@@ -16,10 +16,10 @@ from m3jax.checkpoints.formats import tree
 from m3jax.checkpoints.places.files import Location
 from m3jax.engine.progress import Progress
 from m3jax.evaluation.tasks.task import Task
-from m3jax.learn.information import KINDS, zeros_like
 from m3jax.measuring import fisher as fisher_information
 from m3jax.measuring import gram
 from m3jax.measuring.accumulate import Accumulation, accumulate
+from m3jax.measuring.information import KINDS, zeros_like
 from m3jax.measuring.texts import Batch, Question, batches, questions
 from m3jax.models.config import Config
 from m3jax.models.parameters import Model, load_model

@@ -60,9 +60,14 @@ def is_floating(leaf: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
 
 
+def wide_dtype(leaf: Any) -> Any:
+    """The dtype of arithmetic with a leaf: float32, or float64 where it is."""
+    return jnp.float64 if jnp.result_type(leaf) == jnp.float64 else jnp.float32
+
+
 def wide(leaf: Any) -> Any:
     """A leaf as it is computed with: float32, or float64 where it is."""
-    dtype = jnp.float64 if jnp.result_type(leaf) == jnp.float64 else jnp.float32
+    dtype = wide_dtype(leaf)
     return jnp.asarray(leaf, dtype)
 
 

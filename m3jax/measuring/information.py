@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.learn.pytrees import wide
+from m3jax.search.pytrees import wide_dtype
 
 KINDS = ("exact", "sampled", "empirical")
 
@@ -129,4 +129,4 @@ def squared_gradients(
 
 def zeros_like(params: Any) -> Any:
     """0 for every parameter, float32 (float64 where it is)."""
-    return jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params)
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3jax.learn.pytrees import wide
+from m3jax.search.pytrees import wide_dtype
 
 
 def grams(
@@ -51,7 +51,7 @@ def grams(
 
 
 def _zeros(x: jax.Array) -> jax.Array:
-    dtype = wide(x)
+    dtype = wide_dtype(x)
     return jnp.zeros((x.shape[-1], x.shape[-1]), dtype)
 
 
