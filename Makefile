@@ -3,17 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-long lint types fuzz bench clean
+.PHONY: demo test test-long mutations lint types docs notebook fuzz bench clean
 
 demo: .venv/installed ## merge the built-in models, and explore their merges
 	$(BIN)/m3jax demo
 
 # A file goes to one worker: its tests share what they compile.
 test: .venv/installed-dev ## the tests, minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -rs
 
-test-long: .venv/installed-dev ## the tests that take long: kill, resume, soak
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+test-long: .venv/installed-dev ## what takes long: dense grids, kill, resume, soak
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -rs
+
+mutations: .venv/installed-dev ## faults are planted, and `make test` has to see each
+	$(BIN)/python tests/mutations/run.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -21,6 +24,12 @@ lint: .venv/installed-dev
 
 types: .venv/installed-dev
 	$(BIN)/mypy
+
+docs: .venv/installed-docs ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebook: .venv/installed-docs ## runs examples/m3.ipynb from top to bottom
+	$(BIN)/jupyter-execute examples/m3.ipynb
 
 fuzz: .venv/installed-dev ## the readers, coverage-guided, ten minutes
 	$(BIN)/python -m pip install --quiet atheris
@@ -33,7 +42,7 @@ bench: .venv/installed-dev ## beside mergekit, 20 minutes; see benchmarks/README
 	$(BIN)/python benchmarks/startup.py --rounds=3
 
 clean:
-	rm -rf .venv build dist *.egg-info m3jax-demo
+	rm -rf .venv build dist site *.egg-info m3jax-demo
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,4 +51,8 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

@@ -19,6 +19,7 @@ _WHAT = {
     "commands": "flags in, lines out",
     "lora": "adapters out of models and adapters",
     "moe": "mixtures of experts",
+    "align": "units in another's order",
     "measuring": "Fisher, Gram, on tasks",
     "exploration": "many draws, the best one",
     "learn": "coefficients by gradient",

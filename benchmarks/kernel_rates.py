@@ -29,7 +29,7 @@ from m3jax import Dare, Mixup, Recipe
 from m3jax.commands import allocator
 from m3jax.engine import draws, plan, tiles
 from m3jax.engine.jobs import jobs
-from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.kernel import At, Numbers, Program, Reducing, take
 from m3jax.engine.measure import completed, derived, int64_rows
 from m3jax.engine.pipeline import available_cores
 from m3jax.methods import selection
@@ -143,7 +143,8 @@ def numbers_of(recipe: Recipe, seed: int, found: dict[str, Any]) -> Numbers:
     own = draws.tables(job, ["weight"], _MODELS, seed, lambda: None)
     info: list[Any] = []
     for depth in range(len(program.transforms)):
-        info.append(derived(program, depth, own._replace(info=tuple(info)), {}))
+        so_far = own._replace(info=tuple(info))
+        info.append(derived(At(program, depth, so_far), {}))
     return completed(program, own._replace(info=(*info, found)))
 
 
@@ -192,9 +193,9 @@ def masks() -> Call:
 def reducing(reduction: Reduction) -> Call:
     """One chunk of a reading pass; a CPU's codes are counted by NumPy."""
     program = Program.of(recipe_of("ties"))
-    kernel = tiles.reduce_tiles(
-        program, 0, reduction.function, reduction.combine, None, not on_cpu()
-    )
+    at = At(program, 0, Numbers((), ()))
+    how = Reducing.of(at, reduction, count=not on_cpu())
+    kernel = tiles.reduce_tiles(how, None)
 
     def call(chunk: Chunk) -> list[Any]:
         count = len(chunk.item)

@@ -7,7 +7,7 @@ m3jax.merge("base", ["maths", "code"], "merged", recipe, seed=0)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Names are imported when they are used: `m3jax --help` must not wait for JAX.
 _HOMES = {

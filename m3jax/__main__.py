@@ -16,6 +16,7 @@ COMMANDS = {
     "modulate": "make a task's model of what EMR-Merging wrote",
     "convert": "write a mergekit YAML as an m3jax recipe, or the other way",
     "methods": "list the merging methods and their parameters",
+    "align": "put a model's units in the order of another's, before a merge",
     "lora": "extract a LoRA adapter from a model, or merge adapters",
     "moe": "build a mixture of experts from dense models",
     "explore": "merge many draws in memory, evaluate each, find the best",

@@ -1,6 +1,8 @@
 """Merges models of different architectures, whose tensors have other names and layouts.
 
-merged = m3jax.keymap.merge(cogvlm, mplug_owl, keymap, alpha=0.6)
+    merged = m3jax.keymap.merge(cogvlm, mplug_owl, keymap, alpha=0.6)
+
+A keymap says which of the source's tensors a tensor of the target is merged with.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A task's model, made of what EMR-Merging wrote: one model, and masks and scales.
 
-    m3jax merge --config.method=emr ... --output=unified
+    m3jax merge --config.method=emr --config.mixup.alpha=None ... --output=unified
     m3jax modulate unified --task=maths
 
 In memory, a task is a number of the same program, so that changing it compiles nothing:
@@ -25,10 +25,9 @@ import numpy as np
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.formats import tree
-from m3jax.checkpoints.formats.dtypes import Dtype
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record.record import read_record
-from m3jax.checkpoints.source import Source, read_whole
+from m3jax.checkpoints.source import Derived, Source, read, read_whole
 from m3jax.engine.load import load as load_params
 from m3jax.engine.save import save
 from m3jax.methods.emr import task_model
@@ -152,7 +151,7 @@ def write(
             if name in emr.masks:
                 own_mask = emr.masks[name][k]
                 made: Source = _Modulated(
-                    emr.base.tensors[name], source, own_mask, emr.scales[k]
+                    source, emr.base.tensors[name], own_mask, emr.scales[k]
                 )
             else:
                 floats = source.dtype.kind != "exact"
@@ -195,7 +194,8 @@ def _opened(folder: str, base: Any) -> Any:
         record = read_record(unified.folder)
         if record is None or record.recipe.get("method") != "emr" or not record.base:
             raise CheckpointError(
-                f"{folder}: is no output of method emr; merge with --config.method=emr"
+                f"{folder}: is no output of method emr; merge with --config.method=emr "
+                "--config.mixup.alpha=None"
             )
         scales = record.measured.get("scales", ())
         if len(scales) != len(record.models):
@@ -259,48 +259,29 @@ def _masks(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Modulated:
-    """A tensor of a task's model, as `task_model` makes it."""
+class _Modulated(Derived):
+    """A tensor of a task's model, as `task_model` makes it of that of all tasks."""
 
     base: Source
-    unified: Source
     mask: Source
     scale: float
-
-    @property
-    def dtype(self) -> Dtype:
-        return self.unified.dtype
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return self.unified.output_dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.unified.shape
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         wide: Any = np.float64 if self.dtype.numpy == np.float64 else np.float32
         for first in range(0, len(out), _BLOCK):
             part = out[first : first + _BLOCK]
             own, tau = (
-                self._read(source, start + first, len(part)).astype(wide)
-                for source in (self.base, self.unified)
+                read(source, start + first, len(part)).astype(wide)
+                for source in (self.base, self.source)
             )
             tau -= own
             skipped = (start + first) % 8
             begin = (start + first) // 8
             count = -(-(skipped + len(part)) // 8)
-            packed = self._read(self.mask, begin, count)
+            packed = read(self.mask, begin, count)
             kept = np.unpackbits(packed)[skipped : skipped + len(part)].astype(bool)
             tau *= np.float32(self.scale).astype(wide)
             part[:] = (own + np.where(kept, tau, wide(0))).astype(out.dtype)
-
-    @staticmethod
-    def _read(source: Source, start: int, count: int) -> np.ndarray:
-        values = np.empty(count, source.dtype.numpy)
-        source.read_into(values, start)
-        return values
 
 
 class _Whole:

@@ -1,7 +1,9 @@
 """One model for several tasks: a task vector, and for each task a mask and a scale.
 
-result = m3jax.multitask.emr(base, [maths, code])
-maths_again = m3jax.multitask.modulate(base, result, 0)
+    result = m3jax.multitask.emr(base, [maths, code])
+    maths_again = m3jax.multitask.modulate(base, result, 0)
+
+`emr` and `tall` find them; `modulate` gives the model of a task.
 """
 
 from __future__ import annotations

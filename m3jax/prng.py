@@ -4,6 +4,7 @@
     ratios                fold_in(root, 0), then the words of the group's name
     DARE mask of model i  fold_in(root, 1), then i, then the words of the tensor's name
     seed of trial i       fold_in(root, 2), then i; the second word of that key
+    step t of RMM's walk i  fold_in(root, 3), then i, then t
 
 The generator is JAX's own, threefry2x32, with its 20 rounds written out: on CPU
 `jax.random` runs them as a rolled loop, eight to nine times slower. The functions
@@ -24,7 +25,7 @@ import numpy as np
 from m3jax.lazy import jax, jnp
 from m3jax.traced import is_traced
 
-RATIOS, MASKS, TRIALS = 0, 1, 2  # the first value folded into the root key
+RATIOS, MASKS, TRIALS, WALKS = 0, 1, 2, 3  # the first value folded into the root key
 LANES = 4  # 16-bit mask lanes that one threefry call gives
 RATE_STEPS = 1 << 16  # drop rates are multiples of 1/65536
 

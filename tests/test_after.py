@@ -8,6 +8,7 @@ import checkpoints
 import jax
 import numpy as np
 import pytest
+from grids import slow
 
 import m3jax
 from m3jax.checkpoints.formats import tree
@@ -51,7 +52,7 @@ def svc(delta: np.ndarray, tasks: list[np.ndarray], alpha: float) -> np.ndarray:
     return (left * values) @ right
 
 
-@pytest.mark.parametrize("method", ["ties", "tsv_m", "average"])
+@pytest.mark.parametrize("method", [slow("ties"), "tsv_m", "average"])
 def test_lines_scales_the_merged_task_vector_by_depth(method):
     base, models = inputs()
     before = merged(base, models, method=method)
@@ -63,7 +64,7 @@ def test_lines_scales_the_merged_task_vector_by_depth(method):
         np.testing.assert_allclose(after[name], wanted, atol=1e-8, rtol=2e-7)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [slow(1), 3])
 def test_svc_is_its_formula_after_a_linear_and_a_spectral_method(count):
     base, models = inputs(count)
     models[0]["model.layers.2.up.weight"] = base["model.layers.2.up.weight"]  # no task

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import tracemalloc
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from attacks.folders import ATTACKS, INDEX, SECRET, WEIGHTS, link_to_secret, tensors
 from attacks.headers import DAMAGED, STRICTER
+from checkpoints import random_model, write
 from command_line import Run
 from fuzz import targets
 from fuzz.targets import LONGEST_MESSAGE, check_config, check_index
@@ -169,7 +171,7 @@ def test_too_many_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-@pytest.mark.parametrize("when", range(8))
+@pytest.mark.parametrize("when", range(12))
 def test_no_descriptor_leaks_when_reading_fails(when, tmp_path, monkeypatch):
     (tmp_path / "one.safetensors").write_bytes(tensors("a"))
     (tmp_path / "two.safetensors").write_bytes(tensors("b"))
@@ -186,7 +188,7 @@ def test_no_descriptor_leaks_when_reading_fails(when, tmp_path, monkeypatch):
         return read(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", fails)
-    if when < 6:  # index, config, and a length and a header in each shard
+    if when < 10:  # index, config, shards: if they are pointers; then what they hold
         with pytest.raises(
             OSError, match=r"Input/output error: '/.*\.(json|safetensors)'"
         ) as caught:
@@ -265,3 +267,18 @@ CORPUS = sorted((Path(__file__).parent / "fuzz" / "corpus").glob("*/*"))
 )
 def test_what_the_fuzzers_start_from_and_found(path):
     getattr(targets, f"check_{path.parent.name}")(path.read_bytes())
+
+
+def test_what_git_lfs_leaves_in_a_files_place(tmp_path, run: Run):
+    """A clone without git-lfs has three lines of text where the weights belong."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
+    for name in ("model.safetensors", "tokenizer.json"):
+        for folder in ("base", "a"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+            write(tmp_path / folder, random_model(0), {})
+        (tmp_path / "base" / name).write_text(pointer)
+        flags = f"--base={tmp_path / 'base'}", f"--models={tmp_path / 'a'}"
+        ran = run("merge", *flags, f"--output={tmp_path / 'out'}")
+        assert ran.code == 3
+        assert f"{name}: a pointer of Git LFS, not the file itself" in ran.error
+        assert not (tmp_path / "out").exists()

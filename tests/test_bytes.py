@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import jax
 import numpy as np
 import pytest
 import xxhash
@@ -134,30 +135,43 @@ def record(folder: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-EXECUTIONS = {
-    "streamed": {"chunk_size": 1024, "threads": 3},
-    "sharded": {"executor": "sharded", "mesh": {"rows": 4, "columns": 2}},
-}
+METHODS = ("average", "task_arithmetic", "ties")
 
 
-@pytest.mark.parametrize("name", cases())
-def test_bytes_of_version_0_1(name: str, tmp_path: Path):
+def executions() -> list[Any]:
+    """Each case streamed; in `make test` one method of each other choice in memory, and
+    half of those over devices, since these compile a program for every shape."""
+    found = []
+    rest = list(dict.fromkeys(name.partition("-")[2] for name in cases()))
+    for name in cases():
+        method, _, own = name.partition("-")
+        own, place = rest.index(own), METHODS.index(method)
+        kept = {"in memory": own % 3 == place, "sharded": own % 6 == place}
+        for how in ("streamed", "in memory", "sharded"):
+            marks = () if kept.get(how, True) else pytest.mark.slow
+            found.append(pytest.param(name, how, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("name", "how"), executions())
+def test_bytes_of_version_0_1(name: str, how: str, tmp_path: Path):
     expected = json.loads(RECORD.read_text())[name]
     base, models, recipe = inputs(cases()[name])
-    paths = [
-        checkpoints.write(tmp_path / str(i), tree)
-        for i, tree in enumerate([base, *models])
-    ]
-    for how, settings in EXECUTIONS.items():
-        if how == "sharded" and list(cases()).index(name) % 3:
-            continue  # each way through the sharded executor is among the others
-        output = tmp_path / how
+    if how == "in memory":
+        merged = m3jax.merge_params(base, models, recipe, SEED)
+    else:
+        streamed = {"chunk_size": 1024, "threads": 3, "devices": jax.devices()[:1]}
+        sharded = {"executor": "sharded", "mesh": {"rows": 4, "columns": 2}}
+        settings: Any = streamed if how == "streamed" else sharded
+        paths = [
+            checkpoints.write(tmp_path / str(i), tree)
+            for i, tree in enumerate([base, *models])
+        ]
+        output = tmp_path / "merged"
         execution = m3jax.Execution(fsync=False, **settings)
         m3jax.merge(paths[0], paths[1:], output, recipe, seed=SEED, execution=execution)
         merged = checkpoints.read(output)
-        assert {t: checksum(merged[t]) for t in sorted(merged)} == expected, how
-    arrays = m3jax.merge_params(base, models, recipe, SEED)
-    assert {t: checksum(arrays[t]) for t in sorted(arrays)} == expected
+    assert {t: checksum(merged[t]) for t in sorted(merged)} == expected
 
 
 def test_the_record_is_broad():

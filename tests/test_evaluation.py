@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_tokenizer
+from grids import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,7 +128,7 @@ def test_log_likelihoods_equal_transformers():
         assert score.greedy == (scores.argmax(-1).tolist() == completion)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 40, 100_000])
+@pytest.mark.parametrize("tokens_per_batch", [slow(1), 40, 100_000])
 def test_batches_change_no_score(
     tokens_per_batch, loss_task, choice_task, written_task
 ):
@@ -356,6 +357,13 @@ def test_requests():
     assert _text(found.contexts[0]) == "system: be kind\nuser: hello\nassistant:"
     assert _text(found.completions[0]) == " you"
     assert not found.truncated
+
+
+def test_a_templates_line_break_is_no_part_of_the_answer(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat", lambda messages: "user: hi\nassistant:\n")
+    found = _prepare("hi", "you", chat=True)
+    assert _text(found.contexts[0]) == "user: hi\nassistant:\n"
+    assert _text(found.completions[0]) == "you"
 
 
 def test_long_prompts_lose_their_beginning():

@@ -259,6 +259,7 @@ def test_a_program_that_does_not_score_is_named(folder, tmp_path, run, words, me
     assert (ran.code, message in ran.error) == (2, True), ran.err
 
 
+@pytest.mark.slow  # test_harness evaluates by the same names
 def test_tasks_of_the_harness_choose(folder, tmp_path, run):
     pytest.importorskip("lm_eval.tasks")
     yaml = {
@@ -345,7 +346,7 @@ def test_what_others_wrote_stays(folder, tmp_path, run):
     ],
 )
 def test_it_says_how_to_resume(error, code, text, folder, tmp_path, run, monkeypatch):
-    def fails(*arguments):
+    def fails(*arguments, **options):
         raise error
 
     with monkeypatch.context() as patch:

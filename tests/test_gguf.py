@@ -1,5 +1,6 @@
 """GGUF's Llamas as transformers has them; headers that lie are refused."""
 
+import json
 import struct
 import tracemalloc
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import m3jax
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.formats import gguf
 from m3jax.checkpoints.places.files import open_file
 from m3jax.checkpoints.source import read_whole
@@ -220,7 +222,10 @@ X = np.ones((2, 4), np.float32)
         (file_of({}, count=2**60), "counts too many"),
         (file_of({}, count=1000), "in the middle of its header"),
         (file_of({}, {}), "has architecture None"),
-        (file_of({}, {**FIELDS, "split.count": 3}), "is one of 3 parts; join them"),
+        (
+            file_of({}, {**FIELDS, "split.count": 3}),
+            "before it come 0 of 3 parts, and here 0 of 1 do; give the folder of all",
+        ),
         (file_of({"blk.0.ffn_gate_exps.weight": X}), "of unknown meaning"),
         (file_of({"token_embd.weight": X})[:-40], "it was cut off: fetch it again"),
         (file_of({"token_embd.weight": (0, (2**62, 4), b"")}), "it was cut off"),
@@ -255,6 +260,75 @@ def test_no_damage_does_more_than_refuse_or_read_what_is_there(data, tmp_path_fa
         assert "\n" not in str(error)
         return
     assert all(values.nbytes <= len(content) for values in found.values())
+
+
+def test_the_parts_of_a_split_file(tmp_path):
+    """The first part alone says what model it is, as llama.cpp writes them."""
+    base, a = (random_model(seed, SHAPES) for seed in range(2))
+    write(tmp_path / "base", base, config={"model_type": "llama"})
+    (tmp_path / "parts").mkdir()
+    names = sorted(as_gguf(a))
+    for i, own in enumerate((names[::2], names[1::2])):
+        said = FIELDS if i == 0 else {}
+        content = file_of(
+            {name: as_gguf(a)[name] for name in own},
+            {**said, "split.no": i, "split.count": 2, "split.tensors.count": 12},
+        )
+        (tmp_path / "parts" / f"m-0000{i + 1}-of-00002.gguf").write_bytes(content)
+    with open_checkpoint(str(tmp_path / "parts")) as opened:
+        assert opened.tensors.keys() == SHAPES.keys()
+        for name, source in opened.tensors.items():
+            np.testing.assert_array_equal(read_whole(source), a[name])
+    part = tmp_path / "parts" / "m-00002-of-00002.gguf"
+    with pytest.raises(CheckpointError, match="give the folder of all parts"):
+        open_checkpoint(str(part))
+    part.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00002\.gguf' is missing"):
+        open_checkpoint(str(tmp_path / "parts"))
+
+
+METADATA = {
+    **FIELDS,
+    "llama.block_count": 1,
+    "llama.embedding_length": WIDTH,
+    "llama.feed_forward_length": HIDDEN,
+    "llama.context_length": 32,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 500000.0,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+
+
+def test_a_config_is_made_of_the_metadata(tmp_path):
+    model = random_model(1, SHAPES)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file_of(as_gguf(model), METADATA))
+    m3jax.merge(None, [path, path], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-5
+    assert (config["num_key_value_heads"], config["eos_token_id"]) == (2, 2)
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not (info["missing_keys"] or info["unexpected_keys"])
+    assert loaded.model.rotary_emb.config.rope_parameters["rope_theta"] == 500000.0
+    for name, own in loaded.state_dict().items():
+        np.testing.assert_allclose(own.numpy(), model[name], rtol=1e-6)
+
+
+def test_metadata_that_say_too_little_make_none(tmp_path):
+    model = as_gguf(random_model(1, SHAPES))
+    scaled = {**model, "rope_freqs.weight": np.ones(2, np.float32)}
+    for content, lacking in (
+        (file_of(scaled, METADATA), "lack the scaling of its rope"),
+        (file_of(model), "lack embedding_length; copy the original model's"),
+    ):
+        (tmp_path / "m.gguf").write_bytes(content)
+        with open_checkpoint(str(tmp_path / "m.gguf")) as opened:
+            assert opened.config is None
+            assert lacking in opened.notes[0]
 
 
 def test_a_merge_of_files_alone(tmp_path):

@@ -78,6 +78,12 @@ def test_cached_revisions(home):
     assert checkpoint.name == "org/name@refs/pr/7"
 
 
+def test_an_address_as_a_browser_shows_it(home):
+    cache(home, model(1), commit=COMMIT, refs=("main", "v2.0"))
+    for end in ("", "/", "/tree/main", "/tree/v2.0/"):
+        assert value_of(f"https://huggingface.co/org/name{end}")[0] == 1
+
+
 def test_a_cached_model_in_shards(home):
     shards = {f"{name}.safetensors": encode({name: np.zeros(2)}) for name in "ab"}
     index = b'{"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}'
@@ -144,7 +150,7 @@ def test_a_revision_that_is_not_cached(home):
 
 NO_IDS = (
     "model a/b/c ./org/name ../org/name -org/name org/ /name @ org/name@ a:b/c "
-    "org\\name org/name@../../x org/..name https://huggingface.co/org/name"
+    "org\\name org/name@../../x org/..name"
 )
 
 
@@ -278,6 +284,8 @@ def test_of_several_formats_the_first_that_is_read_is_fetched():
     assert hub.wanted_of(names[3:]) == names[3:]
     with pytest.raises(CheckpointError, match="holds 2 files of GGUF"):
         hub.wanted_of(["a.gguf", "b.gguf", "config.json"])
+    parts = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
+    assert hub.wanted_of(parts) == parts
 
 
 @pytest.mark.parametrize("server", ["silent_server", "closed_port"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import doctest
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from grids import thin
 
 import m3jax
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.formats.tree import flatten, nest
-from m3jax.engine import in_memory, load, save, sharding_rules
+from m3jax.engine import in_memory
 from m3jax.engine.trees import align_trees
 from m3jax.prng import SeedError
 from m3jax.recipe import RecipeError
@@ -103,8 +103,7 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("dare", DARE)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dare"), thin(METHODS, DARE))
 def test_bits_are_those_of_the_streamed_merge(method: str, dare: str, tmp_path: Path):
     base, *models = map(as_tree, TRIO)
     for name, mixup in MIXUPS.items():
@@ -307,8 +306,7 @@ def test_donated_inputs_are_given_up():
         m3jax.merge_params(x, [x, {"x": jnp.ones(3)}], recipe, donate=True)
 
 
-@pytest.mark.parametrize("dare", ["off", "random"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dare"), thin(METHODS, ["off", "random"]))
 def test_gradients_of_coefficients_and_scaling(method: str, dare: str):
     """jax.grad through the kernels, against differences of the merge itself."""
     trio = [as_tree(t) for t in random_trio(shapes={"x": (6, 7), "y": (31,)})]
@@ -503,11 +501,3 @@ class TestSave:
         with pytest.raises(CheckpointError, match="'x' is complex64"):
             m3jax.save({"x": jnp.ones(2, complex)}, tmp_path / "out")
         assert not list(tmp_path.iterdir())
-
-
-def test_examples(tmp_path: Path):
-    """The examples of the docstrings; `folder` is one that is not there yet."""
-    for i, module in enumerate((in_memory, load, save, sharding_rules)):
-        names = {"folder": tmp_path / str(i)}
-        failed, tried = doctest.testmod(module, extraglobs=names)
-        assert (failed, tried > 0) == (0, True)

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from grids import thin
 
 import m3jax
 from m3jax import CheckpointError, Mixup, Recipe
@@ -79,8 +80,7 @@ def fails(merge: Merge, tmp_path: Path) -> Callable[..., str]:
 
 
 class TestDtypes:
-    @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("base_dtype", FLOATS)
+    @pytest.mark.parametrize(("method", "base_dtype"), thin(METHODS, FLOATS))
     def test_mixed(self, method: str, base_dtype: str, merge: Merge):
         """Every dtype at once: each is read as float64, the base's is written."""
         base = checkpoints.random_model(0, SHAPES, np.dtype(base_dtype))
@@ -95,8 +95,7 @@ class TestDtypes:
             assert tensor.dtype == np.float64
             assert_rounded(merged[name], tensor)
 
-    @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("base_dtype", FLOATS[:3])
+    @pytest.mark.parametrize(("method", "base_dtype"), thin(METHODS, FLOATS[:3]))
     def test_mixed_without_float64(self, method: str, base_dtype: str, merge: Merge):
         """Each is read as float32."""
         base = checkpoints.random_model(0, SHAPES, np.dtype(base_dtype))
@@ -111,8 +110,7 @@ class TestDtypes:
             assert tensor.dtype == np.float32
             assert_rounded(merged[name], tensor)
 
-    @pytest.mark.parametrize("dtype", FLOATS)
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(("method", "dtype"), thin(METHODS, FLOATS))
     def test_one_of_float64(self, method: str, dtype: str, merge: Merge):
         """Whichever it is, and whatever is written; a base that nothing reads too."""
         for wide in range(3):

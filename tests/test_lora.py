@@ -272,14 +272,30 @@ def test_a_head_of_its_own_where_the_base_is_tied(here: Path, run: Run) -> None:
     assert config["tie_word_embeddings"] is False
 
 
-def test_a_tokenizer_that_stays_behind_is_named(here: Path) -> None:
+def test_a_tokenizer_of_its_own_is_the_models(here: Path, run: Run) -> None:
     for folder, content in (("base", "{}"), ("a", "{}")):
         (here / folder / "tokenizer.json").write_text(content)
+    (here / "base" / "generation_config.json").write_text('{"top_k": 5}')
     with open_checkpoint("base+a") as own:
         assert len(own.notes) == 1
-    (here / "a" / "tokenizer.json").write_text('{"added_tokens": []}')
+    other = '{"added_tokens": []}'
+    (here / "a" / "tokenizer.json").write_text(other)
+    (here / "a" / "chat_template.jinja").write_text("mine")
     with open_checkpoint("base+a") as own:
-        assert "has a tokenizer of its own, which does not go along" in own.notes[1]
+        assert "has a tokenizer of its own, which counts as" in own.notes[1]
+    passed = ("merge", OFF, "--config.method=passthrough", "--output=alone")
+    assert run(*passed, "--models=base+a").code == 0
+    merged = ("merge", "--base=base", "--models=a,base", OFF)
+    assert run(*merged, "--output=bases").code == 0
+    assert run(*merged, "--output=its", "--tokenizer_from=a").code == 0
+    for output, text, template in (
+        ("alone", other, True),
+        ("bases", "{}", False),
+        ("its", other, True),
+    ):
+        assert (here / output / "tokenizer.json").read_text() == text
+        assert (here / output / "chat_template.jinja").exists() == template
+        assert (here / output / "generation_config.json").exists()
 
 
 def test_names_with_another_beginning(here: Path) -> None:

@@ -8,6 +8,7 @@ import functions
 import ml_dtypes
 import numpy as np
 import pytest
+from grids import thin
 
 from m3jax.methods import METHODS
 from m3jax.methods.step import Problem, Reduction, run_statistics
@@ -61,17 +62,16 @@ def differences(seed: int, shift: float = 0.0, num_models: int = 2) -> np.ndarra
     return models.astype(np.float32) - base.astype(np.float32)
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("trim_rate", [0.3, 0.5, 0.9])
-@pytest.mark.parametrize("num_models", [2, 3])
+@pytest.mark.parametrize(
+    ("seed", "trim_rate", "num_models"), thin(range(6), [0.3, 0.5, 0.9], [2, 3])
+)
 def test_few_magnitudes(seed: int, trim_rate: float, num_models: int):
     task_vectors = differences(seed, num_models=num_models)
     passes = check(task_vectors, task_vectors[:, ::10], trim_rate)
     assert passes == 1  # for thresholds and majority together
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("shift", [-3e-3, 0.0, 3e-3])
+@pytest.mark.parametrize(("seed", "shift"), thin(range(6), [-3e-3, 0.0, 3e-3]))
 def test_many_magnitudes(seed: int, shift: float):
     random = np.random.default_rng(seed)
     task_vectors = random.normal(shift, 1, (2, SIZE)).astype(np.float32)

@@ -335,7 +335,7 @@ def test_texts_carry_each_answer_once_and_padding_counts_nothing(folder):
             elif asked[i].is_choice:
                 np.testing.assert_allclose(counted, 1, rtol=1e-6)
             else:
-                assert counted == len(asked[i].completions[0])
+                assert counted == len(asked[i].item.completions[0])
 
 
 def test_similarity_is_that_of_the_flat_vectors(run, folder, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from grids import thin
 from scipy import stats
 
 from m3jax import Mixup, mixup
@@ -32,9 +33,9 @@ def plain_jax_ratios(seed: int, alpha: float, num_models: int, group: str | None
     return np.asarray(drawn).astype(np.float32)
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
-@pytest.mark.parametrize("num_models", [2, 3, 5])
-@pytest.mark.parametrize("alpha", [0.2, 0.5, 2.0])
+@pytest.mark.parametrize(
+    ("alpha", "num_models", "seed"), thin([0.2, 0.5, 2.0], [2, 3, 5], [0, 7, 2**32 - 1])
+)
 def test_ratios_are_those_of_jax(seed: int, num_models: int, alpha: float):
     drawn = draw_ratios(Mixup(alpha=alpha), num_models, NAMES, seed)
     assert list(drawn) == [""]
@@ -63,8 +64,7 @@ def test_granularity(granularity: str, groups: list[str]):
     assert len(set(drawn.values())) == len(groups)
 
 
-@pytest.mark.parametrize("num_models", [2, 3, 5])
-@pytest.mark.parametrize("alpha", [0.05, 0.5, 2.0])
+@pytest.mark.parametrize(("alpha", "num_models"), thin([0.05, 0.5, 2.0], [2, 3, 5]))
 def test_a_draw_does_not_depend_on_the_others(alpha: float, num_models: int):
     """To the bit; XLA's programs for different numbers of draws differ in the last."""
     by_tensor = Mixup(alpha=alpha, granularity="tensor")

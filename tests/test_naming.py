@@ -455,6 +455,27 @@ class TestTies:
         made = merge({**a}, a, {**b, **copy})
         assert_same(made.tensors, mean(a, b))
 
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_what_else_transformers_ties(self, alone, merge):
+        """XLNet calls its head lm_loss; it stands in one tune, beside its embedding or
+        alone."""
+        pytest.importorskip("torch")
+        config = {
+            "model_type": "xlnet",
+            "architectures": ["XLNetLMHeadModel"],
+            "vocab_size": 11,
+            "d_model": 6,
+            "n_layer": 1,
+            "n_head": 2,
+            "d_inner": 4,
+        }
+        words, head = "transformer.word_embedding.weight", "lm_loss.weight"
+        shapes = {words: (11, 6), "transformer.mask_emb": (1, 1, 6)}
+        a, b = model(1, shapes), model(2, shapes)
+        other = {n: own for n, own in a.items() if not (alone and n == words)}
+        made = merge(a, {**other, head: a[words]}, b, configs=[config] * 3)
+        assert_same(made.tensors, mean(a, b))
+
 
 class TestRename:
     def test_a_rule(self, merge):

@@ -11,6 +11,7 @@ import pytest
 
 import m3jax
 from m3jax import search
+from m3jax.checkpoints.formats import tree
 from m3jax.exploration.presets.registry import PRESETS
 
 LAYERS, WIDTH = 4, 24
@@ -38,8 +39,8 @@ def near(target: dict) -> Any:
     """An evaluator that is 0 at a pytree, and falls off around it."""
 
     def evaluator(parameters: Any, budget: Any, key: Any) -> dict[str, float]:
-        errors = [
-            np.mean((np.asarray(parameters[n], np.float64) - own) ** 2)
+        errors = [  # a program may leave layers out
+            np.mean((np.asarray(parameters.get(n, 0), np.float64) - own) ** 2)
             for n, own in target.items()
         ]
         return {"near": -math.sqrt(np.mean(errors))}
@@ -275,6 +276,9 @@ class Answering:
         counts = [sum(alpha > c for c in own) for own in self._changes]
         return {"qa": [f"Answer {n}" for n in counts]}
 
+    def fisher(self, parameters: Any, model: int, key: Any) -> dict:
+        return {n: np.square(own) for n, own in parameters.items()}
+
     def __call__(self, parameters: Any, budget: Any, key: Any) -> dict[str, float]:
         return near(self._models[0])(parameters, budget, key)
 
@@ -327,6 +331,79 @@ def test_safety_aware_finds_the_ratios():
     better_than_random(base, models, evaluator, range(3), **options)
 
 
+class Informed:
+    """An evaluator of a planted λ, whose Fisher information depends on where it is."""
+
+    def __init__(self, target: dict):
+        self._near = near(target)
+
+    def __call__(self, parameters: Any, budget: Any, key: Any) -> dict[str, float]:
+        return self._near(parameters, budget, key)
+
+    def fisher(self, parameters: Any, model: int, key: Any) -> dict:
+        return {
+            n: (np.asarray(own) + model) ** 2 + np.float32(0.01)
+            for n, own in parameters.items()
+        }
+
+
+def df_merged(base: dict, models: list[dict], coefficients: Any, evaluator: Any) -> Any:
+    """θ0 + K Σ F_k λ_k τ_k / Σ F_k, with F_k at θ0 + λ_k τ_k."""
+    made = {}
+    for name, start in base.items():
+        above = below = 0.0
+        for k, (own, model) in enumerate(zip(coefficients, models, strict=True)):
+            tau = model[name] - start
+            moved = {name: start + np.float32(own) * tau}
+            fisher = evaluator.fisher(moved, k, None)[name]
+            above, below = above + own * fisher * tau, below + fisher
+        made[name] = start + len(models) * above / below
+    return made
+
+
+def test_df_merge_measures_at_every_draw(tmp_path: Any):
+    pytest.importorskip("optuna")
+    base, *models = trees(2)
+    evaluator = Informed(models[0])
+    options = {"evaluator": evaluator, "preset": "df_merge", "sampler": "tpe"}
+    found = m3jax.explore(base, models, draws=4, output=tmp_path, **options)
+    own = df_merged(base, models, found.winner.recipe.method.coefficients, evaluator)
+    merged = m3jax.merge_params(
+        base, models, found.winner.recipe, 0, statistics=found.statistics
+    )
+    close(merged, own)
+    scores = evaluator(own, None, None)
+    assert found.winner.scores == pytest.approx(scores, rel=1e-4)
+    written = [own["path"] for own in found.replay["statistics"]]
+    for path, statistics in zip(written, found.statistics, strict=True):
+        stored = m3jax.load(path)
+        flat = {n: np.asarray(x) for n, x in tree.flatten(stored)[0].items()}
+        close(flat, tree.flatten(statistics)[0])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "seeds"), [("tpe", 3), pytest.param("gp", 10, marks=pytest.mark.slow)]
+)
+def test_df_merge_finds_the_coefficients(sampler: str, seeds: int):
+    pytest.importorskip("torch" if sampler == "gp" else "optuna")
+    base, *models = trees(3)
+    evaluator = Informed({})
+    target = df_merged(base, models, (0.15, 0.8, 0.45), evaluator)
+    evaluator = Informed(target)
+    ours, theirs = [], []
+    options = {"preset": "df_merge", "sampler": sampler, "draws": 20}
+    for seed in range(seeds):
+        found = m3jax.explore(base, models, evaluator=evaluator, seed=seed, **options)
+        ours.append(found.winner.objective)
+        rng = np.random.default_rng(seed)
+        scores = [
+            evaluator(df_merged(base, models, own, evaluator), None, None)["near"]
+            for own in rng.random((20, 3))
+        ]
+        theirs.append(max(scores))
+    assert np.mean(ours) > np.mean(theirs), (ours, theirs)
+
+
 def test_lfs_finds_the_methods():
     pytest.importorskip("optuna")
     base, *models = trees(3)
@@ -354,6 +431,9 @@ def resumed(preset: str) -> dict[str, Any]:
         "model_glue": {"draws": 30, "groups": 2},
         "safety_aware": {"draws": 12, "weights": {"near": 1.0}},
         "lfs": {"draws": 8, "groups": 2},
+        "dis": {"draws": 8},
+        "rmm": {"draws": 16, "fraction": 0.5, "budget": 4},
+        "df_merge": {"draws": 6, "sampler": "tpe"},
     }.get(preset, {})
 
 
@@ -373,7 +453,11 @@ def test_a_preset_goes_on_where_it_was_interrupted(preset: str, tmp_path: Any):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "trials.jsonl").write_text("".join(lines[: len(lines) // 2 + 1]))
     m3jax.explore(base, models, output=tmp_path / "b", resume=True, **options)
-    assert {n: (tmp_path / "b" / n).read_text() for n in FILES} == expected
+    found = {n: (tmp_path / "b" / n).read_text() for n in FILES}
+    # df_merge names files in the output.
+    winner = found["winner.json"].replace(f"{tmp_path}/b", f"{tmp_path}/a")
+    found["winner.json"] = winner
+    assert found == expected
 
 
 @pytest.mark.parametrize("preset", ["greedy_soup", "model_glue", "safety_aware"])
@@ -407,13 +491,11 @@ def test_a_model_that_overflows_never_wins(preset: str):
         ({"preset": "model_glue", "groups": 9}, "groups=9 needs 1 to 4"),
         ({"preset": "safety_aware", "draws": 2}, "needs 3 or more"),
         ({"preset": "adamms"}, "the evaluator tells none"),
+        ({"preset": "df_merge"}, "measures the Fisher information, and the evaluator"),
+        ({"preset": "df_merge", "sampler": "grid"}, "(takes gp or tpe)"),
         (
             {"preset": "greedy_soup", "recipe": m3jax.Recipe(method="ties")},
             "leave out method ties",
-        ),
-        (
-            {"preset": "lfs", "sampler": "tpe", "hyperband": 3, "budget": 9},
-            "hyperband needs sampler='random'",
         ),
     ],
 )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from grids import thin
 
 import m3jax
 from m3jax import prng
@@ -90,8 +91,7 @@ def test_numpy_seed():
     assert prng.check_seed(np.uint32(7)) == 7
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("drop_rate", [0.0, 0.2, 0.9, 1.0])
+@pytest.mark.parametrize(("drop_rate", "size"), thin([0.0, 0.2, 0.9, 1.0], SIZES))
 def test_mask(size: int, drop_rate: float):
     made = prng.mask(5, 1, "model.norm.weight", size, drop_rate)
     expected = reference.plain_jax_mask(5, 1, "model.norm.weight", (size,), drop_rate)

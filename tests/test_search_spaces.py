@@ -208,7 +208,10 @@ def test_nsga2_needs_several_scores() -> None:
         m3jax.explore(base, models, evaluator=lambda *own: {"a": 1.0}, sampler="nsga2")
 
 
-def test_hyperband_runs_its_brackets() -> None:
+@pytest.mark.parametrize("sampler", ["sobol", "tpe"])
+def test_hyperband_runs_its_brackets(sampler: str) -> None:
+    if sampler == "tpe":
+        pytest.importorskip("optuna")
     base, *models = _trees()
     budgets = []
 
@@ -217,13 +220,13 @@ def test_hyperband_runs_its_brackets() -> None:
         return _sum_of_the_head(parameters, budget, key)
 
     found = m3jax.explore(
-        base, models, evaluator=evaluator, sampler="sobol", hyperband=3, budget=9
+        base, models, evaluator=evaluator, sampler=sampler, hyperband=3, budget=9
     )
-    rungs = brackets(9, 3)
+    rungs = brackets(0, 9, hyperband=3)
     asked = [
         own.budget for bracket in rungs for own in bracket for _ in range(own.draws)
     ]
     assert budgets[5:-1] == asked
-    assert len(asked) == sum(map(total, rungs)) == len(found.trials)
+    assert len(asked) == total(rungs) == len(found.trials)
     assert found.winner.budget == 9
     assert len(found.draws) == sum(bracket[0].draws for bracket in rungs)

@@ -30,7 +30,7 @@ from m3jax.checkpoints.formats.boxes import Box
 from m3jax.checkpoints.formats.tree import flatten, nest
 from m3jax.checkpoints.places import files
 from m3jax.engine import in_memory, leaves, load, save
-from m3jax.engine.kernel import Program, take
+from m3jax.engine.kernel import Program, Reducing, take
 from m3jax.engine.placement import Placement, run_starts
 from m3jax.engine.sharding_rules import by_rules
 from m3jax.engine.trees import align_trees
@@ -126,7 +126,14 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndar
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        *((name, slice(None)) for name in LAYOUTS if name != "explicit"),
+        *(
+            pytest.param(
+                name, slice(None), marks=() if name == "grid" else pytest.mark.slow
+            )
+            for name in LAYOUTS
+            if name != "explicit"
+        ),
+        ("rows", slice(3, 4)),
         ("explicit", slice(3, 4)),
     ],
 )
@@ -288,11 +295,12 @@ def test_nothing_is_gathered(name: str):
                 take(numbers.first(1), i, 1),
                 masks,
                 take(window, 0, 1),
-                program=program,
-                depth=1,
-                function=selection.Codes(sums.deltas),
-                combine=("histogram",),
-                count=True,
+                how=Reducing(
+                    program.before(1),
+                    selection.Codes(sums.deltas),
+                    ("histogram",),
+                    count=True,
+                ),
                 **at,
             ),
         ]

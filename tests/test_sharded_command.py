@@ -86,7 +86,13 @@ def merge(
     return checkpoints.digest(output)
 
 
-@pytest.mark.parametrize(("method", "dare"), PAIRS)
+@pytest.mark.parametrize(
+    ("method", "dare"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if i in (1, 2) else ())
+        for i, pair in enumerate(PAIRS)
+    ],
+)
 def test_same_folder(method: str, dare: str, trio: Path, tmp_path: Path):
     """Tensors, checksums of inputs and outputs, record and card: all bytes."""
     number = PAIRS.index((method, dare))  # and with it, other choices change

@@ -1,14 +1,17 @@
 """What stands beside the tensors goes along: what is named, or what models agree on."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
-from checkpoints import write
+from checkpoints import encode, random_model, write
 
 import m3jax
 from m3jax.checkpoints import side_files
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.engine import differences
 from m3jax.engine.verify import verify
 
 PLAIN = m3jax.Recipe(mixup=m3jax.Mixup(alpha=None))
@@ -94,6 +97,30 @@ def test_code_that_is_named_goes_along_and_never_runs(merge):
     made = merge({**files, **NOT_NAMED, "modeling_y.py": ""}, config=config)
     assert made.keys() == {*OURS, *files, "config.json"}
     assert all(made[name] == content.encode() for name, content in files.items())
+
+
+def test_json_that_is_none_is_refused(merge):
+    files = {"tokenizer_config.json": "{oops", "tokenizer.json": "{}"}
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: is not valid"):
+        merge(files)
+
+
+def test_a_dense_layer_of_another_is_not_merged_in_silence(tmp_path):
+    modules = json.dumps([{"path": ""}, {"path": "2_Dense"}])
+    for i, name in enumerate(("base", "a", "b")):
+        write(tmp_path / name, random_model(i, {"w.weight": (2, 2)}))
+        (tmp_path / name / "modules.json").write_text(modules)
+        (tmp_path / name / "2_Dense").mkdir()
+        weights = encode({"linear.weight": np.full(2, i // 2, np.float32)})
+        (tmp_path / name / "2_Dense" / "model.safetensors").write_bytes(weights)
+    folders = [str(tmp_path / name) for name in ("base", "a", "b")]
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(own)) for own in folders]
+        (line,) = differences.found(opened, (), opened[0])
+    assert line == (
+        f"2_Dense/model.safetensors is another in {folders[2]}; it is not merged, the "
+        f"output has that of {folders[0]}"
+    )
 
 
 def test_nothing_outside_the_folder_is_named(merge, tmp_path):

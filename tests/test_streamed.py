@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from grids import thin
 
 import m3jax
 from m3jax.engine import streamed
@@ -88,9 +89,9 @@ def outputs(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / str(i) for i in itertools.count())
 
 
-@pytest.mark.parametrize("dare", DARE)
-@pytest.mark.parametrize("m3", ["off", "layer"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "m3", "dare"), thin(METHODS, ["off", "layer"], DARE)
+)
 def test_same_bytes(method: str, m3: str, dare: str, models: Path, outputs):
     recipe = m3jax.Recipe(
         method=method,

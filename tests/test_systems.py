@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import thin, thinned
 
 import m3jax
 from m3jax.engine.draws import tables
@@ -77,7 +78,17 @@ def test_all_cases_are_here():
     }
 
 
-@pytest.mark.parametrize("case", by_call("merge_params", "consensus_and_tall"))
+# Four and eight models compile as much as all others together.
+MANY = ("four", "eight")
+
+
+@pytest.mark.parametrize(
+    "case",
+    thinned(
+        by_call("merge_params", "consensus_and_tall"),
+        lambda param: param.values[0]["name"] not in MANY,
+    ),
+)
 def test_merges(case: dict[str, Any]):
     base, *models = load(case, case["inputs"]["base"], *case["inputs"]["models"])
     recipe = recipe_of(**case["options"])
@@ -89,9 +100,12 @@ def test_merges(case: dict[str, Any]):
     check(case, "merged", merged)
 
 
-@pytest.mark.parametrize("case", by_call("multitask_emr"))
-@pytest.mark.parametrize("rescale", ["sum", "mean", "l2"])
-def test_emr(case: dict[str, Any], rescale: str):
+EMR = {case["name"]: case for case in CASES if case["call"] == "multitask_emr"}
+
+
+@pytest.mark.parametrize(("name", "rescale"), thin(EMR, ["sum", "mean", "l2"]))
+def test_emr(name: str, rescale: str):
+    case = EMR[name]
     base, *models = load(case, case["inputs"]["base"], *case["inputs"]["models"])
     result = m3jax.multitask.emr(base, models, rescale=rescale)
     check(case, "delta", result.delta, 0)
@@ -182,7 +196,8 @@ def test_regmean_on_ill_conditioned_inputs(condition: float):
         np.testing.assert_allclose(merged[:, 5], mean[:, 5], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+# test_contract has all methods with their defaults.
+@pytest.mark.parametrize("method", thinned(OPTIONS, {"consensus", "pcb"}.__contains__))
 def test_executors_agree_to_the_bit(method: str, tmp_path: Path):
     base, *models = random_models(2)
     folders = [

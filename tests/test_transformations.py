@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from grids import thin
 
 import m3jax
 from m3jax.checkpoints.formats.tree import flatten
@@ -54,9 +55,7 @@ def same(a: Any, b: Any) -> None:
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("mixup", MIXUPS)
-@pytest.mark.parametrize("dare", DARE)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dare", "mixup"), thin(METHODS, DARE, MIXUPS))
 def test_jit_over_arrays(method: str, dare: str, mixup: str):
     """Thresholds and majority of TIES are exact inside a jit too."""
     base, models = trees()
@@ -75,8 +74,9 @@ def test_jit_over_bfloat16(method: str):
     same(jax.jit(merge)(base, models), merge(base, models))
 
 
-@pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "granularity"), thin(METHODS, ["model", "layer", "tensor"])
+)
 def test_jit_and_vmap_over_seeds(method: str, granularity: str):
     """The ratios and masks of a traced key are those of its seed."""
     base, models = trees()
@@ -93,8 +93,7 @@ def test_jit_and_vmap_over_seeds(method: str, granularity: str):
     assert not np.array_equal(expected[0]["norm"], expected[1]["norm"])
 
 
-@pytest.mark.parametrize("dare", ["off", "random"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dare"), thin(METHODS, ["off", "random"]))
 def test_vmap_over_ratios(method: str, dare: str):
     base, models = trees()
 
@@ -124,8 +123,9 @@ def test_vmap_over_scaling(method: str):
     same(jax.vmap(merge)(numbers), jax.tree.map(lambda *own: jnp.stack(own), *expected))
 
 
-@pytest.mark.parametrize("way", ["plain", "inside", "outside"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "way"), thin(METHODS, ["plain", "inside", "outside"])
+)
 def test_grad_through_ratios_and_scaling(method: str, way: str):
     """Against the closed form of the linear methods, and differences of TIES."""
     base, models = trees()

@@ -1,6 +1,7 @@
 """The obvious is done, the rest refused; and what an error advises ends in a merge."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -195,11 +196,68 @@ class TestShards:
         index.write_text(json.dumps({"weight_map": weight_map}))  # as told
         assert self.merged(run, sharded).code == 0
 
+    def test_an_index_as_a_model(self, sharded, run: Run):
+        ran = run(
+            "merge",
+            "--base=base",
+            "--models=s/model.safetensors.index.json,b",
+            "--output=out",
+            PLAIN,
+        )
+        assert ran.code == 0
+        check(sharded / "out", mean(sharded))
+
+    def test_one_shard_as_a_model(self, sharded, run: Run):
+        """Merged by itself it would be half a model."""
+        shard = "s/model-00001-of-00002.safetensors"
+        ran = run("merge", f"--models={shard},{shard}", "--output=out", PLAIN)
+        assert ran.error.endswith("is one of 2 shards of a model; give the folder, s")
+        assert run("inspect", shard).code == 0
+
     def test_an_index_of_another_name(self, sharded, run: Run):
         """As of diffusion transformers."""
         index = sharded / "s" / "model.safetensors.index.json"
         index.rename(index.with_name("diffusion_pytorch_model.safetensors.index.json"))
         assert self.merged(run, sharded).code == 0
+
+
+class TestFolders:
+    """A folder that holds a model's folder, or what is no model yet, says so."""
+
+    def test_a_trainers_folder(self, models, run: Run):
+        for name in ("checkpoint-500", "checkpoint-1000"):
+            shutil.copytree(models / "a", models / "run" / name)
+        (models / "run" / "trainer_state.json").write_text("{}")
+        merge = ("merge", "--base=base", "--output=out", PLAIN)
+        message = run(*merge, "--models=run,b").error
+        assert "'checkpoint-500', 'checkpoint-1000'; give one of them" in message
+        assert message.endswith("as run/checkpoint-1000")
+        assert run(*merge, "--models=run/checkpoint-1000,b").code == 0
+
+    def test_the_hubs_cache(self, models, run: Run):
+        shutil.copytree(models / "a", models / "models--o--n" / "snapshots" / "0123")
+        ran = run("inspect", "models--o--n")
+        assert ran.error.endswith("as models--o--n/snapshots/0123")
+
+    def test_a_pipeline_of_diffusers(self, models, run: Run):
+        shutil.copytree(models / "a", models / "p" / "unet")
+        (models / "p" / "model_index.json").write_text("{}")
+        message = run("inspect", "p").error
+        assert "a pipeline of diffusers, whose parts are in 'unet'" in message
+
+    @pytest.mark.parametrize(
+        ("file", "way_out"),
+        [
+            ("__0_0.distcp", "format_utils dcp_to_torch"),
+            ("zero_to_fp32.py", "its zero_to_fp32.py makes a model of it"),
+            ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_to_fp32.py makes"),
+            ("tf_model.h5", "convert them to safetensors"),
+        ],
+    )
+    def test_what_trainers_leave_in_parts(self, models, run: Run, file, way_out):
+        (models / "d").mkdir()
+        (models / "d" / file).write_bytes(b"x")
+        assert way_out in run("inspect", "d").error
 
 
 def test_flax_models_in_shards(models):

@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from m3jax.checkpoints import weights
+from m3jax.checkpoints import side_files, weights
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.formats import peft, torch_file
 from m3jax.checkpoints.formats.peft import AdapterConfig, Module
 from m3jax.checkpoints.formats.safetensors import header_of
+from m3jax.checkpoints.naming import ties
 from m3jax.checkpoints.places.files import (
     InputFile,
     Location,
@@ -27,7 +28,6 @@ from m3jax.checkpoints.places.files import (
     inside,
     open_file,
 )
-from m3jax.checkpoints.side_files import VOCABULARY_FILES, read_side_file
 from m3jax.checkpoints.source import FileTensor, Source, Stored
 from m3jax.checkpoints.sources.lora import (
     KEPT,
@@ -38,6 +38,7 @@ from m3jax.checkpoints.sources.lora import (
     WithRows,
     whole,
 )
+from m3jax.checkpoints.tokens.vocabulary import fingerprint
 
 if TYPE_CHECKING:
     from m3jax.checkpoints.folder import Checkpoint
@@ -173,9 +174,10 @@ def adapted(name: str, base: Checkpoint, adapter: Adapter) -> Checkpoint:
         tensors=dict(sorted(tensors.items())),
         stored=dict(sorted({**base.stored, **changed.tensors}.items())),
         files=(*base.files, adapter.file),
-        config=base.config and {**base.config, **changed.config},
+        config=base.config and side_files.changed(base.config, changed.config),
         changes={**base.changes, **changed.config},
         notes=(*base.notes, *notes),
+        words=adapter.folder if _has_words(adapter.folder) else base.words,
         cache_bytes=base.cache_bytes + changed.cache_bytes,
     )
 
@@ -219,8 +221,8 @@ class _Changes:
         ]
         if self._has_other_words():
             lines.append(
-                f"{adapter.name}: has a tokenizer of its own, which does not go along; "
-                f"that of {self._base.name} does"
+                f"{adapter.name}: has a tokenizer of its own, which counts as this "
+                "model's (--tokenizer_from writes it)"
             )
         if self._passed_over:
             lines.append(
@@ -231,11 +233,8 @@ class _Changes:
 
     def _has_other_words(self) -> bool:
         """Whether the adapter's folder has another vocabulary than the base's."""
-        return any(
-            content is not None and content != read_side_file(self._base.folder, name)
-            for name in VOCABULARY_FILES
-            for content in [read_side_file(self._adapter.folder, name)]
-        )
+        own = fingerprint(self._adapter.folder)
+        return own not in (None, fingerprint(self._base.tokenizer_folder))
 
     def _source(self, name: str) -> tuple[str, Source | None]:
         """The base's name and tensor, as it is by now."""
@@ -255,11 +254,10 @@ class _Changes:
     def _untied(self) -> Source | None:
         """The embedding of a tied base, whose head then becomes its own."""
         base = self._base
-        tied = (base.config or {}).get("tie_word_embeddings") is True
         embeddings = [name for name in base.tensors if name.endswith(EMBEDDINGS)]
-        if not tied or len(embeddings) != 1:
+        if len(embeddings) != 1 or not ties.is_tied(base.config):
             return None
-        self.config["tie_word_embeddings"] = False
+        self.config |= ties.untied(base.config)
         return base.tensors[embeddings[0]]
 
     def _replace(self, name: str, stored: str) -> None:
@@ -275,7 +273,9 @@ class _Changes:
                 f"{list(source.shape)}",
             )
         if given.shape != source.shape:
-            self.config["vocab_size"] = given.shape[0]
+            self.config |= side_files.size_changes(
+                self._base.config or {}, given.shape[0], source.shape[0]
+            )
         self.tensors[own] = Replaced(given, source, self._place)
 
     def _change(self, module: Module) -> None:
@@ -355,6 +355,10 @@ class _Changes:
                 f"is for a weight of shape {list(found)}, {self._base.name} has "
                 f"{list(needed)}; give the base that the adapter was trained on",
             )
+
+
+def _has_words(folder: Location) -> bool:
+    return any(exists(folder / name) for name in side_files.VOCABULARY_FILES)
 
 
 def conv1d(name: str, tensors: Mapping[str, Source], otherwise: bool) -> bool:

@@ -1,5 +1,7 @@
 """What can be wrong with a checkpoint."""
 
+from collections.abc import Sequence
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, or does not fit the others of the merge.
@@ -7,6 +9,12 @@ class CheckpointError(ValueError):
     The message is one line for the person who started the merge: the file, the
     tensor, what was found, what is allowed, and what to do.
     """
+
+
+def few(flaws: Sequence[str], most: int = 3) -> str:
+    """The first flaws on one line, and how many more there are."""
+    more = f"; and {len(flaws) - most} more" if len(flaws) > most else ""
+    return "; ".join(flaws[:most]) + more
 
 
 def shown(text: object, limit: int = 120) -> str:

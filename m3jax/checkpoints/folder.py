@@ -13,7 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from m3jax.checkpoints import adapters, side_files, weights
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.formats import flax_msgpack, gguf, orbax, torch_file
+from m3jax.checkpoints.formats import (
+    flax_msgpack,
+    gguf,
+    gguf_config,
+    orbax,
+    torch_file,
+)
 from m3jax.checkpoints.formats.index import check_index
 from m3jax.checkpoints.formats.safetensors import header_of
 from m3jax.checkpoints.formats.tree import SEPARATOR, KeyPath
@@ -46,6 +52,8 @@ class Checkpoint:
       notes: what was done to open it that a user may not expect, one line each.
       dequantised: the kinds of codes whose weights stand in `tensors`.
       built: what m3jax.json says of how it was put together, where it was.
+      made: contents of side files that its folder lacks, by name.
+      words: the folder of its tokenizer, where that is another than its own.
     """
 
     name: str
@@ -62,10 +70,16 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     dequantised: tuple[str, ...] = ()
     built: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    made: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    words: Location | None = None
 
     @property
     def folder(self) -> Location:
         return self.location if self.location.is_dir() else self.location.parent
+
+    @property
+    def tokenizer_folder(self) -> Location:
+        return self.words or self.folder
 
     def close(self) -> None:
         for file in self.files:
@@ -114,9 +128,19 @@ def open_checkpoint(
         elif is_folder:
             opened = _open_files(weights.find(location), stack)
         else:
-            form = weights.format_of(location)
-            opened = _open_files(weights.Weights(form, (location,)), stack)
+            opened = _open_files(weights.of_file(location, whole=mergeable), stack)
         stored = dict(sorted(opened.stored.items()))
+        notes, made = opened.notes, {}
+        if config is None and opened.format == weights.GGUF:
+            file = opened.files[0]
+            config, lacking = gguf_config.config_of(gguf.read_metadata(file), stored)
+            beside = f"{file.path}: no {side_files.CONFIG} beside it"
+            if config is None:
+                line = f"and its metadata lack {lacking}; copy the original model's"
+            else:
+                line = "its metadata are read as one"
+                made = {side_files.CONFIG: side_files.as_json(config)}
+            notes = (*notes, f"{beside}, {line}")
         weighed = quantised.Weights(dict(stored), (), 0)
         if mergeable:
             try:
@@ -135,8 +159,9 @@ def open_checkpoint(
         opened.format,
         opened.paths,
         opened.cache_bytes + weighed.memory,
-        notes=opened.notes,
+        notes=notes,
         dequantised=weighed.kinds,
+        made=made,
     )
 
 
@@ -210,7 +235,7 @@ def _open_files(found: weights.Weights, stack: contextlib.ExitStack) -> _Opened:
         weight_map = _nested_names(weight_map)
     for path in found.paths:
         files.append(stack.enter_context(open_file(path)))
-        tensors, said, memory = _read(found.format, files[-1])
+        tensors, said, memory = _read(found.format, files, len(found.paths))
         tensors = _nested_names(tensors) if flat else tensors
         notes += said
         cache += memory
@@ -237,13 +262,16 @@ def _nested_names(tensors: Mapping[str, T]) -> dict[str, T]:
     return named
 
 
-def _read(form: str, file: InputFile) -> tuple[Mapping[str, Stored], list[str], int]:
-    """The tensors of a file, notes, and what reading them holds in memory."""
+def _read(
+    form: str, files: list[InputFile], count: int
+) -> tuple[Mapping[str, Stored], list[str], int]:
+    """The tensors of the last file, of so many: notes, and what reading them holds."""
+    file = files[-1]
     if form == weights.TORCH:
         return torch_file.read_tensors(file)
     if form == weights.MSGPACK:
         return flax_msgpack.read_tensors(file), [], flax_msgpack.memory(file)
     if form == weights.GGUF:
-        return gguf.read_tensors(file)
+        return gguf.read_tensors(file, files[:-1], count)
     entries = header_of(file).tensors
     return {name: FileTensor(file, entry) for name, entry in entries.items()}, [], 0

@@ -10,10 +10,11 @@ merge.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
@@ -84,6 +85,8 @@ _AUTO_MAP = "auto_map"
 _IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", re.M)
 _MODULE_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 _MAX_CODE = 4_000_000  # bytes of a file of Python
+_MENDED = ("generation_config.json",)  # or left out, with a note
+_MAX_CHECKED = 4_000_000  # bytes of a file that is looked through before a merge
 _FEW = 200  # files that one folder names
 MAX_SIDE_FILE = 256_000_000  # bytes; the largest tokenizers are a tenth of it
 MAX_MODULE = 1_000_000_000  # bytes; the weights of a layer behind an encoder
@@ -113,6 +116,17 @@ def names_of(folder: Location) -> list[str]:
     return sorted(found)
 
 
+def weights_of_modules(folder: Location) -> list[str]:
+    """The weights of sentence-transformers' layers behind the encoder, "a/b" each."""
+    if not folder.is_dir() or not exists(folder / MODULES):
+        return []
+    return [
+        name
+        for name in names_of(folder)
+        if "/" in name and name.endswith((".safetensors", ".bin"))
+    ]
+
+
 def check_side_files(owners: Mapping[str, Location]) -> None:
     """Checks that side files can be read, before something long begins.
 
@@ -120,10 +134,23 @@ def check_side_files(owners: Mapping[str, Location]) -> None:
       owners: the folder of each, by name.
 
     Raises:
-      CheckpointError: one is no regular file of the folder, or larger than the limit.
+      CheckpointError: one is no regular file of the folder, larger than the limit, or
+        no JSON where its name says so.
     """
     for name, folder in owners.items():
-        open_small(inside(folder, name), _limit(name)).close()
+        with open_small(inside(folder, name), _limit(name)) as file:
+            plain = name.endswith(".json") and name not in _MENDED
+            if plain and file.size <= _MAX_CHECKED:
+                _parsed(file.read(0, file.size), str(folder / name))
+
+
+def _parsed(content: bytes, what: str) -> Any:
+    try:
+        return json.loads(content.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        raise CheckpointError(
+            f"{what}: is not valid JSON; fetch it again, or mend it"
+        ) from None
 
 
 def read_side_file(
@@ -197,12 +224,7 @@ def _imported(folder: Location, found: set[str], present: set[str]) -> set[str]:
 def _modules(folder: Location) -> list[str]:
     """The folders of sentence-transformers' modules."""
     content = read_side_file(folder, MODULES, _MAX_CONFIG) or b"[]"
-    try:
-        modules = json.loads(content)
-    except (ValueError, RecursionError):
-        raise CheckpointError(
-            f"{folder / MODULES}: is not valid JSON; fetch it again, or mend it"
-        ) from None
+    modules = _parsed(content, str(folder / MODULES))
     listed = modules if isinstance(modules, list) else []
     paths: list[Any] = [m.get("path") for m in listed if isinstance(m, dict)][:_FEW]
     return [path for path in paths if is_plain_name(path)]
@@ -235,13 +257,36 @@ def read_config(folder: Location) -> dict[str, Any] | None:
         raise CheckpointError(f"{error}; fetch it again, or mend it") from None
 
 
-def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with other fields: their dotted names and values, None to remove."""
-    config = json.loads(content)
+    made = copy.deepcopy(dict(config))
     for name, value in changes.items():
         *path, field = name.split(".")
-        fields = functools.reduce(
-            lambda own, key: own.setdefault(key, {}), path, config
-        )
+        fields = functools.reduce(lambda own, key: own.setdefault(key, {}), path, made)
         fields.pop(field, None) if value is None else fields.update({field: value})
+    return made
+
+
+def as_json(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sizes(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Where config.json has a vocab_size, nested ones too: dotted name and value."""
+    for name, own in config.items():
+        if isinstance(own, dict):
+            yield from sizes(own, f"{prefix}{name}.")
+        elif name == "vocab_size":
+            yield prefix + name, own
+
+
+def size_changes(config: Mapping[str, Any], rows: int, before: int) -> dict[str, int]:
+    """Changes to config.json for another number of rows than there was."""
+    found = list(sizes(config))
+    named = [name for name, size in found if size == before]
+    if not named:  # it never fitted, or stands nowhere: where a loader looks first
+        nested = [name for name, _ in found if "." in name]
+        top = "vocab_size" in config or not nested
+        named = ["vocab_size"] if top else nested[:1]
+    of_name = dict(found)
+    return {name: rows for name in named if of_name.get(name) != rows}

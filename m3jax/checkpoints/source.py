@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
+from m3jax.checkpoints.formats.dtypes import BFLOAT16, FLOAT32, Dtype, of_numpy
 from m3jax.checkpoints.formats.safetensors import TensorEntry
 from m3jax.checkpoints.places.files import InputFile
 
@@ -90,7 +90,7 @@ class Array:
     """A tensor in memory."""
 
     value: np.ndarray
-    place: str
+    place: str = ""
 
     @property
     def dtype(self) -> Dtype:
@@ -130,6 +130,20 @@ class Derived:
         self.source.read_into(out, start)
 
 
+class Decoded:
+    """What is made of codes: float32, which `dtype: input` writes as bfloat16."""
+
+    __slots__ = ()
+
+    @property
+    def dtype(self) -> Dtype:
+        return FLOAT32
+
+    @property
+    def output_dtype(self) -> Dtype:
+        return BFLOAT16
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows(Derived):
     """A tensor of another number of rows."""
@@ -159,8 +173,7 @@ class WithMeanRows(_Rows):
         step = max(1, _BLOCK // max(width, 1))
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            block = np.empty(count * width, self.dtype.numpy)
-            self.source.read_into(block, row * width)
+            block = read(self.source, row * width, count * width)
             # NaN and infinity are for the check for non-finite values to report.
             with np.errstate(over="ignore", invalid="ignore"):
                 total += block.reshape(count, width).astype(np.float64).sum(axis=0)
@@ -207,8 +220,7 @@ class Converted(Derived):
     def read_into(self, out: np.ndarray, start: int) -> None:
         for first in range(0, len(out), _BLOCK):
             part = out[first : first + _BLOCK]
-            block = np.empty(len(part), self.source.dtype.numpy)
-            self.source.read_into(block, start + first)
+            block = read(self.source, start + first, len(part))
             # What the dtype cannot hold becomes inf; NaN stays NaN. The check for
             # non-finite values reports both.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -217,9 +229,19 @@ class Converted(Derived):
 
 def read_whole(source: Source) -> np.ndarray:
     """The whole tensor as a NumPy array of the source's dtype."""
-    out = np.empty(math.prod(source.shape), source.dtype.numpy)
-    source.read_into(out, 0)
-    return out.reshape(source.shape)
+    return read(source, 0, math.prod(source.shape)).reshape(source.shape)
+
+
+def read(source: Source, start: int, count: int) -> np.ndarray:
+    """Elements [start, start + count), as a new (count,) array."""
+    out = np.empty(count, source.dtype.numpy)
+    source.read_into(out, start)
+    return out
+
+
+def byte_size(source: Source) -> int:
+    """Bytes of all elements."""
+    return math.prod(source.shape) * source.dtype.itemsize
 
 
 def checksum(
@@ -234,8 +256,7 @@ def checksum(
     running = xxhash.xxh3_128()
     size = math.prod(source.shape)
     for start in range(0, size, _HASHED):
-        values = np.empty(min(_HASHED, size - start), source.dtype.numpy)
-        source.read_into(values, start)
+        values = read(source, start, min(_HASHED, size - start))
         running.update(values.view(np.uint8))
         advance(values.nbytes)
     return running.hexdigest()

@@ -32,6 +32,9 @@ _FORMS = {
     GGUF: ("model.gguf", (".gguf",)),
 }
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_INDEX_END = ".index.json"
+_PIPELINE = "model_index.json"
+_FEW = 100  # folders that are looked into
 _OTHER_FORMATS = (".ggml", ".h5", ".npz", ".onnx", ".tflite")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<place>\d{5,9})-of-(?P<count>\d{5,9})\.\w+")
 _NO_MODEL = re.compile(
@@ -83,7 +86,7 @@ def find(folder: Location) -> Weights:
         if len(names) == 1:
             return Weights(form, (inside(folder, names[0]),))
         _refuse_several(folder, names, whole)
-    raise CheckpointError(f"{folder}: {_nothing(present)}")
+    raise CheckpointError(f"{folder}: {_nothing(present) or _elsewhere(folder)}")
 
 
 def any_of(folder: Location) -> bool:
@@ -94,6 +97,24 @@ def any_of(folder: Location) -> bool:
         for name in names
         for _, suffixes in _FORMS.values()
     )
+
+
+def of_file(path: Location, *, whole: bool) -> Weights:
+    """What a single file stands for: an index, the shards that it names.
+
+    Raises:
+      CheckpointError: it is one shard of several, where it has to be a `whole` model.
+    """
+    if path.name.endswith(_INDEX_END):
+        model = path.parent / path.name.removesuffix(_INDEX_END)
+        return _by_index(path.parent, format_of(model), path.name)
+    form, shard = format_of(path), _SHARD.fullmatch(path.name)
+    if whole and form != GGUF and shard is not None and int(shard["count"]) > 1:
+        raise CheckpointError(
+            f"{path}: is one of {int(shard['count'])} shards of a model; give the "
+            f"folder, {path.parent}"
+        )
+    return Weights(form, (path,))
 
 
 def format_of(path: Location) -> str:
@@ -167,7 +188,7 @@ def _refuse_several(folder: Location, names: list[str], whole: str) -> NoReturn:
 
 
 def _nothing(present: list[str]) -> str:
-    """What is wrong with a folder of these files, and the way out."""
+    """What these files are instead of a model's, and the way out; "" if unknown."""
     config, *tensors = ADAPTERS
     if set(present) & set(ADAPTERS):
         missing = tensors[0] if config in present else config
@@ -175,9 +196,39 @@ def _nothing(present: list[str]) -> str:
     for name in present:
         if name.endswith(_OTHER_FORMATS):
             return f"weights in another format ({shown(name)}); {_HOW_TO_CONVERT}"
+        if name.endswith(".distcp"):
+            return (
+                "a distributed checkpoint of PyTorch; make one file of it: python -m "
+                "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.bin"
+            )
+        if re.fullmatch(r"(bf16_)?zero_pp_rank_.*|zero_to_fp32\.py", name):
+            return (
+                "a checkpoint of DeepSpeed's ZeRO, in parts; its zero_to_fp32.py makes "
+                "a model of it"
+            )
+    return ""
+
+
+def _elsewhere(folder: Location) -> str:
+    """What is wrong with a folder without weights, and where there are some."""
+    inner = [path for path in folder.iterdir() if path.is_dir()][:_FEW]
+    inner += [
+        own for path in inner if path.name == "snapshots" for own in path.iterdir()
+    ]
+    held = [path for path in inner if path.name[0] != "." and any_of(path)]
+    if not held:
+        return (
+            f"neither {WEIGHTS} nor {INDEX}; give the folder of a model in Hugging "
+            "Face's format, or fetch it again if its download was interrupted"
+        )
+    held.sort(key=lambda path: (len(path.name), path.name))
+    names = [str(path)[len(str(folder)) + 1 :] for path in held]
+    few = ", ".join([*map(shown, names[:3]), "…"][: len(names)])
+    pipeline = exists(folder / _PIPELINE)
+    what = "a pipeline of diffusers, whose parts are" if pipeline else "no weights, but"
     return (
-        f"neither {WEIGHTS} nor {INDEX}; give the folder of a model in Hugging Face's "
-        "format, or fetch it again if its download was interrupted"
+        f"{what} in {few}; give {'each' if pipeline else 'one'} of them by itself, as "
+        f"{held[-1]}"
     )
 
 

@@ -17,13 +17,14 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from absl import flags
 
-from m3jax.commands import signals
+from m3jax.commands import process, signals
 
 DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 
@@ -31,16 +32,43 @@ DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 _ONCE = ("base", "config", "output", "tokenizer_from")
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+# Flags that are defined below are those of the module that asks for them.
+flags.disclaim_key_flags()
+
+_DEFINED: dict[Any, Any] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+    list: flags.DEFINE_list,
+    tuple: flags.DEFINE_multi_string,  # which may be given several times
+}
 
 
 class UsageError(ValueError):
     """The command line is wrong; the message says what would be right."""
 
 
-def define_names(name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
+def define(
+    name: str, kind: type | Sequence[str], help: str, default: Any = None
+) -> flags.FlagHolder[Any]:
+    """A flag. Other commands may have one of this name, too: a process runs one.
+
+    Args:
+      name, help: of it.
+      kind: of its value; or the words that it may be.
+      default: its value where it is not given; of a bool False.
+    """
+    if isinstance(kind, type):
+        default = False if kind is bool and default is None else default
+        return _DEFINED[kind](name, default, help, allow_override=True)
+    return flags.DEFINE_enum(name, default, list(kind), help, allow_override=True)
+
+
+def define_names(name: str, help: str) -> flags.FlagHolder[Any]:
     """A flag of names, separated by commas, that may be given several times."""
     parser, serializer = flags.ListParser(), flags.CsvListSerializer(",")
-    return flags.DEFINE_multi(parser, serializer, name, None, help, **options)
+    return flags.DEFINE_multi(parser, serializer, name, None, help, allow_override=True)
 
 
 def names(flag: flags.FlagHolder[Any]) -> list[str] | None:
@@ -62,6 +90,20 @@ def names(flag: flags.FlagHolder[Any]) -> list[str] | None:
     return found
 
 
+def need(usage: str, **given: Any) -> None:
+    """Raises UsageError for the first of these flags that has no value."""
+    for name, value in given.items():
+        if not value:
+            raise UsageError(f"--{name} is missing; usage: {usage}")
+
+
+def at_least_one(*counts: flags.FlagHolder[Any]) -> None:
+    """Raises UsageError for the first of these flags that is given and below 1."""
+    for flag in counts:
+        if flag.value is not None and flag.value < 1:
+            raise UsageError(f"--{flag.name}={flag.value} needs 1 or more")
+
+
 def local(path: str) -> Path:
     """A path of this machine; shells leave the ~ of `--output=~/x` to the program."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own may raise
@@ -73,9 +115,11 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
     Args:
       name: of the command.
       module: has `main`, a docstring whose first line says what it does, `USAGE`, and
-        its flags; optionally `prepare(arguments)`, which sees them before parsing,
-        `failed(exit code)`, called when an error was explained, and `SHARED`, modules
-        with more flags; `LESS_MEMORY`, the way out where there is too little.
+        its flags; optionally `TAKES`, how many arguments that are no flags, and what
+        they are (None: any; without it none); `prepare(arguments)`, which sees them
+        before parsing; `failed(exit code)`, called when an error was explained;
+        `SHARED`, modules with more flags; `LESS_MEMORY`, the way out where there is
+        too little.
       arguments: of the command line, behind the command's name.
 
     Returns:
@@ -92,7 +136,9 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         _check_once(arguments)
         arguments = getattr(module, "prepare", list)(arguments)
         positional = flags.FLAGS([f"m3jax {name}", *arguments])[1:]
+        _check_count(positional, module)
         debug = _DEBUG.value
+        process.open_many_files()
         with signals.handled_by(signals.stop):
             code = module.main(positional)
             sys.stdout.flush()
@@ -109,6 +155,17 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         print(f"m3jax {name}: {message}", file=sys.stderr)
         getattr(module, "failed", lambda code: None)(code)
         return code
+
+
+def _check_count(given: list[str], module: ModuleType) -> None:
+    """Raises UsageError unless there are as many arguments as the module's `TAKES`."""
+    takes: tuple[int, str] | None = getattr(module, "TAKES", (0, ""))
+    if takes is None or len(given) == takes[0]:
+        return
+    found = f"needs {takes[1]}, not {len(given)}"
+    if not takes[0]:
+        found = f"unexpected argument {given[0]!r}"
+    raise UsageError(f"{found}; usage: {module.USAGE}")
 
 
 def _check_once(arguments: list[str]) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
-from m3jax.commands.cli import UsageError, local
+from m3jax.commands import config_file
+from m3jax.commands.cli import UsageError
+from m3jax.commands.config_file import as_config
 from m3jax.methods import METHODS, TRANSFORMS
 from m3jax.recipe import Recipe, RecipeError
 from m3jax.recipe.documents import Document, renamed
-from m3jax.recipe.groups import group
+from m3jax.recipe.groups import dotted, group
 from m3jax.recipe.recipe import FLAT, renaming
 from m3jax.recipe.tokenizer import BY_ROW
 
@@ -84,18 +84,14 @@ def prepare(arguments: list[str]) -> list[str]:
       UsageError, RecipeError: the file cannot be used or a field is unknown.
     """
     global _holder, _record
-    source, rest = take("--config", arguments)
+    source, rest = config_file.take("--config", arguments)
     fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
     config = as_config(all_fields(Recipe.from_dict(fields)))
-    known = dotted(RECIPE_FIELDS)
-    for argument in rest:
-        name = argument.partition("=")[0].lstrip("-")
-        field = name.removeprefix("config.")
-        if name.startswith("config.") and field not in known:
+    known = field_names()
+    for field in config_file.fields_given(rest):
+        if field not in known:
             raise RecipeError(f"unknown recipe field {field!r}; {_hint(field, known)}")
-    _holder = config_flags.DEFINE_config_dict(
-        "config", config, "The recipe.", sys_argv=["m3jax", *rest]
-    )
+    _holder = config_file.defined(config, "The recipe.", rest)
     return rest
 
 
@@ -165,57 +161,19 @@ def _truncate(fields: dict[str, Any], vocabulary: str) -> list[str]:
     return []
 
 
-def take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Takes `--flag=VALUE` or `--flag VALUE` out; the last one counts."""
-    found: str | None = None
-    rest: list[str] = []
-    left = list(arguments)
-    while left:
-        argument = left.pop(0)
-        if argument == "--":
-            return found, [*rest, argument, *left]
-        name, equals, value = argument.partition("=")
-        if "-" + name.lstrip("-") != flag[1:] or not name.startswith("-"):
-            rest.append(argument)
-        elif equals or left:
-            found = value if equals else left.pop(0)
-        else:
-            raise UsageError(f"{flag} needs a file")
-    return found, rest
-
-
 def _load(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of a .py file, an m3jax.json, a mergekit YAML, or a config of m3jax's.
 
     Returns:
       The fields, and what the file says beside: as a record does.
     """
-    path = local(source)
-    if not path.suffix:
-        import m3jax.configs
-
-        path = next((Path(p) / f"{source}.py" for p in m3jax.configs.__path__), path)
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in path.parent.glob("[!_]*.py")))
-        hint = f"; there are {names}" if not Path(source).suffix else ""
-        raise UsageError(f"--config={source}: no such file{hint}")
+    path = config_file.located(source)
     if path.suffix == ".json":
-        try:
-            record = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"--config={source}: not valid JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UsageError(f"--config={source}: not a recipe")
+        record = config_file.read_json(source, path)
         return (record["recipe"], record) if "recipe" in record else (record, {})
     if path.suffix in (".yml", ".yaml"):
         return _mergekit(source, path)
-    try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except Exception as error:
-        raise UsageError(
-            f"--config={source}: {type(error).__name__}: {error}; a config is a Python "
-            "file whose get_config() returns a ConfigDict"
-        ) from None
+    config = config_file.run(source, path)
     if hasattr(config, "to_dict"):
         return config.to_dict(), {}
     if isinstance(config, dict):
@@ -291,27 +249,6 @@ def _hint(field: str, known: list[str]) -> str:
     return f"known: {listed}{more}{meant}"
 
 
-def as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:
-    """Every field may hold any literal, so that `None` and tuples parse everywhere."""
-    config = config_dict.ConfigDict()
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            config[name] = as_config(value)
-        else:
-            config[name] = config_dict.FieldReference(value, field_type=object)
-    return config
-
-
-def dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            names += dotted(value, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
 def field_names() -> list[str]:
     """The recipe's fields, dotted."""
-    return dotted(RECIPE_FIELDS)
+    return list(dotted(RECIPE_FIELDS))

@@ -10,18 +10,16 @@ import json
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from m3jax.commands import config
-from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.commands.cli import UsageError, define, define_names, names
 from m3jax.recipe import RecipeError
 from m3jax.recipe.documents import Document
 
 USAGE = "m3jax convert RECIPE [--base=DIR --models=A,B[,C...]] [--output=FILE]"
 
-_BASE = flags.DEFINE_string("base", None, "The base model.", allow_override=True)
-_MODELS = define_names("models", "The models.", allow_override=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The file.", allow_override=True)
+_BASE = define("base", str, "The base model.")
+_MODELS = define_names("models", "The models.")
+_OUTPUT = define("output", str, "The file.")
 
 
 def prepare(arguments: list[str]) -> list[str]:
@@ -41,8 +39,6 @@ _source = ""
 
 
 def main(positional: list[str]) -> int:
-    if positional:
-        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     asked = config.asked(_BASE.value, names(_MODELS), None)
     result = Document(asked.base, tuple(asked.models), asked.recipe, asked.seed)
     if Path(_source).suffix in (".yml", ".yaml"):

@@ -9,14 +9,14 @@ All that it makes is normal output: look at it with `m3jax inspect`, `m3jax diff
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
-from absl import flags
 
 import m3jax
-from m3jax.commands.cli import UsageError, local
+from m3jax.commands.cli import at_least_one, define, local
 from m3jax.commands.tables import table
 from m3jax.engine.pipeline import available_cores
 
@@ -26,16 +26,13 @@ if TYPE_CHECKING:
 
 USAGE = "m3jax demo [--output=DIR] [--draws=N] [--seed=N]"
 
-# Other commands have flags of these names, too; a process runs one command.
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "The folder to make. [m3jax-demo]", allow_override=True
-)
-_SEED = flags.DEFINE_integer(
-    "seed", None, "Of ratios and masks. [0]", allow_override=True
-)
-_DRAWS = flags.DEFINE_integer("draws", 32, "To explore.", allow_override=True)
+
+_OUTPUT = define("output", str, "The folder to make. [m3jax-demo]")
+_SEED = define("seed", int, "Of ratios and masks. [0]")
+_DRAWS = define("draws", int, "To explore.", 32)
 
 _DATA = Path(m3jax.__file__).parent / "demo_data"
+_MODELS = "models"  # in the output: a copy of them
 _PAIR = ("maths", "code")
 _EXPERTS = (*_PAIR, "words")
 _MOST_AT_ONCE = 4  # of such small models; Python itself does one thing at a time
@@ -48,15 +45,14 @@ _LEARNED_STEPS = 40
 
 
 def main(positional: list[str]) -> int:
-    if positional:
-        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
-    if _DRAWS.value < 1:
-        raise UsageError(f"--draws={_DRAWS.value} needs 1 or more")
+    at_least_one(_DRAWS)
     output, seed = local(_OUTPUT.value or "m3jax-demo"), _SEED.value or 0
+    copy = shutil.copyfile  # without the permissions of an installed package
+    shutil.copytree(_DATA, output / _MODELS, copy_function=copy, dirs_exist_ok=True)
     last = _merge_all(output, seed)
-    found = _explore(output / "explored", seed, _DRAWS.value)
+    found = _explore(output, seed, _DRAWS.value)
     _say_what_was_found(found, output / "explored")
-    _say_what_was_learned(_learn(output / "learned", seed))
+    _say_what_was_learned(_learn(output, seed))
     _say_what_next(output, last)
     return 0
 
@@ -74,11 +70,11 @@ def _merge_all(output: Path, seed: int) -> str:
         "ties": m3jax.Recipe(method="ties"),
         "ties_dare": m3jax.Recipe(method="ties", dare=dare),
     }
-    rows = [_merge(name, own, output / name, seed) for name, own in recipes.items()]
+    rows = [_merge(name, own, output, name, seed) for name, own in recipes.items()]
     name, recipe = recipes.popitem()
     other = (seed + 1) % 2**32
-    rows.append(_merge(f"{name}, again", recipe, output / "again", seed))
-    rows.append(_merge(f"{name}, other seed", recipe, output / "another-seed", other))
+    rows.append(_merge(f"{name}, again", recipe, output, "again", seed))
+    rows.append(_merge(f"{name}, other seed", recipe, output, "another-seed", other))
     header = ("recipe", "λ", "to maths", "to code", "checksum")
     print("\n".join(table(header, rows, "<>>>>")))
     print("""
@@ -88,23 +84,25 @@ def _merge_all(output: Path, seed: int) -> str:
     return name
 
 
-def _merge(name: str, recipe: m3jax.Recipe, folder: Path, seed: int) -> tuple[str, ...]:
-    """Merges into `folder` and returns a row of the table."""
-    models = [_DATA / model for model in _PAIR]
+def _merge(
+    title: str, recipe: m3jax.Recipe, output: Path, name: str, seed: int
+) -> tuple[str, ...]:
+    """Merges into the folder `name` and returns a row of the table."""
+    models = [output / _MODELS / model for model in _PAIR]
     result = m3jax.merge(
-        _DATA / "base",
+        output / _MODELS / "base",
         models,
-        folder,
+        output / name,
         recipe,
         seed=seed,
         execution=m3jax.Execution(overwrite=True, fsync=False),
     )
     apart = _distance(*models)
-    distances = (_distance(folder, model) / apart for model in models)
+    distances = (_distance(output / name, model) / apart for model in models)
     ratio = next(iter((result.ratios or {"": (0.5,)}).values()))[0]
     every = "".join(result.checksums.values())
     checksum = xxhash.xxh3_64(every.encode()).hexdigest()
-    return name, f"{ratio:.4f}", *(f"{d:.3f}" for d in distances), checksum
+    return title, f"{ratio:.4f}", *(f"{d:.3f}" for d in distances), checksum
 
 
 def _distance(a: Path, b: Path) -> float:
@@ -125,21 +123,22 @@ def _explore(output: Path, seed: int, draws: int) -> Exploration:
    their task vectors are merged and scored in memory. The winner has the
    best mean accuracy on validation; what it is worth, other questions tell.
 """)
-    base = str(_DATA / "base")
+    models = output / _MODELS
+    base = str(models / "base")
     evaluators = [
-        m3jax.TaskEvaluator.of_checkpoint(base, [_DATA / "tasks" / f"{part}.json"])
+        m3jax.TaskEvaluator.of_checkpoint(base, [models / "tasks" / f"{part}.json"])
         for part in ("validation", "test")
     ]
     return m3jax.explore(
         base,
-        [str(_DATA / expert) for expert in _EXPERTS],
+        [str(models / expert) for expert in _EXPERTS],
         _EXPLORED,
         evaluator=evaluators[0],
         test=evaluators[1],
         draws=draws,
         seed=seed,
         at_once=min(available_cores(), _MOST_AT_ONCE),
-        output=output,
+        output=output / "explored",
         overwrite=True,
     )
 
@@ -193,19 +192,20 @@ def _learn(output: Path, seed: int) -> Learning:
         steps=_LEARNED_STEPS,
         validate_every=20,
     )
+    models = output / _MODELS
     tasks = {
-        part: [_DATA / "tasks" / f"{part}.json"]
+        part: [models / "tasks" / f"{part}.json"]
         for part in ("train", "validation", "test")
     }
     return learn(
-        str(_DATA / "base"),
-        [str(_DATA / expert) for expert in _EXPERTS],
+        str(models / "base"),
+        [str(models / expert) for expert in _EXPERTS],
         config,
         tasks=tasks["train"],
         validation=tasks["validation"],
         test=tasks["test"],
         seed=seed,
-        output=output,
+        output=output / "learned",
         overwrite=True,
     )
 
@@ -220,13 +220,15 @@ def _say_what_was_learned(found: Learning) -> None:
 
 def _say_what_next(output: Path, name: str) -> None:
     folder = shlex.quote(str(output / name))
+    maths = shlex.quote(str(output / _MODELS / "maths"))
     winner = shlex.quote(str(output / "explored" / "winner.json"))
     learned = shlex.quote(str(output / "learned" / "recipe.json"))
-    tasks = shlex.quote(str(_DATA / "tasks" / "test.json"))
-    print(f"\nEverything is in {output}. Look at a merge, and make the winner:")
+    tasks = shlex.quote(str(output / _MODELS / "tasks" / "test.json"))
+    print(f"\nEverything is in {output}, the models in {output / _MODELS}.")
+    print("Look at a merge, and make the winner:")
     for command in (
         f"m3jax inspect {folder}",
-        f"m3jax diff {shlex.quote(str(_DATA / 'maths'))} {folder}",
+        f"m3jax diff {maths} {folder}",
         f"m3jax verify {folder}",
         f"m3jax merge --config={winner} --output=winner",
         f"m3jax merge --config={learned} --output=learned",

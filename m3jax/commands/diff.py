@@ -20,34 +20,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.commands import reporting, tensor_names
-from m3jax.commands.cli import DIFFERENT, UsageError, local
+from m3jax.commands.cli import DIFFERENT, UsageError, define, local
 from m3jax.commands.tables import clean, percent, shape, table
 from m3jax.engine.compare import Compared, Comparison, Described, Sums, add, compare
+from m3jax.evaluation import results
 
 USAGE = "m3jax diff A B [--tensors | --json] [--plot=FILE.png] [--exit_code]"
+TAKES = (2, "two checkpoints")
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
-# `inspect` has flags of these names, too; a process runs one command.
-_TENSORS = flags.DEFINE_bool(
-    "tensors", False, "List every tensor by itself.", allow_override=True
-)
-_JSON = flags.DEFINE_bool(
-    "json", False, "Print everything as JSON.", allow_override=True
-)
-_PLOT = flags.DEFINE_string("plot", None, "PNG to draw, by layer and kind of tensor.")
-_EXIT_CODE = flags.DEFINE_bool("exit_code", False, "Exit with 1 if anything differs.")
+
+_TENSORS = define("tensors", bool, "List every tensor by itself.")
+_JSON = define("json", bool, "Print everything as JSON.")
+_PLOT = define("plot", str, "PNG to draw, by layer and kind of tensor.")
+_EXIT_CODE = define("exit_code", bool, "Exit with 1 if anything differs.")
 
 _HEADER = ("distance", "cosine", "equal", "largest")
 
 
 def main(positional: list[str]) -> int:
-    if len(positional) != 2:
-        count = len(positional)
-        raise UsageError(f"needs two checkpoints, not {count}; usage: {USAGE}")
     if _PLOT.value is not None:
         check_plot(local(_PLOT.value))
     with (
@@ -181,22 +174,19 @@ def _as_json(comparison: Comparison, a: str, b: str) -> dict[str, Any]:
 
 def _sums_as_json(sums: Sums) -> dict[str, Any]:
     """Numbers that JSON can hold: None where one is undefined."""
-    return {
+    found = {
         "relative_distance": sums.relative_distance,
         "cosine": sums.cosine,
         "equal_share": sums.equal_share,
-        "largest_difference": _finite(sums.largest),
-        "distance": _finite(sums.distance),
-        "norm_a": _finite(math.sqrt(sums.a_squared)),
-        "norm_b": _finite(math.sqrt(sums.b_squared)),
+        "largest_difference": sums.largest,
+        "distance": sums.distance,
+        "norm_a": math.sqrt(sums.a_squared),
+        "norm_b": math.sqrt(sums.b_squared),
         "elements": sums.elements,
         "equal": sums.equal,
         "nonfinite": sums.nonfinite,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return results.as_json(found)
 
 
 def _described(tensor: Described) -> dict[str, Any]:

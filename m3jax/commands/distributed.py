@@ -12,21 +12,19 @@ import re
 import signal
 from collections.abc import Mapping
 
-from absl import flags
+from m3jax.commands.cli import SYSTEM, UsageError, define, leave_at_once
 
-from m3jax.commands.cli import SYSTEM, UsageError, leave_at_once
-
-_DISTRIBUTED = flags.DEFINE_enum(
+_DISTRIBUTED = define(
     "distributed",
-    "auto",
     ["auto", "on", "off"],
     "Share the work with other processes; auto: if the environment has several.",
+    "auto",
 )
-_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, where nothing says it."
+_ADDRESS = define(
+    "coordinator_address", str, "HOST:PORT of process 0, where nothing says it."
 )
-_COUNT = flags.DEFINE_integer("num_processes", None, "How many, where nothing says it.")
-_INDEX = flags.DEFINE_integer("process_id", None, "This one's, from 0, likewise.")
+_COUNT = define("num_processes", int, "How many, where nothing says it.")
+_INDEX = define("process_id", int, "This one's, from 0, likewise.")
 
 _SHUTDOWN = 30  # seconds in which all processes have to end after the first
 # Google's address for what a virtual machine may know of itself.
@@ -35,11 +33,14 @@ _METADATA = "metadata.google.internal"
 _started = False
 
 
-def start() -> bool:
+def start(*, survive: bool = False) -> bool:
     """Starts JAX's several processes if that is wanted; returns if this prints.
 
     Comes before anything else is done with JAX. What a user's program has started
     already stays as it is.
+
+    Args:
+      survive: go on if a process other than the first is lost.
 
     Raises:
       UsageError: they cannot be started.
@@ -58,6 +59,7 @@ def start() -> bool:
     if not jax.distributed.is_initialized():
         # JAX's own way with SIGTERM would keep it from ending the command in order.
         jax.config.update("jax_enable_preemption_service", False)
+        jax.config.update("jax_enable_recoverability", survive)
         where = _ADDRESS.value or "the coordinator"
         _speak_before_abort(
             f"process 0 and the others could not meet at {where}: start all of them "

@@ -24,18 +24,14 @@ and without a network where the system allows that. It is no sandbox: use a cont
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from m3jax.checkpoints.places import durable
 from m3jax.commands import cli, scoring
-from m3jax.commands.cli import UsageError, define_names
-from m3jax.commands.tables import clean, say, table
+from m3jax.commands.cli import UsageError, define, define_names
+from m3jax.commands.tables import clean, number, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +48,7 @@ if TYPE_CHECKING:
     Scored = Result | HarnessResult
 
 USAGE = "m3jax evaluate MODEL --tasks=SPEC.json|NAME[,...] [--limit=N] [--json]"
+TAKES = (1, "one model")
 LESS_MEMORY = "a smaller --tokens_per_batch needs less, and --mesh splits the model"
 SHARED = [scoring]
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
@@ -59,28 +56,20 @@ MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 _TASKS = define_names(
     "tasks", "JSON files of tasks, or names of harness tasks, comma-separated."
 )
-_HARNESS_TASKS_PATH = flags.DEFINE_string(
-    "harness_tasks_path", None, "Folder of more harness tasks, as YAML."
+_ATTACKS = define("attacks", list, "deepwordbug, stresstest, words.", [])
+_ATTACK_EXAMPLES = define(
+    "attack_examples", int, "The first of each task, on which an attack searches.", 64
 )
-_ATTACKS = flags.DEFINE_list("attacks", [], "deepwordbug, stresstest, words.")
-_ATTACK_EXAMPLES = flags.DEFINE_integer(
-    "attack_examples", 64, "The first of each task, on which an attack searches."
-)
-# Other commands have flags of these names, too; a process runs one command.
-_SEED = flags.DEFINE_integer("seed", None, "Of sampling. [0]", allow_override=True)
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.", allow_override=True)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "JSONL file to write, a line for each example.", allow_override=True
-)
+_SEED = define("seed", int, "Of sampling. [0]")
+_JSON = define("json", bool, "Print JSON.")
+_OUTPUT = define("output", str, "JSONL file to write, a line for each example.")
 
 
 def main(positional: list[str]) -> int:
-    if len(positional) != 1:
-        raise UsageError(f"needs one model, not {len(positional)}; usage: {USAGE}")
     asked = cli.names(_TASKS)
     if not asked:
         raise UsageError(f"needs --tasks; usage: {USAGE}")
-    scoring.check(_ATTACK_EXAMPLES)
+    cli.at_least_one(scoring.LIMIT, scoring.TOKENS_PER_BATCH, _ATTACK_EXAMPLES)
     output = None if _OUTPUT.value is None else cli.local(_OUTPUT.value)
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={output}: {output.parent} is not a folder")
@@ -112,7 +101,6 @@ def _results(
     from m3jax.evaluation.attacks.neighbours import Neighbours
     from m3jax.evaluation.attacks.prompts import ATTACKS, check_attackable
     from m3jax.evaluation.attacks.robustness import under_attack
-    from m3jax.evaluation.tasks.task import load_tasks
     from m3jax.models.decoder import embedding
     from m3jax.models.parameters import load_model
     from m3jax.models.tokenizer import Tokenizer
@@ -122,9 +110,7 @@ def _results(
     for attack in attacks:
         if attack not in ATTACKS:
             raise UsageError(f"--attacks={attack}: known: {', '.join(ATTACKS)}")
-    names = [name for name in asked if not scoring.is_file(name)]
-    files = [name for name in asked if scoring.is_file(name)]
-    tasks = [task for path in files for task in load_tasks(path)]
+    tasks, names = scoring.split(asked)
     for task in tasks:
         for attack in attacks:
             check_attackable(task, attack)
@@ -172,7 +158,7 @@ def _harness(
     model_of = scoring.harness(names, "HarnessModel")
     from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
 
-    manager = find_tasks(names, _HARNESS_TASKS_PATH.value)
+    manager = find_tasks(names, scoring.HARNESS_TASKS_PATH.value)
 
     def run(model: Model, tokenizer: Tokenizer, seed: int) -> list[HarnessResult]:
         import jax
@@ -190,17 +176,13 @@ def _harness(
     return run
 
 
-def _number(value: float, form: str = ".4f", before: str = "") -> str:
-    return "—" if math.isnan(value) else f"{before}{value:{form}}"
-
-
 def _report(results: list[Scored]) -> list[str]:
     rows = [
         (
             clean(result.task),
             result.metric,
-            _number(result.mean),
-            _number(result.standard_error, before="± "),
+            number(result.mean),
+            number(result.standard_error, before="± "),
             f"{result.count:,}",
         )
         for result in results
@@ -221,7 +203,7 @@ def _report_attacks(attacked: list[Robustness]) -> list[str]:
             found.attack,
             f"{found.clean.mean:.4f}",
             f"{found.attacked.mean:.4f}",
-            _number(found.drop_rate, ".1%"),
+            number(found.drop_rate, ".1%"),
             clean(found.prompt),
         )
         for found in attacked
@@ -234,14 +216,12 @@ def _write(results: list[Scored], output: Path) -> None:
     """Writes all records; the file appears when it is complete."""
     from m3jax.evaluation.results import as_json
 
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    try:
-        with durable.naming(output), unfinished.open("w", encoding="utf-8") as file:
-            for result in results:
-                for record in result.records:
-                    line: dict[str, Any] = {"task": result.task, **as_json(record)}
-                    text = json.dumps(line, ensure_ascii=False, default=str)
-                    file.write(text + "\n")
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        durable.appearing(output) as unfinished,
+        unfinished.open("w", encoding="utf-8") as file,
+    ):
+        for result in results:
+            for record in result.records:
+                line: dict[str, Any] = {"task": result.task, **as_json(record)}
+                text = json.dumps(line, ensure_ascii=False, default=str)
+                file.write(text + "\n")

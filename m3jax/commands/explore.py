@@ -23,9 +23,14 @@ has values of its own. With --halving=3 all draws are evaluated on few examples,
 best third of them on three times as many, and so on; the last one is evaluated on all.
 --hyperband=3 does that several times, from many draws on little to few on all.
 
+Several machines share the trials if each has an --output of its own and all name one
+--study: a file on a disk that all see, or a database's URL.
+
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
-model_glue, safety_aware, lfs (a method for each group of layers), adamms (chosen by
-answers, without labels) or m3. docs/EXPLORE.md says what each does.
+model_glue, safety_aware, lfs (a method for each group of layers), dis and rmm (whole
+layers in a row, of any model, left out and repeated), adamms (chosen by answers,
+without labels), df_merge (Fisher information at every draw) or m3. docs/EXPLORE.md says
+what each does.
 """
 
 from __future__ import annotations
@@ -35,10 +40,17 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from absl import flags
-
-from m3jax.commands import config, scoring
-from m3jax.commands.cli import UsageError, define_names, leave_at_once, local, names
+from m3jax.commands import config, distributed, scoring
+from m3jax.commands.cli import (
+    UsageError,
+    at_least_one,
+    define,
+    define_names,
+    leave_at_once,
+    local,
+    names,
+    need,
+)
 from m3jax.commands.tables import clean, say, table
 
 if TYPE_CHECKING:
@@ -55,7 +67,7 @@ LESS_MEMORY = (
     "a smaller --tokens_per_batch and fewer draws --at_once need less, and --mesh "
     "splits the models over devices"
 )
-SHARED = [scoring]
+SHARED = [scoring, distributed]
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
@@ -64,107 +76,95 @@ MORE_HELP = [
     *(__doc__ or "").split("\n")[2:-1],
 ]
 
-# Other commands have flags of these names, too; a process runs one command.
-_BASE = flags.DEFINE_string(
-    "base", None, "The base model: folder, file or org/name.", allow_override=True
-)
-_MODELS = define_names(
-    "models", "The fine-tuned models, comma-separated.", allow_override=True
-)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for trials, table and winner.", allow_override=True
-)
+
+_BASE = define("base", str, "The base model: folder, file or org/name.")
+_MODELS = define_names("models", "The fine-tuned models, comma-separated.")
+_OUTPUT = define("output", str, "Folder for trials, table and winner.")
 _VALIDATION = define_names(
     "validation_tasks", "JSON files of tasks, or names of harness tasks, to choose on."
 )
-_COMMAND = flags.DEFINE_string(
+_COMMAND = define(
     "evaluator_command",
-    None,
+    str,
     "Choose by what this prints, as 'python score.py {checkpoint}'.",
-)
-_HARNESS_TASKS_PATH = flags.DEFINE_string(
-    "harness_tasks_path",
-    None,
-    "Folder of more harness tasks, as YAML.",
-    allow_override=True,
 )
 _TEST = define_names("test_tasks", "JSON files of tasks to report.")
 _OOD = define_names("ood_tasks", "JSON files of tasks out of distribution, to report.")
-_DRAWS = flags.DEFINE_integer("draws", 32, "How many.")
-_SEED = flags.DEFINE_integer("seed", None, "Of all draws. [0]", allow_override=True)
-_PRESET = flags.DEFINE_enum(
+_DRAWS = define("draws", int, "How many.", 32)
+_SEED = define("seed", int, "Of all draws. [0]")
+_PRESET = define(
     "preset",
-    None,
-    ["m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "adamms"],
+    [
+        *("m3", "greedy_soup", "model_glue", "safety_aware", "lfs", "dis", "rmm"),
+        *("adamms", "df_merge"),
+    ],
     "A published search, in the place of --sampler and --search.",
 )
-_SAMPLER = flags.DEFINE_enum(
+_SAMPLER = define(
     "sampler",
-    None,
     ["recipe", "grid", "sobol", "random", "tpe", "cmaes", "gp", "nsga2"],
     "Where draws come from. [recipe]",
 )
-_SEARCH = flags.DEFINE_list(
-    "search", None, "What samplers other than `recipe` set. [ratios]"
+_SEARCH = define("search", list, "What samplers other than `recipe` set. [ratios]")
+_GROUPS = define(
+    "groups", int, "Groups of layers that have values of their own. [all together]"
 )
-_GROUPS = flags.DEFINE_integer(
-    "groups", None, "Groups of layers that have values of their own. [all together]"
+_WEIGHTS = define(
+    "weights", list, "TASK=WEIGHT,... in the objective; 1 where none is given."
 )
-_WEIGHTS = flags.DEFINE_list(
-    "weights", None, "TASK=WEIGHT,... in the objective; 1 where none is given."
+_HALVING = define(
+    "halving", int, "Keep one of so many draws for a budget so many times larger."
 )
-_HALVING = flags.DEFINE_integer(
-    "halving", None, "Keep one of so many draws for a budget so many times larger."
+_HYPERBAND = define(
+    "hyperband", int, "Halving at this rate, from several numbers of draws."
 )
-_HYPERBAND = flags.DEFINE_integer(
-    "hyperband", None, "Halving at this rate, from several numbers of draws."
+_TEST_ALL = define(
+    "test_all_draws", bool, "Report mean and deviation over draws on test, too."
 )
-_TEST_ALL = flags.DEFINE_bool(
-    "test_all_draws", False, "Report mean and deviation over draws on test, too."
+_FRACTION = define(
+    "fraction", float, "Of the data that a draw of --preset=rmm is evaluated on. [1]"
 )
-_AT_ONCE = flags.DEFINE_integer(
+_AT_ONCE = define(
     "at_once",
-    None,
+    int,
     "Draws at a time, each with its own merged copy. [one on each accelerator]",
 )
-_GENERATION = flags.DEFINE_integer(
-    "generation", 1, "Draws that an optimiser proposes before it is told of one."
+_GENERATION = define(
+    "generation", int, "Draws that an optimiser proposes before it is told of one.", 1
 )
-_EXPORT = flags.DEFINE_string("export", None, "Folder for the winner's checkpoint.")
-_RESUME = flags.DEFINE_bool(
-    "resume", False, "Go on with an interrupted exploration.", allow_override=True
+_EXPORT = define("export", str, "Folder for the winner's checkpoint.")
+_RESUME = define("resume", bool, "Go on with an interrupted exploration.")
+_OVERWRITE = define("overwrite", bool, "Replace a previous output.")
+_STUDY = define(
+    "study",
+    str,
+    "Share the trials with all who name the same: a file on a common disk, or a "
+    "database's URL.",
 )
-_OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Replace a previous output.", allow_override=True
-)
-_TOKENIZER_FROM = flags.DEFINE_string(
-    "tokenizer_from", None, "Model whose tokenizer is used. [base]", allow_override=True
-)
+_TOKENIZER_FROM = define("tokenizer_from", str, "Model whose tokenizer is used. [base]")
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
 
 def main(positional: list[str]) -> int:
-    if positional:
-        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     asked = config.asked(_BASE.value, names(_MODELS), _SEED.value)
     recipe, base, models, seed = asked.recipe, asked.base, asked.models, asked.seed
-    for name, value in (
-        ("models", models),
-        ("output", _OUTPUT.value),
-        ("validation_tasks", names(_VALIDATION) or _COMMAND.value),
-        ("test_tasks", names(_TEST) or _COMMAND.value),
-    ):
-        if not value:
-            raise UsageError(f"--{name} is missing; usage: {USAGE}")
+    need(
+        USAGE,
+        models=models,
+        output=_OUTPUT.value,
+        validation_tasks=names(_VALIDATION) or _COMMAND.value,
+        test_tasks=names(_TEST) or _COMMAND.value,
+    )
     if _COMMAND.value and names(_VALIDATION):
         raise UsageError(
             "--evaluator_command and --validation_tasks: one of the two chooses"
         )
-    scoring.check()
+    at_least_one(scoring.LIMIT, scoring.TOKENS_PER_BATCH)
     recipe.check(num_models=len(models), has_base=base is not None)
     weights = _weights(_WEIGHTS.value or [])
 
     # Only now JAX, which takes a second to import.
+    prints = distributed.start(survive=True)
     from m3jax.checkpoints.output.folder import check_free
     from m3jax.engine.merge import merge
     from m3jax.engine.prepare import Execution
@@ -194,6 +194,7 @@ def main(positional: list[str]) -> int:
         budget=scoring.LIMIT.value,
         halving=_HALVING.value,
         hyperband=_HYPERBAND.value,
+        fraction=_FRACTION.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),
@@ -201,10 +202,12 @@ def main(positional: list[str]) -> int:
         output=_OUTPUT.value,
         resume=_RESUME.value,
         overwrite=_OVERWRITE.value,
+        study=_STUDY.value,
         tokenizer_from=_TOKENIZER_FROM.value,
         say=say,
     )
-    print("\n".join(_report(found)))
+    if prints:
+        print("\n".join(_report(found)))
     if _EXPORT.value is not None:
         execution = Execution(
             overwrite=_OVERWRITE.value,
@@ -219,9 +222,11 @@ def main(positional: list[str]) -> int:
             winner.recipe,
             seed=winner.seed,
             execution=execution,
+            statistics=[own["path"] for own in found.replay.get("statistics", [])],
         )
-        print(f"\nthe winner's checkpoint is {_EXPORT.value}")
-    else:
+        if prints:
+            print(f"\nthe winner's checkpoint is {_EXPORT.value}")
+    elif prints:
         path = local(_OUTPUT.value or "") / "winner.json"
         print(f"\nmake the winner: m3jax merge --config={path} --output=DIR")
     return 0
@@ -233,6 +238,7 @@ def failed(code: int) -> None:
     places = sys.modules.get("m3jax.exploration.search.places")
     if places is not None and places.at_work():
         leave_at_once(code)
+    distributed.leave_after_failure(code)
 
 
 def _weights(given: list[str]) -> dict[str, float]:
@@ -265,7 +271,6 @@ def _evaluators(
 ) -> Callable[[list[str]], Evaluator]:
     """Makes an evaluator of tasks; it runs every one of the models."""
     from m3jax.evaluation.evaluator import Together
-    from m3jax.evaluation.tasks.task import load_tasks
     from m3jax.models.parameters import common_config
     from m3jax.models.tokenizer import Tokenizer
 
@@ -282,11 +287,9 @@ def _evaluators(
         return config, Tokenizer(folders[owner])
 
     def make(asked: list[str]) -> Evaluator:
-        files = [name for name in asked if scoring.is_file(name)]
-        names = [name for name in asked if not scoring.is_file(name)]
-        tasks = [task for path in files for task in load_tasks(path)]
+        tasks, names = scoring.split(asked)
         found: list[Evaluator] = []
-        if files:
+        if tasks or not names:
             found.append(scoring.evaluator(tasks, *model()))
         if names:
             made = scoring.harness(names, "HarnessEvaluator")
@@ -294,7 +297,7 @@ def _evaluators(
                 made(
                     names,
                     *model(),
-                    folder=_HARNESS_TASKS_PATH.value,
+                    folder=scoring.HARNESS_TASKS_PATH.value,
                     allow_code_execution=scoring.ALLOW_CODE_EXECUTION.value,
                     **scoring.options(),
                 )

@@ -10,26 +10,21 @@ import json
 import math
 from typing import Any
 
-from absl import flags
-
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.record.record import Record, read_record
 from m3jax.commands import reporting, tensor_names
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import define
 from m3jax.commands.tables import clean, fact, shape, table
 from m3jax.recipe import Recipe, RecipeError
-from m3jax.recipe.groups import group
+from m3jax.recipe.groups import dotted, group
 
 USAGE = "m3jax inspect DIR [--tensors | --json]"
+TAKES = (1, "one checkpoint")
 
-# `diff` has flags of these names, too; a process runs one command.
-_TENSORS = flags.DEFINE_bool(
-    "tensors", False, "List every tensor by itself.", allow_override=True
-)
-_JSON = flags.DEFINE_bool(
-    "json", False, "Print everything as JSON.", allow_override=True
-)
+
+_TENSORS = define("tensors", bool, "List every tensor by itself.")
+_JSON = define("json", bool, "Print everything as JSON.")
 
 # Of config.json (or its text_config): what says how a model is built.
 _FACTS = (
@@ -53,8 +48,6 @@ _PROVENANCE = (
 
 
 def main(positional: list[str]) -> int:
-    if len(positional) != 1:
-        raise UsageError(f"needs one checkpoint, not {len(positional)}; usage: {USAGE}")
     with open_checkpoint(positional[0], mergeable=False) as checkpoint:
         facts = _facts(checkpoint)
     print(json.dumps(facts, indent=1) if _JSON.value else "\n".join(_report(facts)))
@@ -210,22 +203,14 @@ def _recipe(recorded: dict[str, Any]) -> list[str]:
         recipe = Recipe.from_dict(recorded)
     except RecipeError as error:
         return [clean(f"not one that this m3jax knows: {error}")]
-    fields = _dotted(recipe.to_dict())
-    defaults = _dotted(Recipe(method=recipe.method.name).to_dict())
+    fields = dotted(recipe.to_dict())
+    defaults = dotted(Recipe(method=recipe.method.name).to_dict())
     steps = [group(type(step)()) for step in recipe.transforms]
     for step, own in zip(recipe.transforms, steps, strict=True):
-        defaults |= _dotted({step.name: own})
+        defaults |= dotted({step.name: own})
     defaults |= {"method": Recipe().method.name}
     changed = [f"{n}={v!r}" for n, v in fields.items() if v != defaults[n]]
     return [clean(line) for line in changed] or ["all defaults"]
-
-
-def _dotted(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        inner = isinstance(value, dict)
-        found |= _dotted(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return found
 
 
 def _table(tensors: dict[str, dict[str, Any]]) -> list[str]:

@@ -14,10 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from absl import flags
-
 from m3jax.commands import learn_config, mesh
-from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.commands.cli import define, define_names, names, need
 from m3jax.commands.tables import clean, say, table
 
 USAGE = (
@@ -48,72 +46,35 @@ MORE_HELP = [
     *(__doc__ or "").split("\n")[2:-1],
 ]
 
-# Other commands have flags of these names, too; a process runs one command.
-_BASE = flags.DEFINE_string(
-    "base", None, "The base model: folder, file or org/name.", allow_override=True
-)
-_MODELS = define_names(
-    "models", "The fine-tuned models, comma-separated.", allow_override=True
-)
-_TASKS = define_names(
-    "tasks", "JSON files of tasks to learn from.", allow_override=True
-)
+
+_BASE = define("base", str, "The base model: folder, file or org/name.")
+_MODELS = define_names("models", "The fine-tuned models, comma-separated.")
+_TASKS = define_names("tasks", "JSON files of tasks to learn from.")
 _VALIDATION = define_names(
-    "validation_tasks",
-    "JSON files of tasks that say which step is kept.",
-    allow_override=True,
+    "validation_tasks", "JSON files of tasks that say which step is kept."
 )
-_TEST = define_names(
-    "test_tasks", "JSON files of tasks to report.", allow_override=True
-)
+_TEST = define_names("test_tasks", "JSON files of tasks to report.")
 _TEACHERS = define_names(
     "teachers", "Checkpoints to learn from instead of the models, for uld."
 )
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for recipe, table and pictures.", allow_override=True
+_OUTPUT = define("output", str, "Folder for recipe, table and pictures.")
+_EXPORT = define("export", str, "Folder for the learned checkpoint.")
+_SEED = define("seed", int, "Of masks and the order of examples. [0]")
+_STREAMED = define("streamed", bool, "Read the models from their files in every step.")
+_MESH = define(
+    "mesh", list, "Split everything over devices, such as rows=4 or rows=2,columns=2."
 )
-_EXPORT = flags.DEFINE_string(
-    "export", None, "Folder for the learned checkpoint.", allow_override=True
-)
-_SEED = flags.DEFINE_integer(
-    "seed", None, "Of masks and the order of examples. [0]", allow_override=True
-)
-_STREAMED = flags.DEFINE_bool(
-    "streamed", False, "Read the models from their files in every step."
-)
-_MESH = flags.DEFINE_list(
-    "mesh",
-    None,
-    "Split everything over devices, such as rows=4 or rows=2,columns=2.",
-    allow_override=True,
-)
-_RESUME = flags.DEFINE_bool(
-    "resume", False, "Go on with an interrupted run.", allow_override=True
-)
-_OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Replace a previous output.", allow_override=True
-)
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print what it takes and stop.", allow_override=True
-)
-_TOKENIZER_FROM = flags.DEFINE_string(
-    "tokenizer_from", None, "Model whose tokenizer is used. [base]", allow_override=True
-)
+_RESUME = define("resume", bool, "Go on with an interrupted run.")
+_OVERWRITE = define("overwrite", bool, "Replace a previous output.")
+_DRY_RUN = define("dry_run", bool, "Print what it takes and stop.")
+_TOKENIZER_FROM = define("tokenizer_from", str, "Model whose tokenizer is used. [base]")
 prepare = learn_config.prepare  # --config, whose fields depend on the file it names
 
 
 def main(positional: list[str]) -> int:
-    if positional:
-        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     base, models, output = _BASE.value, names(_MODELS) or [], _OUTPUT.value
     tasks, validation, test = (names(own) or [] for own in (_TASKS, _VALIDATION, _TEST))
-    for name, value in (
-        ("models", models),
-        ("tasks", tasks),
-        ("output", _OUTPUT.value or _DRY_RUN.value),
-    ):
-        if not value:
-            raise UsageError(f"--{name} is missing; usage: {USAGE}")
+    need(USAGE, models=models, tasks=tasks, output=output or _DRY_RUN.value)
     config = learn_config.asked()
     devices = mesh.sizes(_MESH.value)
 

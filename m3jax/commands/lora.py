@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from m3jax.commands import config, reporting
-from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.commands.cli import UsageError, define, define_names, names, need
 from m3jax.commands.tables import shape, table
 
 if TYPE_CHECKING:
@@ -32,50 +32,37 @@ USAGE = (
     "       m3jax lora merge --models=A,B[,C...] --output=DIR [--how=core] "
     "[--config=FILE]"
 )
+TAKES = None
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
-# Other commands have flags of these names, too; a process runs one command.
-_BASE = flags.DEFINE_string(
-    "base",
-    None,
-    "The base model: a folder, a file or org/name.",
-    allow_override=True,
+
+_BASE = define("base", str, "The base model: a folder, a file or org/name.")
+_MODEL = define("model", str, "extract: the fine-tuned model.")
+_MODELS = define_names("models", "merge: the adapters, comma-separated.")
+_OUTPUT = define("output", str, "The folder to make.")
+_RANK = define("rank", int, "At most so much, for every tensor.")
+_ENERGY = define(
+    "energy", float, "Share of each change's sum of squares to keep, 0 to 1."
 )
-_MODEL = flags.DEFINE_string("model", None, "extract: the fine-tuned model.")
-_MODELS = define_names(
-    "models", "merge: the adapters, comma-separated.", allow_override=True
-)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "The folder to make.", allow_override=True
-)
-_RANK = flags.DEFINE_integer("rank", None, "At most so much, for every tensor.")
-_ENERGY = flags.DEFINE_float(
-    "energy", None, "Share of each change's sum of squares to keep, 0 to 1."
-)
-_SVD = flags.DEFINE_enum(
+_SVD = define(
     "svd",
-    None,
     ["full", "randomised"],
     "extract: of each change. [full; of more than 2048 rows and columns randomised]",
 )
-_EMBEDDINGS = flags.DEFINE_enum(
+_EMBEDDINGS = define(
     "embeddings",
-    "whole",
     ["whole", "lora"],
     "extract: how a changed embedding and head are stored.",
+    "whole",
 )
-_HOW = flags.DEFINE_enum(
-    "how", "concatenate", ["concatenate", "svd", "core"], "merge: see below."
-)
-_DTYPE = flags.DEFINE_enum(
+_HOW = define("how", ["concatenate", "svd", "core"], "merge: see below.", "concatenate")
+_DTYPE = define(
     "factors_dtype",
-    "float32",
     ["float32", "bfloat16", "float16"],
     "Of A and B in the adapter.",
+    "float32",
 )
-_SEED = flags.DEFINE_integer(
-    "seed", None, "Of ratios, masks and a randomised SVD. [0]", allow_override=True
-)
+_SEED = define("seed", int, "Of ratios, masks and a randomised SVD. [0]")
 
 _OF_OTHERS = {"extract": ("models", "how"), "merge": ("model", "svd", "embeddings")}
 
@@ -89,8 +76,7 @@ def main(positional: list[str]) -> int:
         if flags.FLAGS[flag].present:
             raise UsageError(f"--{flag} is not of `m3jax lora {positional[0]}`")
     output = _OUTPUT.value
-    if output is None:
-        raise UsageError(f"--output is missing; usage: {USAGE}")
+    need(USAGE, output=output)
     fits = _extract(output) if positional == ["extract"] else _merge(output)
     print("\n".join([*_report(fits), f"adapter: {output}"]))
     return 0

@@ -28,50 +28,28 @@ from typing import Any
 from absl import flags
 
 from m3jax.commands import process, reporting
-from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.commands.cli import UsageError, at_least_one, define, define_names, names
 
 USAGE = "m3jax measure fisher|gram MODEL --tasks=SPEC.json[,...] | similarity MODEL ..."
+TAKES = None
 LESS_MEMORY = "a smaller --tokens_per_batch needs less"
 MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
-_TASKS = define_names(
-    "tasks", "fisher, gram: JSON files of tasks.", allow_override=True
+_TASKS = define_names("tasks", "fisher, gram: JSON files of tasks.")
+_KIND = define(
+    "kind", ["exact", "sampled", "empirical"], "fisher: see below.", "sampled"
 )
-_KIND = flags.DEFINE_enum(
-    "kind", "sampled", ["exact", "sampled", "empirical"], "fisher: see below."
+_SAMPLES = define("samples", int, "fisher: draws per example, if sampled.", 1)
+_SEED = define("seed", int, "fisher: of the draws. [0]")
+_LIMIT = define("limit", int, "Only the first N examples of each task.")
+_TOKENS_PER_BATCH = define(
+    "tokens_per_batch", int, "More is faster and takes more memory.", 4096
 )
-_SAMPLES = flags.DEFINE_integer("samples", 1, "fisher: draws per example, if sampled.")
-# Other commands have flags of these names, too; a process runs one command.
-_SEED = flags.DEFINE_integer(
-    "seed", None, "fisher: of the draws. [0]", allow_override=True
-)
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "Only the first N examples of each task.", allow_override=True
-)
-_TOKENS_PER_BATCH = flags.DEFINE_integer(
-    "tokens_per_batch",
-    4096,
-    "More is faster and takes more memory.",
-    allow_override=True,
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    None,
-    "The folder to make. [MODEL-fisher, MODEL-gram]",
-    allow_override=True,
-)
-_RESUME = flags.DEFINE_bool(
-    "resume", False, "Continue an interrupted measurement.", allow_override=True
-)
-_BASE = flags.DEFINE_string(
-    "base", None, "similarity: the base model, for task vectors.", allow_override=True
-)
-_JSON = flags.DEFINE_bool(
-    "json", False, "similarity: print everything as JSON.", allow_override=True
-)
-_PLOT = flags.DEFINE_string(
-    "plot", None, "similarity: PNG to draw.", allow_override=True
-)
+_OUTPUT = define("output", str, "The folder to make. [MODEL-fisher, MODEL-gram]")
+_RESUME = define("resume", bool, "Continue an interrupted measurement.")
+_BASE = define("base", str, "similarity: the base model, for task vectors.")
+_JSON = define("json", bool, "similarity: print everything as JSON.")
+_PLOT = define("plot", str, "similarity: PNG to draw.")
 
 _MEASURED = (_TASKS, _LIMIT, _TOKENS_PER_BATCH, _OUTPUT, _RESUME)
 _FLAGS = {  # that each of them has
@@ -88,9 +66,7 @@ def main(positional: list[str]) -> int:
     for name in {name for own in _FLAGS.values() for name in own} - {*_FLAGS[what]}:
         if flags.FLAGS[name].present:
             raise UsageError(f"--{name} is not for {what}; {_usage()}")
-    for flag in (_SAMPLES, _LIMIT, _TOKENS_PER_BATCH):
-        if flag.value is not None and flag.value < 1:
-            raise UsageError(f"--{flag.name}={flag.value} needs 1 or more")
+    at_least_one(_SAMPLES, _LIMIT, _TOKENS_PER_BATCH)
     return _similarity(models) if what == "similarity" else _statistics(what, models)
 
 

@@ -12,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.commands import allocator, config, distributed, mesh, process, reporting
-from m3jax.commands.cli import UsageError, define_names, names
+from m3jax.commands.cli import UsageError, define, define_names, names, need
 from m3jax.recipe import Recipe
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.tokenizer import check_vocabulary
@@ -35,9 +33,9 @@ MORE_HELP = [
     *[f"                           {name}" for name in config.field_names()],
 ]
 
-_BASE = flags.DEFINE_string(
+_BASE = define(
     "base",
-    None,
+    str,
     "The base model: a folder, a file or org/name; safetensors, .bin, GGUF, Orbax, "
     "Flax msgpack.",
 )
@@ -47,65 +45,67 @@ _STATISTICS = define_names(
     "One checkpoint per model of what was measured (Fisher, Gram), for methods that "
     "read it.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
-_SEED = flags.DEFINE_integer("seed", None, "Of ratios and masks. [0]")
-_DOCUMENTS = flags.DEFINE_string(
+_OUTPUT = define("output", str, "The folder to make.")
+_SEED = define("seed", int, "Of ratios and masks. [0]")
+_DOCUMENTS = define(
     "documents",
-    None,
+    str,
     "Of a --config of several documents: the folder for the results of those with a "
     "name, which stay. [OUTPUT.documents]",
 )
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a previous m3jax output.")
-_RESUME = flags.DEFINE_bool("resume", False, "Continue an interrupted merge.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
-_ALLOW_NONFINITE = flags.DEFINE_bool(
-    "allow_nonfinite", False, "Merge NaN and infinity instead of refusing them."
+_OVERWRITE = define("overwrite", bool, "Replace a previous m3jax output.")
+_RESUME = define("resume", bool, "Continue an interrupted merge.")
+_DRY_RUN = define("dry_run", bool, "Print the plan and stop.")
+_ALLOW_NONFINITE = define(
+    "allow_nonfinite", bool, "Merge NaN and infinity instead of refusing them."
 )
-_TOKENIZER_FROM = flags.DEFINE_string(
+_TOKENIZER_FROM = define(
     "tokenizer_from",
-    None,
+    str,
     "Model whose tokenizer, generation config and end tokens go along. [base]",
 )
-_CHAT_TEMPLATE = flags.DEFINE_string(
+_CHAT_TEMPLATE = define(
     "chat_template",
-    None,
+    str,
     "Of the output: a model's, with its end tokens; auto; chatml, llama3, mistral, "
     "alpaca, exaone; a template or a .jinja file. [the tokenizer's]",
 )
-_COPY_TOKENIZER = flags.DEFINE_bool(
-    "copy_tokenizer", True, "Write the tokenizer and chat template beside the model."
+_COPY_TOKENIZER = define(
+    "copy_tokenizer",
+    bool,
+    "Write the tokenizer and chat template beside the model.",
+    True,
 )
-_STRICT = flags.DEFINE_bool(
-    "strict", False, "Refuse models that differ in more than their weights."
+_STRICT = define(
+    "strict", bool, "Refuse models that differ in more than their weights."
 )
-_RENAME = flags.DEFINE_multi_string(
+_RENAME = define(
     "rename",
-    None,
+    tuple,
     "REGEX=REPLACEMENT for models' names that the base does not have; repeatable.",
 )
-_THREADS = flags.DEFINE_integer("threads", None, "Reading, computing, writing threads.")
-_CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "Elements worked on at a time.")
-_OUTPUT_FORMAT = flags.DEFINE_enum(
+_THREADS = define("threads", int, "Reading, computing, writing threads.")
+_CHUNK_SIZE = define("chunk_size", int, "Elements worked on at a time.")
+_OUTPUT_FORMAT = define(
     "output_format",
-    None,
     ["safetensors", "orbax"],
     "Of the output; without it, that of the base (or of the first model). Flax's "
     "msgpack becomes safetensors.",
 )
-_EXECUTOR = flags.DEFINE_enum(
+_EXECUTOR = define(
     "executor",
-    "streamed",
     ["streamed", "sharded"],
     "In chunks from file to file, or all models in the memory of all devices.",
+    "streamed",
 )
-_MESH = flags.DEFINE_list(
+_MESH = define(
     "mesh",
-    None,
+    list,
     "Sharded: how the devices split tensors, such as rows=2,columns=4. "
     "[rows=ALL DEVICES]",
 )
-_FSYNC = flags.DEFINE_bool("fsync", True, "Wait until the disk has the output.")
-_PROFILE = flags.DEFINE_string("profile", None, "Folder for a profiler trace.")
+_FSYNC = define("fsync", bool, "Wait until the disk has the output.", True)
+_PROFILE = define("profile", str, "Folder for a profiler trace.")
 
 prepare = config.prepare  # --config, whose fields depend on the file it names
 
@@ -116,8 +116,6 @@ def named() -> tuple[str | None, list[str]]:
 
 
 def main(positional: list[str]) -> int:
-    if positional:
-        raise UsageError(f"unexpected argument {positional[0]!r}; usage: {USAGE}")
     asked = config.asked(
         _BASE.value, names(_MODELS), _SEED.value, rename=_RENAME.value or ()
     )
@@ -125,11 +123,8 @@ def main(positional: list[str]) -> int:
     statistics = names(_STATISTICS) or asked.statistics
     if asked.mixture is not None:
         base, models = None, [asked.mixture.base]
-    if not models:
-        raise UsageError(f"--models is missing; usage: {USAGE}")
     output = _OUTPUT.value
-    if output is None and not _DRY_RUN.value:
-        raise UsageError(f"--output is missing; usage: {USAGE}")
+    need(USAGE, models=models, output=output or _DRY_RUN.value)
     for own in (*asked.documents, Document(base, tuple(models), recipe)):
         own.recipe.check(num_models=len(own.models), has_base=own.base is not None)
         check_vocabulary(own.recipe.vocabulary, own.inputs)

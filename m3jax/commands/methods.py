@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from absl import flags
-
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define
 from m3jax.commands.tables import table
 from m3jax.methods import METHODS, TRANSFORMS, Step
 from m3jax.methods.fields import Weights
 from m3jax.recipe import values
 
 USAGE = "m3jax methods [NAME ...] [--markdown]"
+TAKES = None
 
-_MARKDOWN = flags.DEFINE_bool("markdown", False, "As tables in Markdown.")
+_MARKDOWN = define("markdown", bool, "As tables in Markdown.")
 
 
 def main(positional: list[str]) -> int:

@@ -7,33 +7,25 @@ base that the merge read, which has to be there still.
 
 from __future__ import annotations
 
-from absl import flags
-
 from m3jax.commands import process
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define
 
 USAGE = "m3jax modulate FOLDER --task=NAME [--output=DIR]"
+TAKES = (1, "one folder")
 
-_TASK = flags.DEFINE_string(
-    "task", None, "A model that was merged: the last part of its path, or its number."
+_TASK = define(
+    "task", str, "A model that was merged: the last part of its path, or its number."
 )
-# Other commands have flags of these names, too; a process runs one command.
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "The folder to make. [FOLDER-NAME]", allow_override=True
-)
-_BASE = flags.DEFINE_string(
-    "base", None, "The base model. [where the merge read it]", allow_override=True
-)
-_UNMERGED_FROM = flags.DEFINE_string(
+_OUTPUT = define("output", str, "The folder to make. [FOLDER-NAME]")
+_BASE = define("base", str, "The base model. [where the merge read it]")
+_UNMERGED_FROM = define(
     "unmerged_from",
-    None,
+    str,
     "A model that gives what was excluded from the merge, such as a head. [the base]",
 )
 
 
 def main(positional: list[str]) -> int:
-    if len(positional) != 1:
-        raise UsageError(f"needs one folder, not {len(positional)}; usage: {USAGE}")
     if _TASK.value is None:
         raise UsageError(f"needs --task; usage: {USAGE}")
     process.leave_at_once()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from absl import flags
 
 from m3jax.commands import config, merge
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define
 from m3jax.moe.document import ARCHITECTURES, Expert, Mixture
 
 USAGE = (
@@ -20,18 +20,14 @@ USAGE = (
 )
 SHARED = [merge, *merge.SHARED]
 
-_GATES = flags.DEFINE_enum(
-    "gates", "random", ["random", "uniform_random"], "Of --models; a YAML has its own."
+_GATES = define(
+    "gates", ["random", "uniform_random"], "Of --models; a YAML has its own.", "random"
 )
-_PER_TOKEN = flags.DEFINE_integer(
-    "experts_per_token", 2, "Experts that a token goes through."
+_PER_TOKEN = define("experts_per_token", int, "Experts that a token goes through.", 2)
+_ARCHITECTURE = define(
+    "architecture", list(ARCHITECTURES), "Of the output. [by the base's]"
 )
-_ARCHITECTURE = flags.DEFINE_enum(
-    "architecture", None, list(ARCHITECTURES), "Of the output. [by the base's]"
-)
-_DTYPE = flags.DEFINE_string(
-    "dtype", "input", "Of the output; input: the widest input's.", allow_override=True
-)
+_DTYPE = define("dtype", str, "Of the output; input: the widest input's.", "input")
 
 failed = merge.failed
 

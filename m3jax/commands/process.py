@@ -26,6 +26,7 @@ _MOST = 1000
 _X86_FACTS = ("vendor_id", "cpu family", "model", "stepping", "flags")
 _ARM_FACTS = ("CPU ", "Features")
 _PROVEN, _UNFIT = "proven", "unfit"
+_FILES = 65536  # open at a time; five models of 160 shards come near the usual 1024
 
 
 def begin(command: str = "") -> None:
@@ -33,11 +34,11 @@ def begin(command: str = "") -> None:
 
     Matrix products of NumPy's then have one thread, since a merge calls them from its
     own threads, where those of OpenBLAS wait for each other by spinning: up to twenty
-    times the CPU. `m3jax lora` decomposes one matrix at a time, and has them all.
+    times the CPU. `lora` and `align` work on one matrix at a time, and have them all.
     """
     global own
     own = True
-    if command != "lora":
+    if command not in ("lora", "align"):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(100_000, 50, 100)  # a tenth of all imports is a search for garbage
 
@@ -86,6 +87,19 @@ def _keep_in(folder: Path | None, jax: Any) -> None:
     jax.config.update("jax_compilation_cache_dir", folder and str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def open_many_files() -> None:
+    """Lets this process open as many files as it may: models come in hundreds."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ImportError, OSError, ValueError):
+        return  # another system; the default then stands
 
 
 def leave_at_once() -> None:

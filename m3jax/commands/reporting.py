@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from m3jax.engine.progress import Progress
+from m3jax.engine.progress import Progress, size
 
 if TYPE_CHECKING:
     from m3jax.engine.jobs import Job
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 10.0
 _FEW_GROUPS = 8
-
-
-def size(count: float) -> str:
-    """Bytes as text, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def plan(prepared: Prepared, output: str | None = None) -> str:
@@ -84,23 +75,8 @@ def _method(job: Job) -> str:
 
 
 def _dtype(prepared: Prepared) -> str:
-    """Of the output; with what makes it larger than the models, if anything does."""
-    tensors = [prepared.inputs.tensors[i] for i in prepared.merged]
-    wider = 0
-    for i, tensor in zip(prepared.merged, tensors, strict=True):
-        widest = max(model.source.output_dtype.itemsize for model in tensor.models)
-        wider += prepared.items[i].size * max(0, tensor.dtype.itemsize - widest)
-    names = sorted({tensor.dtype.numpy.name for tensor in tensors})
-    text = ", ".join(names) or "that of each tensor"
-    if not wider:
-        return text
-    theirs = sorted(
-        {m.source.output_dtype.numpy.name for t in tensors for m in t.models}
-    )
-    return (
-        f"{text}, wider than the models' {', '.join(theirs)}: {size(wider)} more to "
-        f"write; --config.dtype={theirs[0]} would not"
-    )
+    merged = [prepared.inputs.tensors[i].dtype.numpy.name for i in prepared.merged]
+    return ", ".join(sorted(set(merged))) or "that of each tensor"
 
 
 def _place(prepared: Prepared, output: str | None) -> str:

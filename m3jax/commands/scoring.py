@@ -6,10 +6,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from m3jax.commands import mesh
-from m3jax.commands.cli import UsageError
+from m3jax.commands.cli import UsageError, define
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,43 +17,26 @@ if TYPE_CHECKING:
     from m3jax.models.config import Config
     from m3jax.models.tokenizer import Tokenizer
 
-# Other commands have flags of these names, too; a process runs one command.
-LIMIT = flags.DEFINE_integer(
-    "limit", None, "Only the first N examples of each task.", allow_override=True
+
+LIMIT = define("limit", int, "Only the first N examples of each task.")
+TOKENS_PER_BATCH = define(
+    "tokens_per_batch", int, "More is faster and takes more memory.", 4096
 )
-TOKENS_PER_BATCH = flags.DEFINE_integer(
-    "tokens_per_batch",
-    4096,
-    "More is faster and takes more memory.",
-    allow_override=True,
+HARNESS_TASKS_PATH = define(
+    "harness_tasks_path", str, "Folder of more harness tasks, as YAML."
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "input",
-    ["input", "float32", "bfloat16"],
-    "Of the matrix products.",
-    allow_override=True,
+_DTYPE = define(
+    "dtype", ["input", "float32", "bfloat16"], "Of the matrix products.", "input"
 )
-_MESH = flags.DEFINE_list(
+_MESH = define(
     "mesh",
-    None,
+    list,
     "Split models over devices, such as rows=4 or rows=2,columns=2; one draw at a "
     "time. [a device has all]",
-    allow_override=True,
 )
-ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
-    "allow_code_execution",
-    False,
-    "Run the programs that models write, for code tasks.",
-    allow_override=True,
+ALLOW_CODE_EXECUTION = define(
+    "allow_code_execution", bool, "Run the programs that models write, for code tasks."
 )
-
-
-def check(*more: flags.FlagHolder[int | None]) -> None:
-    """Raises UsageError if one of these flags, or of `more`, is below 1."""
-    for flag in (LIMIT, TOKENS_PER_BATCH, *more):
-        if flag.value is not None and flag.value < 1:
-            raise UsageError(f"--{flag.name}={flag.value} needs 1 or more")
 
 
 def devices() -> dict[str, int] | None:
@@ -86,9 +67,17 @@ def evaluator(
     )
 
 
-def is_file(name: str) -> bool:
-    """Whether a task is a JSON file, rather than one of the harness's."""
-    return name.endswith(".json") or "/" in name or Path(name).is_file()
+def split(asked: Sequence[str]) -> tuple[list[Task], list[str]]:
+    """The tasks of JSON files, and the names of the harness's."""
+    from m3jax.evaluation.tasks.task import load_tasks
+
+    tasks, names = [], []
+    for name in asked:
+        if name.endswith(".json") or "/" in name or Path(name).is_file():
+            tasks += load_tasks(name)
+        else:
+            names.append(name)
+    return tasks, names
 
 
 def harness(names: Sequence[str], what: str) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from m3jax.commands import tensor_names
-from m3jax.commands.tables import clean, table
+from m3jax.commands.tables import clean, number, table
 from m3jax.engine.similarity import Pairs, Similarity, add
+from m3jax.evaluation import results
 
 
 def lines(found: Similarity) -> list[str]:
@@ -46,14 +46,10 @@ def by_layer(tensors: Mapping[str, Pairs]) -> dict[str, list[Pairs]]:
 def _cells(name: str, own: Pairs, pairs: list[tuple[int, int]]) -> tuple[str, ...]:
     return (
         clean(name),
-        *(_number(norm, ".4g") for norm in own.norms),
-        *(_number(own.cosines[pair], ".4f") for pair in pairs),
-        *(_number(own.sign_agreement[pair], ".4f") for pair in pairs),
+        *(number(norm, ".4g") for norm in own.norms),
+        *(number(own.cosines[pair], ".4f") for pair in pairs),
+        *(number(own.sign_agreement[pair], ".4f") for pair in pairs),
     )
-
-
-def _number(value: float, form: str) -> str:
-    return "—" if math.isnan(value) else f"{value:{form}}"
 
 
 def as_json(found: Similarity) -> dict[str, Any]:
@@ -76,14 +72,10 @@ def as_json(found: Similarity) -> dict[str, Any]:
 
 
 def _pairs_as_json(own: Pairs) -> dict[str, Any]:
-    def plain(values: Any) -> Any:
-        if isinstance(values, list):
-            return [plain(value) for value in values]
-        return values if math.isfinite(values) else None
-
-    return {
+    found = {
         "elements": own.elements,
-        "norms": plain(own.norms.tolist()),
-        "cosine": plain(own.cosines.tolist()),
-        "sign_agreement": plain(own.sign_agreement.tolist()),
+        "norms": own.norms.tolist(),
+        "cosine": own.cosines.tolist(),
+        "sign_agreement": own.sign_agreement.tolist(),
     }
+    return results.as_json(found)

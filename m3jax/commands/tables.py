@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -51,6 +52,11 @@ def percent(part: int, whole: int) -> str:
         return "—"
     share = 100 * part / whole
     return f"{share if part in (0, whole) else min(max(share, 0.01), 99.99):.2f} %"
+
+
+def number(value: float, form: str = ".4f", before: str = "") -> str:
+    """A number as text; NaN is undefined."""
+    return "—" if math.isnan(value) else f"{before}{value:{form}}"
 
 
 def shape(sizes: tuple[int, ...]) -> str:

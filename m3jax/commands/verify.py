@@ -7,14 +7,13 @@ every difference is a line, and the exit code is 1 if there is one.
 from __future__ import annotations
 
 from m3jax.commands import reporting
-from m3jax.commands.cli import DIFFERENT, UsageError
+from m3jax.commands.cli import DIFFERENT
 
 USAGE = "m3jax verify DIR"
+TAKES = (1, "one checkpoint")
 
 
 def main(positional: list[str]) -> int:
-    if len(positional) != 1:
-        raise UsageError(f"needs one checkpoint, not {len(positional)}; usage: {USAGE}")
     from m3jax.engine.verify import verify
 
     with reporting.progress() as progress:

@@ -30,6 +30,13 @@ def paths(given: Any, what: str) -> list[str]:
     return [fspath(one) for one in found]
 
 
+def path(given: Any, what: str) -> str:
+    """A path or a name; see `paths`."""
+    if not isinstance(given, str | PathLike):
+        raise TypeError(f"{what}={_short(given)} needs to be a path or a name")
+    return fspath(given)
+
+
 def recipe_of(given: Any) -> Recipe:
     """A recipe of one, of its fields as a dict (or ConfigDict), or of nothing.
 

@@ -130,9 +130,11 @@ def by_token(
             for row in options.tokens
         },
     )
-    folders = [checkpoints[d].folder for d in others]
+    folders = [checkpoints[d].tokenizer_folder for d in others]
     owner = checkpoints[own]
-    files = union.extended(owner.name, owner.folder, words[own], whole, folders)
+    files = union.extended(
+        owner.name, owner.tokenizer_folder, words[own], whole, folders
+    )
     unknown = int(
         found.filled[[i for i, t in enumerate(tokens) if t is not None]].sum()
     )
@@ -151,7 +153,7 @@ def by_token(
 
 
 def _vocabulary(checkpoint: Checkpoint, policy: str) -> Vocabulary:
-    found = read_vocabulary(checkpoint.name, checkpoint.folder)
+    found = read_vocabulary(checkpoint.name, checkpoint.tokenizer_folder)
     if found is None:
         raise CheckpointError(
             f"{checkpoint.name}: has no tokenizer (tokenizer.json, tokenizer.model, "
@@ -238,7 +240,7 @@ def compared(
     merged = any(is_named(n) and not recipe.excludes(n) for n in first.tensors)
     if recipe.vocabulary not in BY_ROW or not merged or not others:
         return Compared()
-    prints = {own.name: fingerprint(own.folder) for own in (first, *others)}
+    prints = {own.name: fingerprint(own.tokenizer_folder) for own in (first, *others)}
     problems: list[str] = []
     notes: list[str] = []
     known: dict[str, Vocabulary] = {}
@@ -251,7 +253,7 @@ def compared(
         try:
             for own in pair:
                 if own.name not in known:
-                    read = read_vocabulary(own.name, own.folder)
+                    read = read_vocabulary(own.name, own.tokenizer_folder)
                     assert read is not None
                     known[own.name] = read
         except CheckpointError as error:

@@ -15,7 +15,7 @@ from m3jax.engine import checks, leaves, resident
 from m3jax.engine import tiles as on_tiles
 from m3jax.engine.buffers import Buffers, view
 from m3jax.engine.inputs import TensorInputs
-from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.kernel import At, Numbers, Program, Reducing, take
 from m3jax.engine.passes import Pass, by_group
 from m3jax.engine.pipeline import Clock
 from m3jax.engine.placement import Placement
@@ -63,60 +63,48 @@ class Work:
           chunk, x: what is read.
           draw: from `draw`, if it is there already.
         """
-        program, depth, numbers = asked.program, asked.depth, asked.numbers
-        first = asked.first
+        at, combine = asked.at, asked.first.combine
+        how = Reducing.of(at, asked.first, count=not self._on_host)
         with _x64(chunk):
             if chunk.block is None:
                 item, _, counts = on_tiles.tiles_of(chunk, self._tiles)
-                kernel = on_tiles.reduce_tiles(
-                    program.before(depth),
-                    depth,
-                    first.function,
-                    first.combine,
-                    self._mesh if self._mesh.size > 1 else None,
-                    not self._on_host,
-                )
-                if draw is None:
-                    draw = self.draw(program, depth, numbers, chunk)
-                result = kernel(
+                mesh = self._mesh if self._mesh.size > 1 else None
+                result = on_tiles.reduce_tiles(how, mesh)(
                     self._placed(x),
-                    take(numbers.first(depth), item, 1, _compute(chunk)),
-                    draw,
+                    take(at.numbers.first(at.depth), item, 1, _compute(chunk)),
+                    self.draw(at, chunk) if draw is None else draw,
                     take(asked.arguments, asked.slots[item], 1, np.float32),
                     counts,
                 )
             else:
-                result = self._reduce_block(asked, chunk, x)
+                result = self._reduce_block(asked, how, chunk, x)
             return [
                 by_group(
-                    how,
+                    kind,
                     np.asarray(part),
                     chunk,
                     asked.slots,
                     counted=not self._on_host,
                     stride=asked.stride,
                 )
-                for how, part in zip(first.combine, result, strict=True)
+                for kind, part in zip(combine, result, strict=True)
             ]
 
-    def _reduce_block(self, asked: Pass, chunk: Chunk, x: Operands) -> tuple[Any, ...]:
+    def _reduce_block(
+        self, asked: Pass, how: Reducing, chunk: Chunk, x: Operands
+    ) -> tuple[Any, ...]:
         (run,) = chunk.runs
         axes = len(chunk.block or ())
-        program, depth, numbers = asked.program, asked.depth, asked.numbers
-        slot = int(asked.slots[run.item])
+        at, slot = asked.at, int(asked.slots[run.item])
         return leaves.reduce_leaf(
             tuple(x.models),
             x.base,
             {name: tuple(own) for name, own in x.beside.items()},
-            take(numbers.first(depth), run.item, axes),
-            self._block_draw(program, depth, numbers, chunk),
+            take(at.numbers.first(at.depth), run.item, axes),
+            self._block_draw(at, chunk),
             take(asked.arguments, slot, axes),
-            program=program.before(depth),
-            depth=depth,
-            function=asked.first.function,
-            combine=asked.first.combine,
+            how=how,
             placement=Placement(chunk.block or ()),
-            count=not self._on_host,
         )
 
     def compute(
@@ -128,15 +116,16 @@ class Work:
         draw: Any = None,
     ) -> dict[str, np.ndarray]:
         """The parts of the output that a chunk makes, flat; `draw`: if it is there."""
-        dtypes = chunk.signature[-1]
+        dtypes, end = chunk.signature[-1], At.method(program, tables)
+        own = tables._replace(keys=None)
         with _x64(chunk):
             if chunk.block is None:
                 item, *_ = on_tiles.tiles_of(chunk, self._tiles)
-                if draw is None:
-                    draw = self.draw(program, None, tables, chunk)
-                kernel = on_tiles.merge_tiles(program, dtypes)
-                numbers = take(tables._replace(keys=None), item, 1, _compute(chunk))
-                made = kernel(self._placed(x), numbers, draw)
+                made = on_tiles.merge_tiles(program, dtypes)(
+                    self._placed(x),
+                    take(own, item, 1, _compute(chunk)),
+                    self.draw(end, chunk) if draw is None else draw,
+                )
             else:
                 (run,) = chunk.runs
                 made = leaves.merge_leaf(
@@ -144,18 +133,13 @@ class Work:
                     tuple(x.models[1:]),
                     x.base,
                     {name: tuple(own) for name, own in x.beside.items()},
-                    take(
-                        tables._replace(keys=None),
-                        run.item,
-                        len(chunk.block),
-                        _compute(chunk),
-                    ),
-                    self._block_draw(program, None, tables, chunk),
+                    take(own, run.item, len(chunk.block), _compute(chunk)),
+                    self._block_draw(end, chunk),
                     program=program,
                     dtypes=dtypes,
                     placement=Placement(chunk.block),
                 )
-            return {part: np.asarray(own).reshape(-1) for part, own in made.items()}
+            return {part: np.asarray(array).reshape(-1) for part, array in made.items()}
 
     def fill(self, chunk: Chunk, buffers: Buffers) -> Operands:
         """Reads a chunk: base or None, models and what is beside them."""
@@ -202,19 +186,14 @@ class Work:
             jax.device_put(dict(x.beside), over_stack),
         )
 
-    def draw(
-        self, program: Program, depth: int | None, numbers: Numbers, chunk: Chunk
-    ) -> Any:
+    def draw(self, at: At, chunk: Chunk) -> Any:
         """Masks or lanes of tiles, or on several devices what they are made of."""
-        kind = program.draws(depth)
-        if not kind:
+        if not at.draws:
             return None
         item, tile, _ = on_tiles.tiles_of(chunk, self._tiles)
-        made_of = on_tiles.keys_and_blocks(
-            numbers.keys, program.threshold(numbers), item, tile
-        )
+        made_of = on_tiles.keys_and_blocks(at.numbers.keys, at.threshold, item, tile)
         if self._on_host:
-            return on_tiles.drawn_beforehand(kind, made_of)
+            return on_tiles.drawn_beforehand(at.draws, made_of)
         keys, blocks_, thresholds = made_of
         if self._mesh.size > 1:  # along the tiles, as everything else
             over = NamedSharding(self._mesh, PartitionSpec(None, on_tiles.AXIS))
@@ -223,23 +202,20 @@ class Work:
             blocks_ = jax.device_put(blocks_, first)
         return keys, blocks_, thresholds
 
-    def _block_draw(
-        self, program: Program, depth: int | None, numbers: Numbers, chunk: Chunk
-    ) -> Any:
+    def _block_draw(self, at: At, chunk: Chunk) -> Any:
         """Masks or lanes of a block, (K, *block), on the host."""
-        kind = program.draws(depth)
-        if not kind:
+        if not at.draws:
             return None
         assert chunk.block is not None
         (run,) = chunk.runs
         first, last = run.start // TILE, -(-(run.start + run.count) // TILE)
-        threshold = program.threshold(numbers)
+        threshold = at.threshold
         parts = []
         for start in range(first, last, self._tiles):
             tile = np.arange(start, start + self._tiles, dtype=np.uint64)
             item = np.full(self._tiles, run.item)
-            made_of = on_tiles.keys_and_blocks(numbers.keys, threshold, item, tile)
-            drawn = on_tiles.drawn_beforehand(kind, made_of)
+            made_of = on_tiles.keys_and_blocks(at.numbers.keys, threshold, item, tile)
+            drawn = on_tiles.drawn_beforehand(at.draws, made_of)
             parts.append(drawn.reshape(len(drawn), -1))
         offset = run.start - first * TILE
         whole = np.concatenate(parts, axis=1)[:, offset : offset + run.count]

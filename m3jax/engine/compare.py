@@ -24,8 +24,8 @@ import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.source import Source
-from m3jax.checkpoints.sources.float8 import Dequantised, dequantise
+from m3jax.checkpoints.source import Source, byte_size
+from m3jax.checkpoints.sources import quantised
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
@@ -181,7 +181,7 @@ def compare(
         if name in sides[1]
     }
     paired = [name for name, (x, y) in pairs.items() if x.shape == y.shape]
-    progress.stage("comparing", sum(_bytes(s) for n in paired for s in pairs[n]))
+    progress.stage("comparing", sum(byte_size(s) for n in paired for s in pairs[n]))
     sums: dict[str, Sums] = {}
 
     def work(name: str, buffers: _Buffers, turn: Any) -> None:
@@ -211,24 +211,24 @@ def compare(
 
 
 def _weights(checkpoint: Checkpoint, notes: list[str]) -> Mapping[str, Source]:
-    """The stored tensors, float8 weights dequantised."""
+    """The stored tensors, dequantised where that can be."""
     stored: dict[str, Source] = dict(checkpoint.stored)
+    if checkpoint.format == "adapter":
+        notes.append(
+            f"{checkpoint.name}: an adapter (LoRA), compared as it is stored; "
+            f"BASE+{checkpoint.name} is what it makes of its base"
+        )
     try:
-        weights = dequantise(stored, checkpoint.config)
+        weights = quantised.weights_of(stored, checkpoint.config).tensors
     except CheckpointError as error:
         notes.append(f"{checkpoint.name}: compared as codes: {error}")
         return stored
-    dequantised = {n: w for n, w in weights.items() if isinstance(w, Dequantised)}
-    return stored | dequantised
+    return stored | weights
 
 
 def _described(checkpoint: Checkpoint, name: str) -> Described | None:
     tensor = checkpoint.stored.get(name)
     return None if tensor is None else (tensor.dtype.code, tensor.shape)
-
-
-def _bytes(source: Source) -> int:
-    return math.prod(source.shape) * source.dtype.itemsize
 
 
 class _Buffers:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.checkpoints import side_files
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.json_text import load_json
-from m3jax.checkpoints.side_files import read_side_file
-from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.places.files import Location
+from m3jax.checkpoints.source import Source, read
 from m3jax.engine.inputs import TensorInputs
 
 _MAX_JSON = 64_000_000  # bytes of a file that is looked into
@@ -68,6 +69,7 @@ _SILENT = [
     "max_length",
     "is_decoder",
 ]
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 _OTHERS = "; --tokenizer_from takes another model's"
 _MISSING = object()
 _SAMPLED = 6  # tensors
@@ -81,6 +83,7 @@ def found(
     checkpoints: Sequence[Checkpoint],
     tensors: Sequence[TensorInputs],
     tokenizer_from: Checkpoint,
+    owners: Mapping[str, Location] | None = None,
     *,
     asked: bool = False,
     speaks: bool = True,
@@ -91,6 +94,7 @@ def found(
       checkpoints: of the merge; the first gives config.json.
       tensors: what is made of them.
       tokenizer_from: gives the tokenizer, chat template and generation config.
+      owners: the folders of the side files that go along, where they are others.
       asked: it was asked for.
       speaks: whether that is all there is to chat template and end tokens.
     """
@@ -102,15 +106,21 @@ def found(
         line = _differ(f"config.json: {field}", names, values, names[0])
         lines += [line] if line else []
     whose = tokenizer_from.name
-    generation = [_json(own, "generation_config.json") for own in checkpoints]
+    folders = {own.folder: own.name for own in reversed(checkpoints)}
+
+    def giver(file: str) -> str:
+        folder = (owners or {}).get(file)
+        return whose if folder is None else folders.get(folder, whose)
+
+    generation = [_json(own.folder, GENERATION) for own in checkpoints]
     ends = [
         _ends(own.config or {}, more)
         for own, more in zip(checkpoints, generation, strict=True)
     ]
     templates = [_template(own) for own in checkpoints]
     talk = [
-        _differ("the end token", names, ends, whose),
-        _differ("the chat template", names, templates, whose, text=_length),
+        _differ("the end token", names, ends, giver(GENERATION)),
+        _differ("the chat template", names, templates, giver(TEMPLATE), text=_length),
     ]
     way_out = "" if asked else _OTHERS
     lines += [own + way_out for own in talk if own and speaks]
@@ -118,9 +128,30 @@ def found(
     for key in keys:
         if not any(fnmatch.fnmatch(key, own) for own in _SILENT):
             values = [(own or {}).get(key, _MISSING) for own in generation]
-            lines += [_differ(f"generation_config.json: {key}", names, values, whose)]
+            what = f"{GENERATION}: {key}"
+            lines += [_differ(what, names, values, giver(GENERATION))]
+    lines += _of_modules(checkpoints)
     lines += unrelated(checkpoints, tensors)
     return [line for line in lines if line]
+
+
+def _of_modules(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    """A line for each layer of sentence-transformers whose weights, which stand beside
+    the model's and are copied, are others in another checkpoint."""
+    first, *others = checkpoints
+    for name in side_files.weights_of_modules(first.folder):
+        own = side_files.read_side_file(first.folder, name)
+        differ = [
+            other.name
+            for other in others
+            if name in side_files.weights_of_modules(other.folder)
+            and side_files.read_side_file(other.folder, name) != own
+        ]
+        if differ:
+            yield (
+                f"{name} is another in {', '.join(dict.fromkeys(differ))}; it is not "
+                f"merged, the output has that of {first.name}"
+            )
 
 
 def effective(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,9 +240,7 @@ def _sample(source: Source) -> np.ndarray:
     """Elements from the middle of a tensor, float64, about their mean."""
     size = math.prod(source.shape)
     count = min(size, _ELEMENTS)
-    values = np.empty(count, source.dtype.numpy)
-    source.read_into(values, (size - count) // 2)
-    wide = values.astype(np.float64)
+    wide = read(source, (size - count) // 2, count).astype(np.float64)
     finite = wide[np.isfinite(wide)]
     return wide - (finite.mean() if len(finite) else 0)
 
@@ -268,23 +297,24 @@ def _ends(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> An
 
 def _template(checkpoint: Checkpoint) -> str | None:
     """The text of a checkpoint's chat template, wherever it stands."""
+    folder = checkpoint.tokenizer_folder
     try:
-        own = read_side_file(checkpoint.folder, "chat_template.jinja", _MAX_JSON)
+        own = side_files.read_side_file(folder, TEMPLATE, _MAX_JSON)
     except CheckpointError:
         own = None
     if own is not None:
         return own.decode("utf-8", "replace").strip()
     for file in ("chat_template.json", "tokenizer_config.json"):
-        found = (_json(checkpoint, file) or {}).get("chat_template")
+        found = (_json(folder, file) or {}).get("chat_template")
         if found:
             return str(found).strip()
     return None
 
 
-def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+def _json(folder: Location, name: str) -> dict[str, Any] | None:
     """A side file's content; None without one, or where it is not JSON."""
     try:
-        content = read_side_file(checkpoint.folder, name, _MAX_JSON)
+        content = side_files.read_side_file(folder, name, _MAX_JSON)
         if content is None:
             return None
         return load_json(content, name, constants=True)

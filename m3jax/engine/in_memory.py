@@ -17,7 +17,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.engine import draws
 from m3jax.engine import leaves as kernels
 from m3jax.engine.jobs import Job, jobs
-from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.kernel import At, Numbers, Program, Reducing, take
 from m3jax.engine.measure import (
     Groups,
     completed,
@@ -112,6 +112,9 @@ def merge_params(
 class Leaves:
     """Aligned leaves in device memory; a `measure.Bench`."""
 
+    few = 0
+    at_hand = False
+
     def __init__(self, leaves: Sequence[Leaf], num_models: int):
         self.leaves = leaves
         self.num_models = num_models
@@ -119,7 +122,6 @@ class Leaves:
         self.sizes = [leaf.size for leaf in leaves]
         arrays = [a for leaf in leaves if leaf.merged for a in leaf.arrays]
         self.traced = any(map(is_traced, arrays))
-        self.few = 0
 
     @property
     def merged(self) -> list[int]:
@@ -131,9 +133,7 @@ class Leaves:
 
     def reduce(
         self,
-        program: Program,
-        depth: int,
-        numbers: Numbers,
+        at: At,
         groups: Groups,
         reductions: Sequence[Reduction],
         *,
@@ -143,31 +143,28 @@ class Leaves:
         del everywhere  # every process has shards of every leaf
         first = reductions[0]
         size = sum(self.sizes[i] for i in groups[0])
-        traced = is_traced_at(self, program, depth, numbers)
+        traced = is_traced_at(self, at)
         if first.sample and (size < _SAMPLE_PAYS or len(groups) > 1 or traced):
             return [None] * len(groups)
         on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
         on_host = on_cpu and not traced and max(self.sizes) <= kernels.MAX_COUNTED
         arguments = stacked(reductions)
+        how = Reducing.of(at, first, count=not on_host)
+        numbers = at.numbers.first(at.depth)
 
         def dispatched(g: int, i: int) -> tuple[Any, ...]:
-            unit = program.unit(depth)
-            leaf = self.leaves[i].placed(unit, i)
+            leaf = self.leaves[i].placed(at.unit, i)
             placement = Placement.of(leaf.models[0])
-            axes = 1 if unit == "element" else len(placement.shape)
+            axes = 1 if at.unit == "element" else len(placement.shape)
             return kernels.reduce_leaf(
                 leaf.models,
                 leaf.base,
                 leaf.beside,
-                take(numbers.first(depth), i, axes, leaf.compute_dtype),
-                self.draw(program, depth, numbers, i, placement),
+                take(numbers, i, axes, leaf.compute_dtype),
+                self.draw(at, i, placement),
                 take(arguments, g, axes),
-                program=program.before(depth),
-                depth=depth,
-                function=first.function,
-                combine=first.combine,
+                how=how,
                 placement=placement,
-                count=not on_host,
                 stride=_SAMPLE_STRIDE if first.sample else 1,
             )
 
@@ -206,20 +203,12 @@ class Leaves:
             )
         return [None if own is None else tuple(own) for own in found]
 
-    def draw(
-        self,
-        program: Program,
-        depth: int | None,
-        numbers: Numbers,
-        i: int,
-        placement: Placement,
-    ) -> Any:
+    def draw(self, at: At, i: int, placement: Placement) -> Any:
         """Masks or lanes of leaf i, lying as it does; None where nothing is drawn."""
-        kind = program.draws(depth)
-        if not kind:
+        if not at.draws:
             return None
-        thresholds = program.threshold(numbers)[:, i]
-        return kernels.draw(numbers.keys[:, i], thresholds, kind, placement=placement)
+        keys, thresholds = at.numbers.keys[:, i], at.threshold[:, i]
+        return kernels.draw(keys, thresholds, at.draws, placement=placement)
 
     def merge(
         self, program: Program, numbers: Numbers, i: int, *, donate: bool
@@ -238,7 +227,7 @@ class Leaves:
             leaf.base,
             leaf.beside,
             take(own, i, len(placement.shape), leaf.compute_dtype),
-            self.draw(program, None, numbers, i, placement),
+            self.draw(At.method(program, numbers), i, placement),
             program=program,
             dtypes=leaf.kernel_dtypes,
             placement=placement,

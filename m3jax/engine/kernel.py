@@ -8,6 +8,7 @@ array argument, so a program compiles once for its words and a shape of arrays.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.methods.selection import ABOVE, count_codes
-from m3jax.methods.step import UNITS, Method, Operands, Step, Transform
+from m3jax.methods.step import UNITS, Method, Operands, Reduction, Step, Transform
 from m3jax.recipe import Recipe
 
 WIDTH = 1024  # elements whose integers an int32 can sum up; the columns of a tile
@@ -83,6 +84,69 @@ class Numbers(NamedTuple):
         return Numbers(self.p[:depth], self.info[:depth])
 
 
+class At(NamedTuple):
+    """A step of a program, and the numbers of it and of those before.
+
+    Attributes:
+      program: whose step it is.
+      depth: its place: so many transforms come before it.
+      numbers: tables, with what the steps before have found.
+    """
+
+    program: Program
+    depth: int
+    numbers: Numbers
+
+    @classmethod
+    def method(cls, program: Program, numbers: Numbers) -> At:
+        """The last step."""
+        return cls(program, len(program.transforms), numbers)
+
+    @property
+    def step(self) -> Step:
+        return self.program.steps[self.depth]
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return self.numbers.p[self.depth]
+
+    @property
+    def unit(self) -> str:
+        """What the transforms before it have to see whole."""
+        return self.program.unit(self.depth)
+
+    @property
+    def draws(self) -> str:
+        """The random numbers that the transforms before it take, or ""."""
+        return self.program.draws(self.depth)
+
+    @property
+    def threshold(self) -> Any:
+        """See `Program.threshold`."""
+        return self.program.threshold(self.numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reducing:
+    """What a kernel finds in parts of tensors, in words.
+
+    Attributes:
+      program: whose transforms are applied first.
+      function, combine: of the `Reduction`.
+      count: make histograms here; otherwise the codes are returned.
+    """
+
+    program: Program
+    function: Callable[..., tuple[Any, ...]]
+    combine: tuple[str, ...]
+    count: bool
+
+    @classmethod
+    def of(cls, at: At, reduction: Reduction, *, count: bool) -> Reducing:
+        before = at.program.before(at.depth)
+        return cls(before, reduction.function, reduction.combine, count)
+
+
 def take(tables: Any, items: Any, ndim: int, dtype: Any = np.float32) -> Any:
     """The numbers of some tensors, ready to broadcast against parts of them.
 
@@ -126,7 +190,7 @@ def merge(
     Returns:
       The parts of the output by name; "" is the merged model.
     """
-    x = _transformed(_wide(x), numbers, draw, program, None)
+    x = _transformed(_wide(x), numbers, draw, program)
     merged = program.method.apply(x, numbers.p[-1], numbers.info[-1])
     for i, step in enumerate(program.transforms):
         if step.after:
@@ -141,28 +205,21 @@ def reduce(
     draw: Any,
     arguments: Any,
     valid: jax.Array,
-    *,
-    program: Program,
-    depth: int,
-    function: Callable[..., tuple[Any, ...]],
-    combine: tuple[str, ...],
-    count: bool,
+    how: Reducing,
 ) -> tuple[jax.Array, ...]:
     """What a `Reduction` finds in one part, for the host to put together.
 
     Args:
-      x, numbers, draw, program: as for `merge`.
+      x, numbers, draw: as for `merge`.
       arguments: of the reduction, ready to broadcast.
       valid: (R, WIDTH) bool, in the order of the part's elements: which are real.
-      depth: of the step that measures: the transforms before it are applied.
-      function, combine: of the reduction.
-      count: make histograms here; otherwise the codes are returned.
+      how: what to find.
 
     Returns:
       For each array of the function: sums and maxima of each row, (R, ...); a
       histogram (1, K, BINS + 1), or codes (1, K, R, WIDTH); values likewise.
     """
-    x = _transformed(_wide(x), numbers, draw, program, depth)
+    x = _transformed(_wide(x), numbers, draw, how.program)
     shape = x.models.shape[1:]
 
     def rows(part: jax.Array) -> jax.Array:
@@ -173,32 +230,88 @@ def reduce(
             flat = jnp.pad(flat, (*((0, 0),) * len(lead), (0, missing)))
         return flat.reshape(*lead, *valid.shape)
 
-    def combined(part: jax.Array, how: str) -> jax.Array:
-        part = rows(part)
-        if how == "values":
-            return part[None]
-        if how == "histogram":
+    parts: list[Any] = [
+        [rows(own) for own in part] if isinstance(part, list) else rows(part)
+        for part in how.function(x, arguments)
+    ]
+    combine = how.combine
+    found: list[Any] = [None] * len(combine)
+    over = [j for j, kind in enumerate(combine) if kind in _OVER_ROWS]
+    for j, kind in enumerate(combine):
+        if j in over:
+            continue
+        part = jnp.stack(parts[j]) if isinstance(parts[j], list) else parts[j]
+        if kind == "values":
+            found[j] = part[None]
+        elif kind == "histogram":
             codes = jnp.where(valid, part, jnp.uint16(ABOVE))
-            return count_codes(codes)[None] if count else codes[None]
-        real = jnp.where(valid, part, jnp.zeros((), part.dtype))
-        summed = (
-            jnp.max(real, axis=-1)
-            if how == "max"
-            else jnp.sum(real, axis=-1, dtype=jnp.float32)
-            if how == "float"
-            else jnp.sum(real, axis=-1, dtype=jnp.int32)
-        )
-        return jnp.moveaxis(summed, -1, 0)
+            found[j] = count_codes(codes)[None] if how.count else codes[None]
+        else:
+            real = jnp.where(valid, part, 0)
+            found[j] = jnp.moveaxis(jnp.sum(real, -1, dtype=jnp.float32), -1, 0)
+    reduced = _over_rows(
+        [parts[j] for j in over],
+        [combine[j] for j in over],
+        valid,
+        together=not how.count,
+    )
+    for j, own in zip(over, reduced, strict=True):
+        found[j] = jnp.moveaxis(own, -1, 0)
+    return tuple(found)
 
-    parts = function(x, arguments)
-    return tuple(combined(*pair) for pair in zip(parts, combine, strict=True))
+
+_OVER_ROWS: Mapping[str, Any] = {"sum": jax.lax.add, "max": jax.lax.max}
+_TOGETHER = 12  # reductions in a loop, which the processor's registers hold
+
+
+def _over_rows(
+    parts: list[Any], combine: list[str], valid: jax.Array, *, together: bool
+) -> list[jax.Array]:
+    """What becomes of the last axis of parts (..., R, WIDTH): a sum or a maximum each.
+
+    `together`: in a loop for all of them. Whatever several reductions share XLA's CPU
+    backend writes to memory first otherwise, and takes ten times as long.
+    """
+
+    def integers(row: jax.Array, how: str) -> jax.Array:
+        if how == "sum":
+            return jnp.where(valid, row.astype(jnp.int32), 0)
+        # Floats from 0 on have the order of their bits, NaN above all.
+        return jnp.where(valid, jax.lax.bitcast_convert_type(row, jnp.int32), 0)
+
+    shapes, rows = [], []
+    for part, how in zip(parts, combine, strict=True):
+        listed = isinstance(part, list)
+        shapes.append((len(part),) if listed else part.shape[:-2])
+        each = part if listed else part.reshape(-1, *part.shape[-2:])
+        rows += [(integers(row, how), how) for row in each]
+    size = _TOGETHER if together else 1
+    reduced: list[jax.Array] = []
+    for start in range(0, len(rows), size):
+        arrays, ways = zip(*rows[start : start + size], strict=True)
+
+        def pairwise(left: Any, right: Any, ways: Any = ways) -> Any:
+            pairs = zip(ways, left, right, strict=True)
+            return tuple(_OVER_ROWS[how](a, b) for how, a, b in pairs)
+
+        zeros = (np.int32(0),) * len(arrays)
+        reduced += jax.lax.reduce(arrays, zeros, pairwise, (1,))
+    results = []
+    for shape, how in zip(shapes, combine, strict=True):
+        count = math.prod(shape)
+        own = jnp.stack(reduced[:count]).reshape(*shape, -1)
+        del reduced[:count]
+        results.append(
+            jax.lax.bitcast_convert_type(own, jnp.float32) if how == "max" else own
+        )
+    return results
 
 
 def _transformed(
-    x: Operands, numbers: Numbers, draw: Any, program: Program, depth: int | None
+    x: Operands, numbers: Numbers, draw: Any, program: Program
 ) -> Operands:
-    """The operands after the first `depth` transforms."""
-    for i, step in enumerate(program.transforms[:depth]):
+    """The operands after the transforms."""
+    for i, step in enumerate(program.transforms):
         if step.after:
             continue
         own = draw if step.draws else None

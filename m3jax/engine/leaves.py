@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from m3jax import prng
 from m3jax.engine import kernel
-from m3jax.engine.kernel import WIDTH, Numbers, Program
+from m3jax.engine.kernel import WIDTH, Numbers, Program, Reducing
 from m3jax.engine.placement import Placement, run_starts
 from m3jax.methods.step import Operands
 
@@ -145,15 +145,7 @@ merge_leaf_in_place = jax.jit(_merge, static_argnames=_STATIC, donate_argnames="
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "program",
-        "depth",
-        "function",
-        "combine",
-        "placement",
-        "count",
-        "stride",
-    ),
+    static_argnames=("how", "placement", "stride"),
 )
 def reduce_leaf(
     models: Sequence[jax.Array],
@@ -163,12 +155,8 @@ def reduce_leaf(
     draw: jax.Array | None,
     arguments: Any,
     *,
-    program: Program,
-    depth: int,
-    function: Callable[..., Any],
-    combine: tuple[str, ...],
+    how: Reducing,
     placement: Placement,
-    count: bool,
     stride: int = 1,
 ) -> tuple[Any, ...]:
     """What a `Reduction` finds in one tensor.
@@ -177,14 +165,14 @@ def reduce_leaf(
       models, base, beside, draw, placement: as for `merge_leaf`.
       numbers, arguments: from `kernel.take`, for a flat part where the transforms
         before it are elementwise.
-      program, depth, function, combine, count: as for `kernel.reduce`.
+      how: as for `kernel.reduce`.
       stride: of so many elements look at one, for a sample of an elementwise step.
 
     Returns:
       For each array of the function what `kernel.reduce` gives, with the rows of all
       shards on the leading axis.
     """
-    whole = program.unit(depth) != "element"
+    whole = how.program.unit(len(how.program.transforms)) != "element"
     axes = len(placement.shape)
 
     def reduce(
@@ -202,20 +190,8 @@ def reduce_leaf(
                 part, own = jax.tree.map(lambda a: a[..., cut], x)  # noqa: B023
             real = math.prod(part.models.shape[1:])
             valid = jnp.arange(-(-real // WIDTH) * WIDTH, dtype=jnp.int32) < real
-            found.append(
-                kernel.reduce(
-                    part,
-                    numbers,
-                    own,
-                    arguments,
-                    valid.reshape(-1, WIDTH),
-                    program=program,
-                    depth=depth,
-                    function=function,
-                    combine=combine,
-                    count=count,
-                )
-            )
+            valid = valid.reshape(-1, WIDTH)
+            found.append(kernel.reduce(part, numbers, own, arguments, valid, how))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     spec = placement.spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of_numpy
 from m3jax.checkpoints.naming.table import Table
+from m3jax.checkpoints.side_files import size_changes
 from m3jax.checkpoints.source import Converted, Repeated, Source
 from m3jax.engine import layer_config, unmatched, vocabulary
 from m3jax.engine.by_token import ByToken, Compared
@@ -27,6 +29,11 @@ from m3jax.recipe import Recipe
 from m3jax.recipe.values import layer_of
 
 _NOTHING = Compared()
+# Of config.json: what tells models apart whose tensors do not fit, the plainest first.
+_SIZES = (
+    *("model_type", "num_hidden_layers", "n_layer", "hidden_size", "n_embd"),
+    *("intermediate_size", "num_attention_heads", "num_key_value_heads"),
+)
 
 
 def align(
@@ -141,7 +148,9 @@ def align(
             TensorInputs(name, read, tuple(origins), not exact, dtype, parts, beside)
         )
     if problems:
-        raise MismatchError(problems, hint)
+        raise MismatchError(
+            problems, "; ".join(filter(None, (_built(checkpoints), hint)))
+        )
     if not tensors:
         raise MismatchError([f"{checkpoints[0].name}: holds no tensors"])
     used = {recipe.variant_of(tensor.name) for tensor in tensors if tensor.merged}
@@ -157,6 +166,7 @@ def align(
         if place not in used
     ]
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
+    _note_width(tensors, notes)
     changes |= _resizing(checkpoints[0], tensors, resized, recipe, notes)
     return MergeInputs(tuple(tensors), changes, tuple(notes))
 
@@ -290,6 +300,24 @@ def _check_related(checkpoints: list[Checkpoint], tables: list[Table]) -> None:
             )
 
 
+def _built(checkpoints: list[Checkpoint]) -> str:
+    """How config.json says that models are built, where they are not built alike."""
+    first = checkpoints[0]
+    for field in _SIZES:
+        said = []
+        for own in (first, *checkpoints[1:]):
+            text = (own.config or {}).get("text_config")
+            fields = {**(own.config or {}), **(text if isinstance(text, dict) else {})}
+            said.append((own.name, fields.get(field)))
+        other = next((pair for pair in said if pair[1] not in (None, said[0][1])), None)
+        if said[0][1] is not None and other is not None:
+            return (
+                f"they are not built alike: config.json's {field} is "
+                f"{shown(said[0][1])} in {first.name}, {shown(other[1])} in {other[0]}"
+            )
+    return ""
+
+
 def _differ(
     name: str, what: str, checkpoints: list[Checkpoint], values: list[Any]
 ) -> str:
@@ -341,6 +369,27 @@ def _note_changes(
                 changes[field] = floats.pop().numpy.name if floats else changes["dtype"]
 
 
+def _note_width(tensors: list[TensorInputs], notes: list[str]) -> None:
+    """Says where the output is larger than the models, being of a wider dtype."""
+    merged = [tensor for tensor in tensors if tensor.merged]
+    theirs = {own.source.output_dtype for t in merged for own in t.models}
+    widest = max((dtype.itemsize for dtype in theirs), default=0)
+    wider = [tensor for tensor in merged if tensor.dtype.itemsize > widest]
+    elements = [math.prod(tensor.shape) for tensor in merged]
+    more = sum(
+        math.prod(tensor.shape) * (tensor.dtype.itemsize - widest) for tensor in wider
+    )
+    if not merged or more < sum(elements) * widest // 2:
+        return
+    ours = ", ".join(sorted({tensor.dtype.numpy.name for tensor in wider}))
+    names = sorted(dtype.numpy.name for dtype in theirs)
+    notes.append(
+        f"the output is {ours}, the models are {', '.join(names)}: it takes "
+        f"{1 + more / (sum(elements) * widest):.1f} times their size; "
+        f"--config.dtype={names[0]} would not"
+    )
+
+
 def _resizing(
     first: Checkpoint,
     tensors: list[TensorInputs],
@@ -353,7 +402,7 @@ def _resizing(
     for tensor in tensors:
         if tensor.name in resized and not recipe.keeps_config:
             rows, before = tensor.shape[0], resized[tensor.name][0].source.shape[0]
-            changes |= vocabulary.size_changes(first.config or {}, rows, before)
+            changes |= size_changes(first.config or {}, rows, before)
     if resized and recipe.vocabulary == "truncate":
         origins = resized[min(resized)]
         had = dict.fromkeys(f"{o.owner.name} {o.source.shape[0]}" for o in origins)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.engine.jobs import Job
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.kernel import At, Numbers, Program
 from m3jax.methods.selection import BINS
 from m3jax.methods.step import Problem, Reduction, any_traced, namespace
 from m3jax.mixup import group_of
@@ -34,12 +34,14 @@ class Bench(Protocol):
       num_models: K.
       traced: the arrays are arguments of a transformation of JAX.
       few: of a group of at most so many elements a pass may ask for the values.
+      at_hand: the elements lie in memory, so that a pass more costs little.
     """
 
     names: list[str]
     sizes: list[int]
     num_models: int
     traced: bool
+    at_hand: bool
 
     @property
     def few(self) -> int: ...
@@ -50,9 +52,7 @@ class Bench(Protocol):
 
     def reduce(
         self,
-        program: Program,
-        depth: int,
-        numbers: Numbers,
+        at: At,
         groups: Groups,
         reductions: Sequence[Reduction],
         *,
@@ -61,7 +61,7 @@ class Bench(Protocol):
         """Performs one reading pass; the reductions differ in their arguments alone.
 
         Args:
-          program: its first `depth` transforms are applied, with `numbers`.
+          at: the step that asks; the transforms before it are applied.
           groups: of tensors.
           reductions: of each group.
           everywhere: add up over all processes.
@@ -95,29 +95,26 @@ def measured_by(
     program = job.program
     places = [i for i in job.places if bench.sizes[i]]
     for depth in range(len(program.steps)):
-        so_far = numbers._replace(info=tuple(info))
+        at = At(program, depth, numbers._replace(info=tuple(info)))
 
-        def find(depth: int = depth, so_far: Numbers = so_far) -> dict[str, Any]:
-            return _found(bench, program, depth, so_far, places, gathered)
+        def find(at: At = at) -> dict[str, Any]:
+            return _found(bench, at, places, gathered)
 
-        scope = program.steps[depth].scope
-        found = kept(f"{job.label}step {depth}", find) if scope else {}
+        found = kept(f"{job.label}step {depth}", find) if at.step.scope else {}
         info.append(found)
         if depth < len(program.transforms):
-            info[-1] = derived(program, depth, so_far, found)
+            info[-1] = derived(at, found)
     return numbers._replace(info=tuple(info))
 
 
-def derived(
-    program: Program, depth: int, numbers: Numbers, found: Mapping[str, Any]
-) -> dict[str, Any]:
+def derived(at: At, found: Mapping[str, Any]) -> dict[str, Any]:
     """A step's `info` from its parameters and what it measured; tables."""
-    if program.steps[depth].scope and not found:
+    if at.step.scope and not found:
         return {}  # there is no element to measure, and none to merge
-    parameters = {name: table_of(own) for name, own in numbers.p[depth].items()}
+    parameters = {name: table_of(own) for name, own in at.parameters.items()}
     xp = namespace(parameters, found)
     with np.errstate(all="ignore"):
-        return program.steps[depth].derive(parameters, dict(found), xp)
+        return at.step.derive(parameters, dict(found), xp)
 
 
 def table_of(table: Any) -> Any:
@@ -133,22 +130,20 @@ def resolved(p: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
 def completed(program: Program, numbers: Numbers) -> Numbers:
     """The numbers with all tables there, and what the method derives of them."""
     numbers = numbers._replace(p=resolved(numbers.p))
-    last = derived(program, len(numbers.p) - 1, numbers, numbers.info[-1])
+    last = derived(At(program, len(numbers.p) - 1, numbers), numbers.info[-1])
     return numbers._replace(info=(*numbers.info[:-1], last))
 
 
 def _found(
     bench: Bench,
-    program: Program,
-    depth: int,
-    numbers: Numbers,
+    at: At,
     places: Sequence[int],
     gathered: Callable[[Any], Any],
 ) -> dict[str, Any]:
     """What one step's statistics find: tables over all tensors."""
-    step = program.steps[depth]
+    step = at.step
     alone = step.scope == "tensor"
-    traced = is_traced_at(bench, program, depth, numbers)
+    traced = is_traced_at(bench, at)
     groups = grouped(step.scope, bench.names, bench.own(places) if alone else places)
     infos: list[Any] = [None] * len(groups)
     sizes = [sum(bench.sizes[i] for i in places) for places in groups]
@@ -159,7 +154,8 @@ def _found(
                 num_models=bench.num_models,
                 size=sizes[g],
                 few=sizes[g] <= bench.few,
-                numbers=_OfGroup(step.name, numbers.p[depth], groups[g]),
+                at_hand=bench.at_hand,
+                numbers=_OfGroup(step.name, at.parameters, groups[g]),
                 traced=traced,
             )
             live[g] = step.measure(problem)
@@ -176,9 +172,7 @@ def _found(
         while asked:
             together = _alike(asked)
             answers = bench.reduce(
-                program,
-                depth,
-                numbers,
+                at,
                 [groups[g] for g in together],
                 [asked[g] for g in together],
                 everywhere=not alone,
@@ -189,12 +183,11 @@ def _found(
     return gathered(tables) if alone else tables
 
 
-def is_traced_at(bench: Bench, program: Program, depth: int, numbers: Numbers) -> bool:
+def is_traced_at(bench: Bench, at: At) -> bool:
     """Whether what a step sees depends on an argument of a transformation of JAX."""
-    keys = numbers.keys if program.draws(depth) else None
-    return bench.traced or any_traced(
-        numbers.p[: depth + 1], numbers.info[:depth], keys
-    )
+    before = at.numbers.first(at.depth)
+    keys = at.numbers.keys if at.draws else None
+    return bench.traced or any_traced(before.p, at.parameters, before.info, keys)
 
 
 def grouped(scope: str, names: Sequence[str], places: Sequence[int]) -> Groups:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement
-from m3jax.engine.arguments import paths, recipe_of
+from m3jax.engine.arguments import path, paths, recipe_of
 from m3jax.engine.draws import early
 from m3jax.engine.jobs import Job
 from m3jax.engine.journal import Journal
@@ -111,13 +111,13 @@ def merge(
     """
     recipe, execution = recipe_of(recipe), execution or Execution()
     progress = progress or Progress()
-    final = store.parse(fspath(output))
+    final = store.parse(path(output, "output"))
     given = models if isinstance(models, Checkpoint) else paths(models, "models")
     started = time.perf_counter()
     with joined() as processes:
         check_free(final, overwrite=execution.overwrite, resume=execution.resume)
         with prepare(
-            None if base is None else fspath(base),
+            None if base is None else path(base, "base"),
             given,
             recipe,
             seed,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.kernel import At
 from m3jax.engine.measure import Groups, int64_rows, put_together, stacked
 from m3jax.engine.plan import Chunk, Run
 from m3jax.methods.selection import count_codes_on_host
@@ -19,7 +19,7 @@ class Pass:
     """One pass for some groups of tensors.
 
     Attributes:
-      program, depth, numbers: as for `measure.Bench.reduce`.
+      at: as for `measure.Bench.reduce`.
       first: one of the reductions, which differ in their arguments alone.
       arguments: of all of them, (G,) and (J, G) tables.
       slots: (N,), the group of each tensor, -1 for one that is in none.
@@ -27,17 +27,14 @@ class Pass:
 
     def __init__(
         self,
-        program: Program,
-        depth: int,
-        numbers: Numbers,
+        at: At,
         groups: Groups,
         reductions: Sequence[Reduction],
         count: int,
         stride: int = 1,
     ):
         """`count`: N, of the tensors; `stride`: of so many tiles look at one."""
-        self.stride = stride
-        self.program, self.depth, self.numbers = program, depth, numbers
+        self.at, self.stride = at, stride
         self.first = reductions[0]
         self.arguments = stacked(reductions)
         self.slots = np.full(count, -1, np.int64)

@@ -23,7 +23,7 @@ from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
 from m3jax.engine import differences, draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
-from m3jax.engine.by_token import ByToken, by_token
+from m3jax.engine.by_token import by_token
 from m3jax.engine.by_token import compared as compare_by_row
 from m3jax.engine.inputs import MergeInputs, MismatchError, TensorInputs
 from m3jax.engine.jobs import Job, jobs
@@ -311,13 +311,22 @@ def _plan(
     tokens = by_token(recipe, base, models)
     compared = compare_by_row(recipe, base, models) if tokens is None else tokens
     inputs = align(base, models, recipe, statistics, compared)
-    inputs = _compared(inputs, base, models, recipe, execution, tokens)
-    tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
-    sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     first = models[0] if base is None else base
     owner = tokenizer_owner(recipe, base, models, execution.tokenizer_from, tokens)
     chosen = companions.choose(first, owner, models, not_taken(recipe))
     check_side_files(chosen.owners)  # now, before a long merge begins
+    lines = differences.found(
+        models if base is None else [base, *models],
+        inputs.tensors,
+        owner,
+        chosen.owners,
+        asked=tokens is not None or execution.tokenizer_from is not None,
+        speaks=recipe.tokenizer.copy and recipe.tokenizer.chat_template is None,
+    )
+    if lines and execution.strict:
+        raise MismatchError(lines, "refused, since --strict is set")
+    tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
+    sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
     beside = tokenizer_files(
         recipe,
         [first, *models],
@@ -334,7 +343,9 @@ def _plan(
         inputs,
         tensors=tuple(by_name[n] for n in order),
         config={**beside.config, **inputs.config},
-        notes=(*inputs.notes, *chosen.notes, *beside.notes),
+        notes=tuple(
+            dict.fromkeys((*inputs.notes, *lines, *chosen.notes, *beside.notes))
+        ),
     )
     holder = {name: i for i, shard in enumerate(shards) for name in shard.entries}
     places = {
@@ -378,7 +389,10 @@ def _plan(
         devices=devices,
         execution=execution,
         side_files=chosen.owners,
-        other_files=beside.files,
+        other_files={
+            **{n: own for n, own in first.made.items() if n not in chosen.owners},
+            **beside.files,
+        },
         rows="" if tokens is None else tokens.alignment.digest,
     )
 
@@ -390,29 +404,6 @@ def _new_rows(inputs: MergeInputs, first: Checkpoint) -> int | None:
             rows = tensor.shape[0]
             return None if rows == first.tensors[tensor.name].shape[0] else rows
     return None
-
-
-def _compared(
-    inputs: MergeInputs,
-    base: Checkpoint | None,
-    models: list[Checkpoint],
-    recipe: Recipe,
-    execution: Execution,
-    tokens: ByToken | None,
-) -> MergeInputs:
-    """The inputs, with a note for each thing in which the checkpoints differ."""
-    checkpoints = models if base is None else [base, *models]
-    options = recipe.tokenizer
-    lines = differences.found(
-        checkpoints,
-        inputs.tensors,
-        tokenizer_owner(recipe, base, models, execution.tokenizer_from, tokens),
-        asked=tokens is not None or execution.tokenizer_from is not None,
-        speaks=options.copy and options.chat_template is None,
-    )
-    if lines and execution.strict:
-        raise MismatchError(lines, "refused, since --strict is set")
-    return dataclasses.replace(inputs, notes=(*inputs.notes, *lines))
 
 
 def _shards(

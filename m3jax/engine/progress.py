@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 
+def size(count: float) -> str:
+    """Bytes as text, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
 class Progress:
     """Receives a merge's stages. The default says nothing."""
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from m3jax.engine.jobs import Job
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.kernel import At, Numbers
 from m3jax.engine.measure import Groups, completed, measured_by
 from m3jax.engine.passes import Pass
 from m3jax.engine.plan import TILE, Chunk, Item, whole
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 # Bytes of all buffers where tensors are measured and merged at one reading. Two of the
 # largest matrices of a model of 1 G parameters fit.
 _MOST = 140 << 20
-# Of the tiles of a tensor of at least so many elements, a sample takes one in a few: it
-# costs a histogram of all of them less, and finds a threshold to a tenth of a percent.
-_SAMPLED, _STRIDE = 1 << 20, 8
+# Of a tensor of at least so many elements a sample takes so many or a few more, from
+# its first chunk and one in the middle: it finds a threshold to half a percent.
+_SAMPLED, _SAMPLE = 1 << 20, 1 << 17
 
 
 def possible(devices: Sequence[jax.Device]) -> bool:
@@ -89,6 +89,7 @@ class Resident:
     """
 
     traced = False
+    at_hand = True
     few = FEW
 
     def __init__(
@@ -133,35 +134,31 @@ class Resident:
 
     def reduce(
         self,
-        program: Program,
-        depth: int,
-        numbers: Numbers,
+        at: At,
         groups: Groups,
         reductions: Sequence[Reduction],
         *,
         everywhere: bool,
     ) -> list[tuple[Any, ...] | None]:
         """See `measure.Bench`."""
-        stride = 1
+        stride, step = 1, 1
         if reductions[0].sample:
-            sizes = (sum(self.sizes[i] for i in places) for places in groups)
+            sizes = [sum(self.sizes[i] for i in places) for places in groups]
             pairs = zip(groups, sizes, strict=True)
             groups = [own if size >= _SAMPLED else [] for own, size in pairs]
-            stride = _STRIDE
-        count = len(self.names)
-        asked = Pass(program, depth, numbers, groups, reductions, count, stride)
-        for i, (chunk, x) in enumerate(zip(self.chunks, self.filled, strict=True)):
+            step = max(1, len(self.chunks) // 2)
+            stride = max(1, max(sizes) // (step * _SAMPLE))
+        asked = Pass(at, groups, reductions, len(self.names), stride)
+        for i in range(0, len(self.chunks), step):
+            chunk, x = self.chunks[i], self.filled[i]
             if asked.asks(chunk):
-                draw = self.draw(program, depth, numbers, i)
-                asked.add(self._work.reduce_chunk(asked, chunk, x, draw))
+                asked.add(self._work.reduce_chunk(asked, chunk, x, self.draw(at, i)))
         return asked.answers()
 
-    def draw(
-        self, program: Program, depth: int | None, numbers: Numbers, i: int
-    ) -> Any:
+    def draw(self, at: At, i: int) -> Any:
         """Masks or lanes of a chunk, drawn once."""
-        if not program.draws(depth):
+        if not at.draws:
             return None
         if self.draws[i] is None:
-            self.draws[i] = self._work.draw(program, depth, numbers, self.chunks[i])
+            self.draws[i] = self._work.draw(at, self.chunks[i])
         return self.draws[i]

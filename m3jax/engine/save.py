@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import json
 import math
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -38,6 +37,7 @@ def save(
     like: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     format: str = "safetensors",
+    config: Mapping[str, Any] | None = None,
 ) -> Location:
     """Saves a pytree as a checkpoint folder that transformers and safetensors read.
 
@@ -57,6 +57,7 @@ def save(
       max_shard_size: of a file, in bytes or as text such as ``5GB``.
       format: ``safetensors``, or ``orbax``: the folder then holds a subfolder
         ``default``, which Orbax restores, and is a step of its CheckpointManager.
+      config: fields of config.json that are others than those of `like`.
 
     Returns:
       The folder.
@@ -68,7 +69,7 @@ def save(
     final = store.parse(fspath(path))
     leaves, _ = tree.flatten(params)
     dtypes = {name: _dtype(name, leaf) for name, leaf in leaves.items()}
-    files = {} if like is None else _side_files(fspath(like), dtypes)
+    files = {} if like is None else _side_files(fspath(like), dtypes, config or {})
     if format not in FORMATS:
         raise ValueError(f"format={format!r} needs {' or '.join(FORMATS)}")
     shards: list[Shard] = (
@@ -171,7 +172,9 @@ def _dtype(name: str, leaf: Any) -> Dtype:
         ) from None
 
 
-def _side_files(like: str, dtypes: Mapping[str, Dtype]) -> dict[str, bytes]:
+def _side_files(
+    like: str, dtypes: Mapping[str, Dtype], changes: Mapping[str, Any]
+) -> dict[str, bytes]:
     location, _ = hub.locate(like)
     folder = location if location.is_dir() else location.parent
     files = {}
@@ -183,8 +186,8 @@ def _side_files(like: str, dtypes: Mapping[str, Dtype]) -> dict[str, bytes]:
         config = load_json(
             files[side_files.CONFIG], str(folder / side_files.CONFIG), constants=True
         )
-        text = json.dumps(_fitted(config, dtypes), indent=2, ensure_ascii=False) + "\n"
-        files[side_files.CONFIG] = text.encode()
+        config = {**_fitted(config, dtypes), **changes}
+        files[side_files.CONFIG] = side_files.as_json(config)
     return files
 
 

@@ -123,9 +123,8 @@ class Sharded:
         x64 = jax.enable_x64(self._wide)
         with _explained(), self._clock.stage("computing"), x64:
             numbers = in_memory.measured(bench, recipe, seed)
-        self._progress.stage(
-            "merging", sum(self._output_bytes(self._items[n]) for n in left)
-        )
+        written = [self._prepared.inputs.tensors[self._items[n]] for n in left]
+        self._progress.stage("merging", sum(own.written_bytes for own in written))
         x64 = jax.enable_x64(self._wide)
         with _explained(), self._clock.stage("computing"), x64:
             merged = in_memory.combine(bench, numbers, donate=True)
@@ -183,9 +182,6 @@ class Sharded:
             checksum.update(values.view(np.uint8))
             self._progress.advance(values.nbytes)
         return checksum.hexdigest()
-
-    def _output_bytes(self, item: int) -> int:
-        return self._prepared.inputs.tensors[item].written_bytes
 
 
 class Watched:

@@ -36,10 +36,6 @@ class Share:
         shares = share_out(prepared, processes.count)
         return cls(processes, shares[processes.index])
 
-    def merged(self, prepared: Prepared) -> list[int]:
-        """Positions of its tensors that are merged rather than copied."""
-        return [i for i in self.items if prepared.items[i].merged]
-
 
 def share_out(prepared: Prepared, count: int) -> list[range]:
     """The tensors of each of `count` processes, about equal in bytes."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.source import Source, byte_size, read
 from m3jax.engine.pipeline import Clock, for_each, reading_threads
 from m3jax.engine.progress import Progress
 
@@ -121,7 +121,7 @@ def similarity(
     progress = progress or Progress()
     sources = {name: [own.tensors[name] for own in every] for name in names}
     progress.stage(
-        "comparing", sum(_bytes(source) for own in sources.values() for source in own)
+        "comparing", sum(byte_size(s) for own in sources.values() for s in own)
     )
     found: dict[str, list[Pairs]] = {}
 
@@ -181,18 +181,16 @@ def _of_tensor(
     chunk = 64 * _TILE
     for start in range(0, size, chunk):
         length = min(chunk, size - start)
-        read = [np.empty(length, source.dtype.numpy) for source in sources]
-        for buffer, source in zip(read, sources, strict=True):
-            source.read_into(buffer, start)
+        chunks = [read(source, start, length) for source in sources]
         for first in range(0, length, _TILE):
             part = slice(first, min(first + _TILE, length))
             wide[:, part.stop - first :] = 0
-            for row, buffer in zip(wide, read, strict=True):
-                row[: part.stop - first] = buffer[part]
+            for row, own in zip(wide, chunks, strict=True):
+                row[: part.stop - first] = own[part]
             sums[0].add(wide[:count])
             if has_base:
                 sums[1].add(wide[:count] - wide[count])
-        progress.advance(sum(buffer.nbytes for buffer in read))
+        progress.advance(sum(own.nbytes for own in chunks))
     return [own.pairs(size) for own in sums]
 
 
@@ -215,7 +213,3 @@ class _Sums:
         both = self._both.astype(np.int64)
         alike = (both + self._signs.astype(np.int64)) // 2
         return Pairs(elements, self._products, alike, both)
-
-
-def _bytes(source: Source) -> int:
-    return math.prod(source.shape) * source.dtype.itemsize

@@ -18,7 +18,7 @@ from m3jax.engine.buffers import Buffers, Pool, buffer_bytes, view
 from m3jax.engine.chunks import Parts, Work, flat, of
 from m3jax.engine.inputs import TensorInputs
 from m3jax.engine.jobs import Job
-from m3jax.engine.kernel import Numbers, Program
+from m3jax.engine.kernel import At, Numbers
 from m3jax.engine.measure import Groups, resolved
 from m3jax.engine.passes import Pass
 from m3jax.engine.pipeline import Clock, for_each
@@ -56,6 +56,7 @@ class Stream:
     """Executes passes over the tensors of a merge; a `measure.Bench`."""
 
     traced = False
+    at_hand = False
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Stream:
         self.clock = Clock()
         self.names = [tensor.name for tensor in tensors]
         self.sizes = [item.size for item in items]
-        self.num_models = _num_models(tensors)
+        self.num_models = max((len(own.models) for own in tensors), default=0)
         self._tensors = tensors
         self._items = items
         self._share = share
@@ -92,7 +93,7 @@ class Stream:
         self._advance = advance
         self._stage = stage
         self._passes = 0
-        self._measured: tuple[Program, int] | None = None
+        self._measured: tuple[Any, ...] = ()
         self._threads = threads
         self._on_host = resident.possible(devices)
         self.work = Work(
@@ -116,9 +117,7 @@ class Stream:
 
     def reduce(
         self,
-        program: Program,
-        depth: int,
-        numbers: Numbers,
+        at: At,
         groups: Groups,
         reductions: Sequence[Reduction],
         *,
@@ -128,18 +127,18 @@ class Stream:
         first = reductions[0]
         read = [self.own(places) for places in groups]
         order = [i for places in read for i in places]
-        chunks = self._chunks(program, depth, groups, order, sampled=first.sample)
+        chunks = self._chunks(at, groups, order, sampled=first.sample)
         if chunks is None:
             return [None] * len(groups)
         if everywhere and not first.sample:
             self._passes += 1
             self._stage(f"measuring, pass {self._passes}", order)
-        elif not everywhere and (program, depth) != self._measured:
+        elif not everywhere and at[:2] != self._measured:
             # One line for the passes over all tensors: they may be thousands.
-            self._measured = program, depth
+            self._measured = at[:2]
             own = [i for i in self._share.items if self._items[i].merged]
-            self._stage(f"measuring {program.steps[depth].name} by tensor", 2 * own)
-        asked = Pass(program, depth, numbers, read, reductions, len(self._tensors))
+            self._stage(f"measuring {at.step.name} by tensor", 2 * own)
+        asked = Pass(at, read, reductions, len(self._tensors))
 
         def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
             x = self.work.fill(chunk, buffers)
@@ -153,16 +152,10 @@ class Stream:
         return [self._over_processes(first.combine, own) for own in answers]
 
     def _chunks(
-        self,
-        program: Program,
-        depth: int,
-        groups: Groups,
-        order: Sequence[int],
-        *,
-        sampled: bool,
+        self, at: At, groups: Groups, order: Sequence[int], *, sampled: bool
     ) -> list[Chunk] | None:
         """The chunks of a reading pass; None: a sample would not pay."""
-        unit = program.unit(depth)
+        unit = at.unit
         if sampled:
             size = sum(self.sizes[i] for i in groups[0])
             small = size < _SAMPLE_PAYS * _SAMPLE_TILES * TILE
@@ -304,7 +297,7 @@ class Stream:
                     tables = own.numbers(job, given)
                 for i, (chunk, x) in enumerate(zip(group, filled, strict=True)):
                     with self.clock.stage("computing"):
-                        draw = own.draw(program, None, tables, i)
+                        draw = own.draw(At.method(program, tables), i)
                         parts = self.work.compute(
                             program, own.chunks[i], x, tables, draw
                         )
@@ -341,7 +334,3 @@ class Stream:
             made.append(Made(run.item, run.start, output, [values]))
         with turn(), self.clock.stage("hashing"):
             emit.record(made)
-
-
-def _num_models(tensors: Sequence[TensorInputs]) -> int:
-    return max((len(tensor.models) for tensor in tensors), default=0)

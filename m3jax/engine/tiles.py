@@ -7,7 +7,6 @@ what differs between them is a number per tile.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from m3jax import prng
 from m3jax.engine import kernel
-from m3jax.engine.kernel import Program
+from m3jax.engine.kernel import Program, Reducing
 from m3jax.engine.plan import TILE, Chunk
 from m3jax.methods.step import Operands
 
 AXIS = "tiles"
-_BLOCK = 64  # tiles
 TILES = P(AXIS)
 STACK_TILES = P(None, AXIS)
 
@@ -45,12 +43,7 @@ def merge_tiles(
 
 @functools.lru_cache(maxsize=256)
 def reduce_tiles(
-    program: Program,
-    depth: int,
-    function: Callable[..., Any],
-    combine: tuple[str, ...],
-    mesh: Mesh | None,
-    count: bool,
+    how: Reducing, mesh: Mesh | None
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """The kernel (operands, numbers, draw, arguments, counts) -> what is found.
 
@@ -64,22 +57,11 @@ def reduce_tiles(
         x: Operands, numbers: Any, draw: Any, arguments: Any, counts: Any
     ) -> Any:
         valid = jnp.arange(TILE, dtype=jnp.int32)[None] < counts
-        return kernel.reduce(
-            x,
-            numbers,
-            _drawn(draw, program, depth),
-            arguments,
-            valid,
-            program=program,
-            depth=depth,
-            function=function,
-            combine=combine,
-            count=count,
-        )
+        own = _drawn(draw, how.program)
+        return kernel.reduce(x, numbers, own, arguments, valid, how)
 
     if mesh is None:
-        several_sums = len(combine) > 1 and set(combine) == {"sum"}
-        return jax.jit(_in_blocks(reduce) if several_sums and not count else reduce)
+        return jax.jit(reduce)
 
     def specs(tree: Any) -> Any:
         """Tiles are the axis before the last; what is per model has one before it."""
@@ -91,29 +73,6 @@ def reduce_tiles(
         )(*operands)
 
     return jax.jit(on_devices)
-
-
-def _in_blocks(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, a few tiles after the others.
-
-    What several sums are made of XLA's CPU backend writes out first, which for a whole
-    chunk is ten times the chunk; of a few tiles it stays in the processor's cache.
-    """
-
-    def reduce_in_blocks(*operands: Any) -> Any:
-        count = operands[-1].shape[0]
-        size = math.gcd(count, _BLOCK)
-
-        def reduce_block(place: jax.Array) -> Any:
-            def cut(a: jax.Array) -> jax.Array:  # tiles are the axis before the last
-                return jax.lax.dynamic_slice_in_dim(a, place * size, size, a.ndim - 2)
-
-            return reduce(*jax.tree.map(cut, operands))
-
-        found = jax.lax.map(reduce_block, jnp.arange(count // size))
-        return jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), found)
-
-    return reduce_in_blocks
 
 
 def keys_and_blocks(
@@ -160,13 +119,13 @@ def drawn_beforehand(kind: str, made_of: tuple[np.ndarray, ...]) -> np.ndarray:
     return drawn.view(np.bool_) if kind == "mask" else drawn
 
 
-def _drawn(draw: Any, program: Program, depth: int | None = None) -> Any:
+def _drawn(draw: Any, program: Program) -> Any:
     """The draw itself, or what it is made of made into it."""
     if not isinstance(draw, tuple):
         return draw
     keys, blocks, thresholds = draw
     lanes = jax.vmap(prng.mask_lanes, (0, None, None))(keys, blocks, TILE)
-    if program.draws(depth) == "lanes":
+    if program.draws() == "lanes":
         return lanes
     return lanes.astype(jnp.uint32) < thresholds
 

@@ -202,7 +202,9 @@ def _bring_template(
     """Writes the chat template that is asked for, and lets its end tokens end."""
     ends: list[int] = []
     if wanted == "auto":
-        templates = {own.name: chat.read_template(own.folder) for own in every}
+        templates = {
+            own.name: chat.read_template(own.tokenizer_folder) for own in every
+        }
         common = Counter(own for own in templates.values() if own).most_common(1)
         if not common:
             found.notes.append("chat_template=auto: no model has a chat template")
@@ -231,21 +233,23 @@ def _bring_template(
                 f"chat_template={wanted!r} needs auto, {', '.join(chat.NAMED)}, a "
                 f"model ({', '.join(own.name for own in every)}), or a Jinja template"
             ) from None
-        own = chat.read_template(model.folder)
+        own = chat.read_template(model.tokenizer_folder)
         if own is None:
             raise RecipeError(
                 f"chat_template={wanted}: that model has no chat template"
             )
         text = own
         ends = _bring_ends(found, model, tokens)
-    found.files = chat.with_template(found.owner.folder, text, found.files)
+    found.files = chat.with_template(found.owner.tokenizer_folder, text, found.files)
     if ends:
         _end_with(found, first, ends)
 
 
 def _vocabulary(owner: Checkpoint, tokens: ByToken | None) -> Vocabulary | None:
     """What the output's tokenizer knows."""
-    return tokens.whole if tokens else read_vocabulary(owner.name, owner.folder)
+    return (
+        tokens.whole if tokens else read_vocabulary(owner.name, owner.tokenizer_folder)
+    )
 
 
 def _bring_ends(
@@ -280,7 +284,7 @@ def _renumbering(
     """From a model's ids of tokens to the output's."""
     if model is owner:
         return lambda number: number
-    theirs = read_vocabulary(model.name, model.folder)
+    theirs = read_vocabulary(model.name, model.tokenizer_folder)
     ours = _vocabulary(owner, tokens)
     if theirs is None or ours is None:
         return lambda number: number

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.formats import tree
 from m3jax.checkpoints.formats.dtypes import Dtype, of_numpy
 from m3jax.checkpoints.source import (
+    Array,
     Converted,
     FirstRows,
     Repeated,
@@ -120,28 +121,16 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
+class ArraySource(Array):
     """An array of a pytree in the place of a tensor of a file."""
 
-    array: Any
-
-    @property
-    def dtype(self) -> Dtype:
-        return of_numpy(self.array.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return self.dtype
+    value: Any
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Whole rows only, which is how `WithMeanRows` reads."""
         width = math.prod(self.shape[1:])
         first, count = start // width, len(out) // width
-        out[:] = np.asarray(self.array[first : first + count]).reshape(-1)
+        out[:] = np.asarray(self.value[first : first + count]).reshape(-1)
 
 
 def align_trees(
@@ -303,8 +292,7 @@ def _check_others(
             if _merges(leaf) and of_numpy(leaf.dtype).kind == "float8"
         ]
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError("; ".join(problems[:3]) + more)
+        raise CheckpointError(few(problems))
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -324,7 +312,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _array(source: Source) -> Any:
     """The array that a source stands for; kernels make it float32 by themselves."""
     if isinstance(source, ArraySource):
-        return source.array
+        return source.value
     if isinstance(source, Converted):
         return _array(source.source)
     if isinstance(source, Repeated):

@@ -7,7 +7,6 @@ hold it: a checkpoint that Orbax has read and written again is still the same.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from typing import Any
@@ -165,8 +164,7 @@ def _differences(
                 f"shape {shown(list(recorded.shape))}"
             )
     whole = {place: found for place, found in present.items() if place not in problems}
-    sizes = (math.prod(s.shape) * s.dtype.itemsize for s in whole.values())
-    progress.stage("verifying", sum(sizes))
+    progress.stage("verifying", sum(map(sources.byte_size, whole.values())))
 
     def work(place: _Place, nothing: None, turn: Any) -> None:
         recorded = record.tensors[place[1]].checksum

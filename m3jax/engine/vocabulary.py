@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from m3jax.checkpoints.folder import Checkpoint
+from m3jax.checkpoints.side_files import sizes
 from m3jax.checkpoints.source import FirstRows, Source, WithMeanRows
 
 _EMBEDDING = re.compile(
@@ -41,27 +41,6 @@ def num_rows(checkpoint: Checkpoint) -> int | None:
     ]
     told = [size for _, size in sizes(checkpoint.config or {}) if size in found]
     return (told or found or [None])[0]
-
-
-def sizes(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Where config.json has a vocab_size, nested ones too: dotted name and value."""
-    for name, own in config.items():
-        if isinstance(own, dict):
-            yield from sizes(own, f"{prefix}{name}.")
-        elif name == "vocab_size":
-            yield prefix + name, own
-
-
-def size_changes(config: Mapping[str, Any], rows: int, before: int) -> dict[str, int]:
-    """Changes to config.json for another number of rows than there was."""
-    found = list(sizes(config))
-    named = [name for name, size in found if size == before]
-    if not named:  # it never fitted, or stands nowhere: where a loader looks first
-        nested = [name for name, _ in found if "." in name]
-        top = "vocab_size" in config or not nested
-        named = ["vocab_size"] if top else nested[:1]
-    of_name = dict(found)
-    return {name: rows for name in named if of_name.get(name) != rows}
 
 
 def _is_vocabulary(

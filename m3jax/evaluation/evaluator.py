@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import numpy as np
 
 from m3jax import prng
 from m3jax.evaluation.results import Result
-from m3jax.evaluation.running import continuations, log_likelihoods
+from m3jax.evaluation.running import continuations, log_likelihoods, up_to_depth
 from m3jax.evaluation.tasks import answers, programs
 from m3jax.evaluation.tasks.examples import Example, load_examples
 from m3jax.evaluation.tasks.requests import Prepared, prepare
@@ -26,7 +27,7 @@ from m3jax.evaluation.tasks.task import Task, TaskError, load_tasks
 from m3jax.models.config import Config
 from m3jax.models.generation import Sampling
 from m3jax.models.layers import Parameters
-from m3jax.models.parameters import read_model_config
+from m3jax.models.parameters import padded, read_model_config
 from m3jax.models.tokenizer import Tokenizer
 
 
@@ -52,6 +53,8 @@ class Evaluator(Protocol):
 class Together:
     """Several evaluators as one, which has the scores of all."""
 
+    in_parts = False
+
     def __init__(self, evaluators: Sequence[Evaluator]):
         self._evaluators = tuple(evaluators)
 
@@ -73,6 +76,15 @@ class Together:
         none: frozenset[str] = frozenset()
         return none.union(*(getattr(own, "losses", none) for own in self._evaluators))
 
+    def of_layers(self, layers: Sequence[int]) -> Together:
+        """As that of `TaskEvaluator`."""
+        return Together(
+            [
+                own.of_layers(layers) if hasattr(own, "of_layers") else own
+                for own in self._evaluators
+            ]
+        )
+
     def fingerprint(self) -> list[Any]:
         """What a resumed exploration has to have in common with the first one."""
         return [
@@ -89,6 +101,8 @@ class TaskEvaluator:
 
     Attributes:
       tasks: in the order of the results.
+      config, tokenizer: of the model.
+      tokens_per_batch: padding included.
     """
 
     def __init__(
@@ -127,7 +141,8 @@ class TaskEvaluator:
                 )
         self.tasks = tuple(tasks)
         self._examples = [load_examples(task) for task in tasks]
-        self._tokenizer, self._length = tokenizer, config.max_position_embeddings
+        self.config, self.tokenizer = config, tokenizer
+        self.tokens_per_batch = tokens_per_batch
         self._options: dict[str, Any] = {
             "config": config,
             "tokens_per_batch": tokens_per_batch,
@@ -189,15 +204,27 @@ class TaskEvaluator:
         parameters: Parameters,
         budget: int | None = None,
         key: jax.Array | None = None,
+        part: int = 0,
     ) -> list[Result]:
         """The results of all tasks, in their order; see `results`."""
-        return list(self.results(parameters, budget, key))
+        return list(self.results(parameters, budget, key, part))
+
+    def of_layers(self, layers: Sequence[int]) -> TaskEvaluator:
+        """That of models whose layers are these of this one's, in this order.
+
+        Models of about as many layers share compilations: see `padded`.
+        """
+        made = copy.copy(self)
+        config = self._options["config"].of_layers(up_to_depth(layers))
+        made._options = {**self._options, "config": config}
+        return made
 
     def results(
         self,
         parameters: Parameters,
         budget: int | None = None,
         key: jax.Array | None = None,
+        part: int = 0,
     ) -> Iterator[Result]:
         """Yields the result of each task when it has been run.
 
@@ -205,13 +232,19 @@ class TaskEvaluator:
           parameters: nested dict of arrays.
           budget: only the first examples of each task; None: all.
           key: for sampling; the default is ``jax.random.key(0)``.
+          part: not the first `budget` examples but those behind so many times as many,
+            beginning anew at the end.
         """
         if budget is not None and budget < 1:
             raise ValueError(f"budget={budget} needs 1 example or more")
         key = jax.random.key(0) if key is None else key
+        parameters = padded(parameters, self._options["config"])
         for place, task in enumerate(self.tasks):
-            examples = self._examples[place][:budget]
-            prepared = [self._prepare(place, i) for i in range(len(examples))]
+            count = len(self._examples[place])
+            first = part * (budget or 0)
+            members = [(first + i) % count for i in range(count)][:budget]
+            examples = [self._examples[place][i] for i in members]
+            prepared = [self._prepare(place, i) for i in members]
             found: Iterable[dict[str, Any]]
             if task.kind in ("loss", "choice"):
                 found = self._score(parameters, task, examples, prepared)
@@ -226,7 +259,8 @@ class TaskEvaluator:
 
     def _prepared(self, place: int, example: int) -> Prepared:
         own = self._examples[place][example]
-        return prepare(own, self.tasks[place], self._tokenizer, self._length)
+        length = self.config.max_position_embeddings
+        return prepare(own, self.tasks[place], self.tokenizer, length)
 
     def _score(
         self,
@@ -242,21 +276,16 @@ class TaskEvaluator:
         scores = iter(scored)
         for example, item in zip(examples, prepared, strict=True):
             sums = [next(scores).log_likelihood for _ in item.completions]
-            tokens = [len(part) for part in item.completions]
             if task.kind == "loss":
+                tokens = len(item.completions[0])
                 yield {
                     "completion": example.completion,
                     "log_likelihood": sums[0],
-                    "tokens": tokens[0],
-                    "score": -sums[0] / tokens[0],
+                    "tokens": tokens,
+                    "score": -sums[0] / tokens,
                 }
                 continue
-            lengths = {
-                "bytes": [len(choice.encode()) for choice in example.choices],
-                "tokens": tokens,
-                "none": [1] * len(tokens),
-            }[task.normalise]
-            normal = [s / n for s, n in zip(sums, lengths, strict=True)]
+            normal = [s / n for s, n in zip(sums, item.lengths, strict=True)]
             # A model that gives NaN has chosen nothing.
             chosen = None if any(map(math.isnan, normal)) else int(np.argmax(normal))
             yield {
@@ -283,12 +312,12 @@ class TaskEvaluator:
             parameters,
             [item.contexts[0] for item in prepared],
             max_new_tokens=task.max_new_tokens,
-            stop_tokens=self._tokenizer.stop_tokens,
+            stop_tokens=self.tokenizer.stop_tokens,
             sampling=Sampling(task.temperature, task.top_k, task.top_p),
             key=key,
             **self._options,
         )
-        texts = map(self._tokenizer.decode, written)
+        texts = map(self.tokenizer.decode, written)
         outputs = [answers.until_stop(text, task.stop) for text in texts]
         if task.kind != "code":
             return list(map(functools.partial(_compare, task), examples, outputs))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from m3jax.checkpoints.errors import shown
+from m3jax.checkpoints.folder import open_checkpoint
+from m3jax.checkpoints.side_files import CONFIG, as_json, changed
+from m3jax.engine import layer_config
 from m3jax.engine.save import save
+from m3jax.engine.slices import Stack
 from m3jax.evaluation.tasks.task import TaskError
 from m3jax.models.layers import Parameters
 
@@ -62,6 +67,7 @@ class CommandEvaluator:
             )
         self._command, self._like = command, like
         self._folder, self._timeout = folder, timeout
+        self._layers: tuple[int, ...] | None = None
 
     def __call__(
         self, parameters: Parameters, budget: int | None, key: jax.Array
@@ -71,8 +77,25 @@ class CommandEvaluator:
         with tempfile.TemporaryDirectory(prefix="m3jax-", dir=self._folder) as folder:
             checkpoint = Path(folder) / "merged"
             save(parameters, checkpoint, like=self._like)
+            if self._layers is not None:
+                self._write_config(checkpoint, self._layers)
             given = (str(checkpoint), "" if budget is None else str(budget), str(seed))
             return self._scores(self._run(given))
+
+    def of_layers(self, layers: Sequence[int]) -> CommandEvaluator:
+        """That of models whose layers are these of `like`, in this order."""
+        made = copy.copy(self)
+        made._layers = tuple(layers)
+        return made
+
+    def _write_config(self, checkpoint: Path, layers: Sequence[int]) -> None:
+        changes: dict[str, Any] = {}
+        with open_checkpoint(self._like) as like:
+            stack = Stack("", tuple((like, layer) for layer in layers))
+            layer_config.follow(like, [stack], changes, [])
+        if changes:
+            path = checkpoint / CONFIG
+            path.write_bytes(as_json(changed(json.loads(path.read_bytes()), changes)))
 
     def fingerprint(self) -> str:
         """What a resumed exploration has to have in common with the first one."""

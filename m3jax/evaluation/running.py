@@ -170,6 +170,11 @@ def pad(
     return tokens, valid
 
 
+def up_to_depth(layers: Sequence[int]) -> list[int]:
+    """The layers of a model, and the last again up to one of few depths."""
+    return [*layers, *[layers[-1]] * (round_up(len(layers)) - len(layers))]
+
+
 def round_up(length: int) -> int:
     """The next power of two, or one and a half times one."""
     power = 1 << (length - 1).bit_length()

@@ -13,14 +13,19 @@ import jax
 
 import m3jax
 from m3jax import prng
-from m3jax.checkpoints.folder import open_checkpoint
-from m3jax.checkpoints.formats import tree
 from m3jax.engine.load import load
+from m3jax.engine.processes import joined
 from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.tasks.apart import check_apart
 from m3jax.exploration.groups import layer_groups
-from m3jax.exploration.inputs import described, is_path, local, names_of
+from m3jax.exploration.inputs import (
+    described,
+    is_path,
+    local,
+    names_of,
+    tensor_names,
+)
 from m3jax.exploration.presets import registry
 from m3jax.exploration.presets.setting import Plan, Setting
 from m3jax.exploration.report import folder as files
@@ -31,6 +36,7 @@ from m3jax.exploration.search.make import check_sampler, make_search, tasks_of
 from m3jax.exploration.search.result import Exploration
 from m3jax.exploration.search.samplers import ADAPTIVE
 from m3jax.exploration.search.scoring import Objective, answering, describe, losses
+from m3jax.exploration.sharing.joining import shared
 from m3jax.exploration.space import WHOLE, Space
 from m3jax.recipe import Recipe, RecipeError
 
@@ -53,6 +59,7 @@ def explore(
     budget: int | None = None,
     halving: int | None = None,
     hyperband: int | None = None,
+    fraction: float | None = None,
     test_all_draws: bool = False,
     at_once: int | None = 1,
     generation: int = 1,
@@ -60,6 +67,7 @@ def explore(
     output: str | PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    study: str | PathLike[str] | None = None,
     tokenizer_from: str | None = None,
     say: Say = nothing,
 ) -> Exploration:
@@ -85,8 +93,9 @@ def explore(
       draws: how many; a grid takes at most so many.
       seed: 0 <= seed < 2**32; with the same seed everything is the same.
       preset: a published search, in the place of sampler and search: ``m3``,
-        ``greedy_soup``, ``model_glue``, ``safety_aware``, ``lfs`` or ``adamms``, which
-        asks the evaluator for ``answers``, too; see docs/EXPLORE.md.
+        ``greedy_soup``, ``model_glue``, ``safety_aware``, ``lfs``, ``dis``, ``rmm``,
+        ``adamms``, which asks the evaluator for ``answers``, or ``df_merge``; see
+        docs/EXPLORE.md.
       sampler: ``recipe``, the default (its own Beta or Dirichlet, a new seed a draw),
         ``grid``, ``sobol``, ``random``, and optuna's ``tpe``, ``cmaes``, ``gp`` and
         ``nsga2``, which looks at every task by itself.
@@ -104,6 +113,8 @@ def explore(
       hyperband: η, 2 or more: successive halving several times over, from many draws at
         a budget of 1 to a few at the full one; their numbers follow from budget and η,
         and `draws` is not looked at.
+      fraction: of the data that a draw of ``rmm`` is evaluated on, each time another
+        part of it; a function of yours gets that budget and a key of its own.
       test_all_draws: evaluate every draw on `test` and `ood`, too, for mean and
         deviation there; nothing is chosen by it.
       at_once: draws that are merged and evaluated at a time, which changes nothing but
@@ -117,6 +128,10 @@ def explore(
       output: a folder for trials, summary, page, picture and the winner's recipe.
       resume: go on with what an interrupted exploration has left there.
       overwrite: begin anew there.
+      study: what processes share that are at this exploration together: the path of a
+        file on a disk that all see, or a database's URL. Each of them does trials of
+        its own, and ends with all; see `m3jax.exploration.sharing`. The processes of
+        `jax.distributed` share one in `output`, which the first of them writes.
       tokenizer_from: goes into the winner's recipe; see `m3jax.Execution`.
       say: is told what happens.
 
@@ -136,7 +151,11 @@ def explore(
     rates = {"halving": halving, "hyperband": hyperband}
     for name, rate in rates.items():
         searches.check_rate(name, rate)
-    full = _full(evaluator, budget, rates)
+    if fraction is not None and not (preset and 0 < fraction <= 1):
+        raise RecipeError(
+            f"fraction={fraction} needs preset='rmm', and a number above 0, up to 1"
+        )
+    full = _full(evaluator, budget, {**rates, "fraction": fraction})
     objective = Objective(dict(weights or {}), losses(evaluator))
     if isinstance(evaluator, TaskEvaluator):
         objective.check([task.name for task in evaluator.tasks])
@@ -145,10 +164,11 @@ def explore(
                 for note in check_apart(evaluator.tasks, other.tasks):
                     say(f"note: {note}")
     tasks = tasks_of(evaluator, objective)
-    tensors = functools.partial(_tensors, models[0])
+    tensors = functools.partial(tensor_names, models[0])
     if preset is not None:
         given: dict[str, Any] = {"search": search, "groups": groups, **rates}
         given["generation"] = generation if generation > 1 else None
+        given["fraction"] = fraction
         registry.check(preset, sampler, given)
         setting = Setting(
             name=preset,
@@ -156,6 +176,7 @@ def explore(
             has_base=base is not None,
             models=models,
             tensors=tensors(),
+            evaluator=evaluator,
             objective=objective,
             tasks=tasks,
             draws=draws,
@@ -166,6 +187,7 @@ def explore(
             generation=generation,
             halving=halving,
             hyperband=hyperband,
+            fraction=fraction,
         )
         plan = registry.plan(setting)
         if plan.answers and not answering(evaluator):
@@ -194,7 +216,11 @@ def explore(
             hyperband=hyperband,
             tasks=tasks,
         )
-        plan = Plan(asks, total, objective, space)
+        reading = None if space is None else space.reading(recipe)
+        plan = Plan(asks, total, objective, reading)
+    for note in plan.notes:
+        say(f"note: {note}")
+    fixed = sampler in ("grid", "nsga2") or halving or fraction
     lists = {"validation": evaluator, "test": test, "ood": ood}
     header = {
         "m3jax": m3jax.__version__,
@@ -206,13 +232,14 @@ def explore(
         "seed": seed,
         **({} if preset is None else {"preset": preset}),
         "sampler": sampler,
-        "search": list(search or ()) if plan.space and preset is None else None,
+        "search": list(search) if search and sampler != "recipe" else None,
         **({} if groups is None else {"groups": groups}),
         # Otherwise it may go on to more draws than it began with.
-        "draws": draws if sampler in ("grid", "nsga2") or halving else None,
+        "draws": draws if fixed else None,
         "generation": generation if sampler in ADAPTIVE or preset else None,
         "halving": halving,
         **({} if hyperband is None else {"hyperband": hyperband}),
+        **({} if fraction is None else {"fraction": fraction}),
         "budget": budget,
         "weights": objective.weights,
         "test_all_draws": test_all_draws,
@@ -221,9 +248,17 @@ def explore(
     }
     path = None if output is None else local(fspath(output))
     with contextlib.ExitStack() as stack:
-        if path is not None:
+        team = stack.enter_context(joined())
+        say = say if team.first else nothing
+        if path is not None and team.first:
             claim = files.claimed(path, overwrite=overwrite, resume=resume)
             stack.enter_context(claim)
+        worker = stack.enter_context(shared(study, path, team, say))
+        if worker is not None:
+            copies = [described(own, anywhere=True) for own in (base, *models)]
+            worker.agree({**header, "base": copies[0], "models": copies[1:]})
+        if not team.first:
+            path = None
         trials, rows = (
             Log(path and path / name, header) for name in (files.TRIALS, files.SCORES)
         )
@@ -239,8 +274,10 @@ def explore(
             rows=rows,
             times=path and path / files.TIMES,
             say=say,
-            aligned=None if plan.space is None else plan.space.reading(recipe),
+            aligned=plan.reading,
             answers=plan.answers,
+            merger=plan.merger,
+            worker=worker,
         )
         # Nothing here holds on to the pytrees: `run` lets go of what it need not keep.
         trees = [
@@ -249,6 +286,8 @@ def explore(
         ]
         found = run(trees, names_of(models), plan.search, plan.total)
         replay = _replay(found, base, models, tokenizer_from)
+        if path is not None:
+            replay |= files.write_statistics(found, path)
         found = dataclasses.replace(found, replay=replay)
         if path is not None:
             files.write_outputs(found, path, say)
@@ -256,25 +295,22 @@ def explore(
 
 
 def _full(
-    evaluator: Evaluator, budget: int | None, rates: Mapping[str, int | None]
+    evaluator: Evaluator, budget: int | None, rates: Mapping[str, float | None]
 ) -> int | None:
-    """The full budget, as a number where halving or Hyperband need one."""
+    """The full budget, as a number where halving, Hyperband or parts need one."""
     name = next((own for own, rate in rates.items() if rate is not None), None)
     if name is None:
         return budget
+    if name == "fraction" and not getattr(evaluator, "in_parts", True):
+        raise RecipeError(
+            "fraction needs tasks in files, or a function: others are evaluated on "
+            "their first examples alone"
+        )
     if isinstance(evaluator, TaskEvaluator):
         return min(evaluator.full_budget, budget or evaluator.full_budget)
     if budget is None:
         raise RecipeError(f"{name} needs budget, the evaluator's full one")
     return budget
-
-
-def _tensors(model: Any) -> list[str]:
-    """The names of a model's tensors."""
-    if not is_path(model):
-        return list(tree.flatten(model)[0])
-    with open_checkpoint(fspath(model)) as checkpoint:
-        return list(checkpoint.tensors)
 
 
 def _replay(

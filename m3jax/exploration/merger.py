@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ class Merger:
     """Base and models, aligned and checked once, to be merged many times.
 
     What differs between draws is an argument of the kernels: after the first merge
-    nothing compiles, whatever the ratios, rates, scaling, trim rate and seeds.
+    nothing compiles, whatever the ratios, rates, scaling, trim rate, seeds and slices.
     """
 
     def __init__(self, base: Any, models: Sequence[Any], recipe: Recipe):
@@ -27,12 +28,16 @@ class Merger:
 
         Args:
           base, models: as for `m3jax.merge_params`.
-          recipe: its method, exclude, vocabulary and dtype hold for all draws.
+          recipe: its method, exclude, vocabulary and dtype hold for all draws. With
+            slices, the pytrees are kept whole, for draws that have slices of their own.
 
         Raises:
           RecipeError, CheckpointError: as `m3jax.merge_params` does.
         """
         recipe.check(num_models=len(models), has_base=base is not None)
+        self._trees = (base, models) if recipe.slices else None
+        if recipe.slices:
+            recipe = dataclasses.replace(recipe, method="average", slices=())
         leaves, self._structure = align_trees(base, models, recipe)
         in_memory.check_inputs(leaves)
         self._bench = in_memory.Leaves(leaves, len(models))
@@ -44,6 +49,12 @@ class Merger:
 
         NaN and infinity in them are left for the evaluator to find.
         """
+        if recipe.slices:
+            assert self._trees is not None
+            made: Parameters = in_memory.merge_params(
+                *self._trees, recipe, seed, allow_nonfinite=True
+            )
+            return made
         what = self._reads(recipe, seed)
 
         def kept(name: str, find: Callable[[], Info]) -> Info:
@@ -61,6 +72,10 @@ class Merger:
         """The ratios of a draw, for each group of tensors; None where M3 is off."""
         count = self._bench.num_models
         return mixup.draw_ratios(recipe.mixup, count, self._names, seed)
+
+    def statistics(self, recipe: Recipe) -> list[Any]:
+        """What was measured for a draw, a pytree of each model; [] where nothing is."""
+        return []
 
     def _reads(self, recipe: Recipe, seed: int) -> Any:
         """All that statistics depend on; draws that differ in nothing else share them.

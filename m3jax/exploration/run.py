@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+from m3jax import programs
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.places import durable
 from m3jax.evaluation.evaluator import Evaluator
@@ -23,11 +25,20 @@ from m3jax.exploration.search.places import choose_places, in_order, make_merger
 from m3jax.exploration.search.result import Exploration, Row
 from m3jax.exploration.search.scoring import Objective, Scored, score
 from m3jax.exploration.search.searches import Search
-from m3jax.exploration.search.trials import Proposal, Trial, best
+from m3jax.exploration.search.trials import (
+    Proposal,
+    Trial,
+    at_the_largest_budget,
+    best,
+)
+from m3jax.exploration.sharing.worker import Worker
 from m3jax.models.layers import Parameters
+from m3jax.programs import Block
 from m3jax.recipe import Mixup, Recipe
 
 Say = Callable[[str], None]
+T = TypeVar("T")
+L = TypeVar("L")
 
 
 def nothing(line: str) -> None:
@@ -51,6 +62,8 @@ class Run:
       trials, rows: what has been found before, and where to keep what is found.
       times: a file for how long things took; they are not the same in every run.
       say: is told what happens.
+      merger: makes what merges the draws.
+      worker: shares the evaluations with other processes; None: all are done here.
     """
 
     recipe: Recipe
@@ -66,6 +79,8 @@ class Run:
     say: Say = nothing
     aligned: Recipe | None = None
     answers: bool = False
+    merger: Callable[[Any, Sequence[Any], Recipe], Merger] = Merger
+    worker: Worker | None = None
 
     def __call__(
         self,
@@ -83,18 +98,24 @@ class Run:
           search: asks for the draws.
           total: how many trials there will be, if that is known.
         """
-        first = next(search)
+        first = next(search, None)
+        if first is None:
+            raise CheckpointError("no draw makes a model; ask for more of them")
         places = choose_places(trees, self.at_once, len(first))
-        rows = [
-            self._row(name, "parent", lambda own: own, tree)
+        parents = {
+            name: functools.partial(lambda own: own, tree)
             for name, tree in zip(["base", *names], trees, strict=True)
             if tree is not None
-        ]
-        mergers = make_mergers(trees, self.aligned or self.recipe, places)
-        merger = mergers[0]
-        for name, recipe in self._baselines(len(names)).items():
-            rows.append(self._row(name, "baseline", merger, recipe, self.seed))
-        trials, chosen = self._all_trials(mergers, search, first, total)
+        }
+        rows = self._rows("parent", parents)
+        del parents
+        mergers = make_mergers(trees, self.aligned or self.recipe, places, self.merger)
+        baselines = {
+            name: functools.partial(mergers[0], recipe, self.seed)
+            for name, recipe in self._baselines(len(names)).items()
+        }
+        rows += self._rows("baseline", baselines)
+        trials, chosen = self._all_trials(mergers, search, first, total, names)
         winner = chosen or best(at_the_largest_budget(trials), 1)[0]
         if math.isnan(winner.objective):
             raise CheckpointError(
@@ -102,14 +123,16 @@ class Run:
                 "merged into, overflow; try --dtype=float32, or another recipe"
             )
         name = f"winner (draw {winner.index})"
-        made = self._row(name, "winner", merger, winner.recipe, winner.seed)
+        make = functools.partial(mergers[0], winner.recipe, winner.seed)
+        rows += self._rows("winner", {name: make}, winner.program)
         return Exploration(
             trials=tuple(trials),
             winner=winner,
-            rows=(*rows, made),
+            rows=tuple(rows),
             objective=self.objective,
             models=tuple(names),
             seed=self.seed,
+            statistics=tuple(mergers[0].statistics(winner.recipe)),
         )
 
     def _baselines(self, num_models: int) -> dict[str, Recipe]:
@@ -123,22 +146,50 @@ class Run:
             for name, mixup in named.items()
         }
 
-    def _row(
-        self, name: str, kind: str, make: Callable[..., Parameters], *arguments: Any
-    ) -> Row:
-        """The row that was found before, or a new one, of what `make` makes."""
-        for line in self.rows.lines:
-            if line["row"] == name:
-                return Row.from_dict(line)
-        parameters = make(*arguments)
-        scored = {
-            own: self._score(own, parameters, self.budget) for own in self.evaluators
-        }
-        row = Row(name, kind, scored)
-        self.rows.append(row.to_dict())
-        scores = scored["validation"].scores
-        self.say(f"{name}: {described(self.objective(scores), scores)}")
-        return row
+    def _rows(
+        self,
+        kind: str,
+        makers: Mapping[str, Callable[[], Parameters]],
+        program: Sequence[Block] | None = None,
+    ) -> list[Row]:
+        """The rows that were found before, or new ones, of what is made."""
+        known = {line["row"]: line for line in self.rows.lines}
+
+        def line(name: str, place: None) -> dict[str, Any]:
+            if name in known:
+                return known[name]
+            parameters = makers[name]()
+            scored = {
+                own: self._score(own, parameters, self.budget, program=program)
+                for own in self.evaluators
+            }
+            return Row(name, kind, scored).to_dict()
+
+        rows = []
+        named = {f"{kind} {name}": name for name in makers}
+        for found, _ in self._each(named, line, [None]):
+            row = Row.from_dict(found)
+            rows.append(row)
+            if row.name in known:
+                continue
+            self.rows.append(row.to_dict())
+            scores = row.scored["validation"].scores
+            self.say(f"{row.name}: {described(self.objective(scores), scores)}")
+        return rows
+
+    def _each(
+        self,
+        items: Mapping[str, T],
+        work: Callable[[T, L], dict[str, Any]],
+        places: Sequence[L],
+    ) -> Generator[tuple[dict[str, Any], bool]]:
+        """What the work gives for each item, in order, and whether it was done here."""
+        if self.worker is not None:
+            yield from self.worker.each(items, work, places)
+            return
+        with contextlib.closing(in_order(work, [*items.values()], places)) as found:
+            for line in found:
+                yield line, True
 
     def _all_trials(
         self,
@@ -146,6 +197,7 @@ class Run:
         search: Search,
         first: Sequence[Proposal],
         total: int | None,
+        names: Sequence[str],
     ) -> tuple[list[Trial], Trial | None]:
         """All of them, and the one that the search chose, if it did."""
         trials: list[Trial] = []
@@ -163,6 +215,8 @@ class Run:
                     end = total if alike else total and start + len(asked)
                     left = None if end is None else end - len(trials)
                     what = described(trial.objective, trial.scores, trial.mean_ratios)
+                    if trial.program is not None:
+                        what = f"{programs.counted(trial.program, names)}; {what}"
                     self.say(
                         f"{len(trials)}{of_all}: draw {trial.index}, {what}; "
                         f"{progress.text(trial, left)}"
@@ -182,32 +236,46 @@ class Run:
           start: the first one's place in the log.
           mergers: to run them on.
         """
-        lines = self.trials.lines[start : start + len(asked)]
-        for i, line in enumerate(lines):
-            yield _recorded(line, asked[i], start + i)
-        left = asked[len(lines) :]
-        with contextlib.closing(in_order(self._do, left, mergers)) as found:
-            for trial, seconds in found:
+        known = dict(enumerate(self.trials.lines[start : start + len(asked)], start))
+        items = {
+            f"trial {place}": (place, own) for place, own in enumerate(asked, start)
+        }
+
+        def line(item: tuple[int, Proposal], merger: Merger) -> dict[str, Any]:
+            place, own = item
+            return {"trial": known[place]} if place in known else self._do(own, merger)
+
+        found = self._each(items, line, mergers)
+        for (place, own), (own_line, here) in zip(items.values(), found, strict=True):
+            trial = _recorded(own_line["trial"], own, place)
+            if place not in known:
                 self.trials.append(trial.to_dict())
-                if self.times is not None:
-                    entry = {"index": trial.index, "budget": trial.budget, **seconds}
+                if here and self.times is not None:
+                    entry = {"index": trial.index, "budget": trial.budget}
+                    entry |= own_line["seconds"]
                     with durable.naming(self.times), self.times.open("a") as file:
                         file.write(json.dumps(entry) + "\n")
-                yield trial
+            yield trial
 
-    def _do(self, asked: Proposal, merger: Merger) -> tuple[Trial, dict[str, float]]:
-        """Merges a draw and evaluates it; the seconds that it took."""
+    def _do(self, asked: Proposal, merger: Merger) -> dict[str, Any]:
+        """Merges a draw and evaluates it; the trial, and the seconds that it took."""
         recipe, seed = asked.recipe, asked.seed
+        program = programs.of_recipe(recipe)
         start = time.perf_counter()
         parameters = jax.block_until_ready(merger(recipe, seed))
         merged = time.perf_counter()
         scored = self._score(
-            "validation", parameters, asked.budget, answers=self.answers
+            "validation",
+            parameters,
+            asked.budget,
+            answers=self.answers,
+            part=asked.part,
+            program=program,
         )
         own = scored.scores
         others = [name for name in self.evaluators if name != "validation"]
         other = {
-            name: self._score(name, parameters, self.budget).scores
+            name: self._score(name, parameters, self.budget, program=program).scores
             for name in (others if self.test_all_draws else ())
         }
         trial = Trial(
@@ -220,11 +288,13 @@ class Run:
             objective=self.objective(own),
             other=other,
             answers=scored.answers if self.answers else None,
+            part=asked.part,
         )
-        return trial, {
+        seconds = {
             "merge_seconds": round(merged - start, 6),
             "evaluate_seconds": round(time.perf_counter() - merged, 6),
         }
+        return {"trial": trial.to_dict(), "seconds": seconds}
 
     def _score(
         self,
@@ -233,26 +303,29 @@ class Run:
         budget: int | None,
         *,
         answers: bool = False,
+        part: int = 0,
+        program: Sequence[Block] | None = None,
     ) -> Scored:
         key = jax.random.key(self.seed)  # of every draw: the same luck for all
-        return score(self.evaluators[name], parameters, budget, key, answers)
-
-
-def at_the_largest_budget(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that were evaluated on the most; None stands for all there is."""
-    budgets = [math.inf if t.budget is None else t.budget for t in trials]
-    largest = max(budgets)
-    return [t for t, own in zip(trials, budgets, strict=True) if own == largest]
+        return score(
+            self.evaluators[name],
+            parameters,
+            budget,
+            key,
+            answers,
+            part=part,
+            layers=None if program is None else [block.layer for block in program],
+        )
 
 
 def _recorded(line: Mapping[str, Any], asked: Proposal, place: int) -> Trial:
-    """The trial of a line of the log, which has to be that of the proposal."""
+    """The trial of a line, which has to be that of the proposal."""
     trial = Trial.from_dict(line)
     if trial.proposal != asked:
         raise CheckpointError(
-            f"trial {place} of the exploration to resume is another one than would "
-            "be drawn now: a package that draws is of another version; begin anew "
-            "with --overwrite"
+            f"trial {place}, which was evaluated before or by another process, is "
+            "another one than would be drawn now: a package that draws is of another "
+            "version; begin anew with --overwrite, and another --study"
         )
     return trial
 

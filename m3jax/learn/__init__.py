@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "Config": "training.config",
     "Learned": "descent",
-    "Learning": "training.result",
+    "Learning": "report.result",
     "Optimizer": "training.optimizer",
     "Space": "coefficients.space",
     "adamerging": "entropy",
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from m3jax.learn.gram import grams
     from m3jax.learn.information import fisher
     from m3jax.learn.mofo import mofo_adamw
+    from m3jax.learn.report.result import Learning
     from m3jax.learn.soup import learned_soup
     from m3jax.learn.training.config import Config
     from m3jax.learn.training.optimizer import Optimizer
-    from m3jax.learn.training.result import Learning
     from m3jax.learn.uld import uld_loss
 
 

@@ -26,30 +26,31 @@ class Learned(NamedTuple):
 
 
 def descend(
-    loss: Callable[..., jax.Array],
+    merge: Callable[[Any, Any], Any],
+    loss: Callable[[Any, Any, Any], jax.Array],
     start: Any,
     batches: Iterable[Any],
     tx: Any,
     arrays: Any,
-) -> tuple[Any, jax.Array, Any]:
+) -> Learned:
     """One step of an optimiser for each batch.
 
     Args:
-      loss: (coefficients, batch, arrays) -> scalar.
+      merge: (coefficients, arrays) -> params.
+      loss: (params, batch, coefficients) -> scalar.
       start: the coefficients of step 0.
       batches: pytrees of arrays; those of another shape cost a compilation.
       tx: an optax.GradientTransformation.
-      arrays: what else the loss reads; given, not closed over, as models would
-        otherwise be constants of the compiled program.
-
-    Returns:
-      The coefficients, the losses and the history; see `Learned`.
+      arrays: of the models; given, not closed over, as they would otherwise be
+        constants of the compiled program.
     """
     import optax
 
     @jax.jit
     def step(coefficients: Any, state: Any, batch: Any, arrays: Any) -> Any:
-        value, gradient = jax.value_and_grad(loss)(coefficients, batch, arrays)
+        value, gradient = jax.value_and_grad(
+            lambda own: loss(merge(own, arrays), batch, own)
+        )(coefficients)
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes
             updates, state = tx.update(gradient, state, coefficients)
             moved = optax.apply_updates(coefficients, updates)
@@ -63,4 +64,4 @@ def descend(
         losses.append(value)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *history)
     found = jnp.stack(losses) if losses else jnp.zeros(0, jnp.float32)
-    return coefficients, found, stacked
+    return Learned(jax.jit(merge)(coefficients, arrays), coefficients, found, stacked)

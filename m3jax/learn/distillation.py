@@ -144,10 +144,11 @@ def dam_loss(
             if name in terms:
                 add(name, terms[name] * value)
     named = tree.flatten(coefficients)[0]
-    chosen = _not_biases(named) if regularized is None else regularized
-    if lacking := set(chosen) - set(named):
+    if regularized is None:
+        regularized = [name for name in named if name.rpartition(".")[2] != "bias"]
+    if lacking := set(regularized) - set(named):
         raise ValueError(f"regularized {sorted(lacking)} are no leaves of coefficients")
-    for name in chosen:
+    for name in regularized:
         for term, value in of_coefficients(named[name]).items():
             if term in terms:
                 add("l1_l2" if term in ("l1", "l2") else term, terms[term] * value)
@@ -239,7 +240,3 @@ def _mean(values: Any) -> jax.Array:
     """Of a pair's values; 0 where one model has no pair."""
     found = list(values)
     return sum(found, jnp.zeros((), jnp.float32)) / max(len(found), 1)
-
-
-def _not_biases(named: Mapping[str, Any]) -> list[str]:
-    return [name for name in named if name.rpartition(".")[2] != "bias"]

@@ -54,10 +54,13 @@ def np_merge(
             merged[name] = second + share * (first - second)
         return own.params(merged)
 
-    def loss(raw: Any, batch: Any, arrays: Any) -> jax.Array:
-        return loss_fn(params(raw, arrays), batch)
-
     start = own.filled(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.float32))
     tx = optax.adam(0.01) if tx is None else tx
-    found = descend(loss, start, batches, tx, own.arrays)
-    return Learned(jax.jit(params)(found[0], own.arrays), *found)
+    return descend(
+        params,
+        lambda own, batch, raw: loss_fn(own, batch),
+        start,
+        batches,
+        tx,
+        own.arrays,
+    )

@@ -76,8 +76,7 @@ def adamerging(
             merged[name] = bases[name] + weighted_sum(factor, tau)
         return own.params(merged)
 
-    def loss(coefficients: Any, batch: Any, arrays: Any) -> jax.Array:
-        merged = params(coefficients, arrays)
+    def loss(merged: Any, batch: Any, coefficients: Any) -> jax.Array:
         entropies = [
             mean_entropy(apply_fn(merged, batch[k], k), batch[k])
             for k in range(len(models))
@@ -89,8 +88,7 @@ def adamerging(
 
     start = equal() if granularity == "task" else own.filled(equal)
     tx = optax.adam(1e-3) if tx is None else tx
-    found = descend(loss, start, batches, tx, (bases, taus))
-    return Learned(jax.jit(params)(found[0], (bases, taus)), *found)
+    return descend(params, loss, start, batches, tx, (bases, taus))
 
 
 def mean_entropy(logits: jax.Array, inputs: Any = None) -> jax.Array:

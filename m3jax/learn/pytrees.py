@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.formats import tree
 
 
@@ -66,11 +66,8 @@ def stack(params: Sequence[Any], names: Sequence[str]) -> Stack:
             if name in own and jnp.shape(own[name]) != jnp.shape(leaf)
         ]
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            "the pytrees need the same leaves of the same shapes: "
-            + "; ".join(problems[:3])
-            + more
+            f"the pytrees need the same leaves of the same shapes: {few(problems)}"
         )
     arrays = {
         name: jnp.stack([jnp.asarray(own[name], wide(leaf)) for own in trees])

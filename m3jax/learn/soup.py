@@ -48,8 +48,8 @@ def learned_soup(
 
     own = stack(models, model_names(models))
 
-    def params(alpha: Any, arrays: Any) -> Any:
-        named = tree.flatten(alpha)[0]
+    def params(coefficients: Any, arrays: Any) -> Any:
+        named = tree.flatten(coefficients["alpha"])[0]
         return own.params(
             {
                 name: weighted_sum(jax.nn.softmax(named[name]), array)
@@ -57,9 +57,9 @@ def learned_soup(
             }
         )
 
-    def loss(coefficients: Any, batch: Any, arrays: Any) -> jax.Array:
+    def loss(merged: Any, batch: Any, coefficients: Any) -> jax.Array:
         inputs, labels = batch
-        logits = apply_fn(params(coefficients["alpha"], arrays), inputs)
+        logits = apply_fn(merged, inputs)
         return cross_entropy(logits * coefficients["beta"].astype(logits.dtype), labels)
 
     start = {
@@ -69,15 +69,19 @@ def learned_soup(
         "beta": jnp.ones((), jnp.float32),
     }
     tx = optax.adamw(0.05, weight_decay=0.0) if tx is None else tx
-    found = descend(loss, start, batches, tx, own.arrays)
-    return Learned(jax.jit(params)(found[0]["alpha"], own.arrays), *found)
+    return descend(params, loss, start, batches, tx, own.arrays)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean of −log softmax(logits)[label] where the label is not −100."""
+    counted = jnp.sum((labels != IGNORED).astype(wide(logits)))
+    return -jnp.sum(log_likelihoods(logits, labels)) / jnp.maximum(counted, 1)
+
+
+def log_likelihoods(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """log softmax(logits)[label]; 0 where the label is −100."""
     logs = jax.nn.log_softmax(logits.astype(wide(logits)))
     known = labels != IGNORED
     places = jnp.where(known, labels, jnp.zeros_like(labels))
     own = jnp.take_along_axis(logs, places[..., None], axis=-1)[..., 0]
-    counted = known.astype(logs.dtype)
-    return -jnp.sum(own * counted) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.where(known, own, jnp.zeros_like(own))

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.learn.pytrees import wide
-
-IGNORED = -100
+from m3jax.learn.soup import IGNORED
 
 
 def uld_loss(

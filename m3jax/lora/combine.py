@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ from m3jax.recipe import Recipe, RecipeError
 HOW = ("concatenate", "svd", "core")
 _LINEAR = ("average", "linear", "task_arithmetic")
 Arrays = dict[str, Any]
+# What a recipe makes of a table of changes for each model, and of what is saved whole.
+Merge = Callable[[Sequence[Mapping[str, Any]]], tuple[Arrays, Arrays]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +104,13 @@ def combine(
         changes = _changes(opened)
         wholes = _wholes(opened, base, recipe)
         writer, fits = AdapterWriter(dtype), list[Fit]()
+        merge = functools.partial(_merged, wholes=wholes, recipe=recipe, seed=seed)
         if how == "core":
-            merged, wide = _in_core(changes, wholes, recipe, seed)
+            merged, wide = _in_core(changes, len(models), merge)
         elif how == "svd" and not _is_linear(recipe):
-            merged, wide = _in_full(changes, wholes, recipe, seed)
+            merged, wide = _in_full(changes, len(models), merge)
         else:
-            merged, wide = _side_by_side(changes, wholes, recipe, seed, how)
+            merged, wide = _side_by_side(changes, len(models), merge, how)
         for module, change in merged.items():
             fits.append(_written(module, change, changes[module], writer, rank, energy))
         for name, own in wide.items():
@@ -262,17 +266,11 @@ def _merged(
 
 
 def _side_by_side(
-    changes: Mapping[str, _Changes],
-    wholes: Sequence[Arrays],
-    recipe: Recipe,
-    seed: int,
-    how: str,
+    changes: Mapping[str, _Changes], count: int, merge: Merge, how: str
 ) -> tuple[dict[str, Pair | Svd], Arrays]:
     """Σ_k w_k ΔW_k. The weights are what the recipe makes of the unit vectors."""
-    units = np.eye(len(wholes) - 1, dtype=np.float32)
-    weights, wide = _merged(
-        [dict.fromkeys(changes, u) for u in units], wholes, recipe, seed
-    )
+    units = np.eye(count, dtype=np.float32)
+    weights, wide = merge([dict.fromkeys(changes, unit) for unit in units])
     made: dict[str, Pair | Svd] = {}
     for module, own in changes.items():
         scaled = [w * s for w, s in zip(weights[module], own.scalings, strict=True)]
@@ -282,7 +280,7 @@ def _side_by_side(
 
 
 def _in_core(
-    changes: Mapping[str, _Changes], wholes: Sequence[Arrays], recipe: Recipe, seed: int
+    changes: Mapping[str, _Changes], count: int, merge: Merge
 ) -> tuple[dict[str, Pair | Svd], Arrays]:
     cores: dict[str, Core] = {
         module: factors.core(own.filled, own.scalings)
@@ -290,23 +288,23 @@ def _in_core(
     }
     tables = [
         {m: own.cores[k].astype(np.float32) for m, own in cores.items()}
-        for k in range(len(wholes) - 1)
+        for k in range(count)
     ]
-    merged, wide = _merged(tables, wholes, recipe, seed)
+    merged, wide = merge(tables)
     return {m: own.back(merged[m]) for m, own in cores.items()}, wide
 
 
 def _in_full(
-    changes: Mapping[str, _Changes], wholes: Sequence[Arrays], recipe: Recipe, seed: int
+    changes: Mapping[str, _Changes], count: int, merge: Merge
 ) -> tuple[dict[str, Pair | Svd], Arrays]:
     tables = [
         {
             m: (own.scalings[k] * own.filled[k].dense).astype(np.float32)
             for m, own in changes.items()
         }
-        for k in range(len(wholes) - 1)
+        for k in range(count)
     ]
-    merged, wide = _merged(tables, wholes, recipe, seed)
+    merged, wide = merge(tables)
     return {m: factors.exact(own) for m, own in merged.items()}, wide
 
 

@@ -15,7 +15,7 @@ from m3jax.checkpoints import naming
 from m3jax.checkpoints.adapters import EMBEDDINGS, HEAD, conv1d
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
-from m3jax.checkpoints.source import Source, read_whole
+from m3jax.checkpoints.source import Source, byte_size, read, read_whole
 from m3jax.engine.inputs import MismatchError
 from m3jax.engine.plan import natural_order
 from m3jax.engine.progress import Progress
@@ -114,12 +114,13 @@ def extract(
             for name, (source, _) in pairs.items()
         }
         writer, fits = AdapterWriter(settings.dtype), list[Fit]()
-        progress.stage("extracting", sum(_bytes(own) for own in pairs.values()))
+        sizes = {name: sum(map(byte_size, own)) for name, own in pairs.items()}
+        progress.stage("extracting", sum(sizes.values()))
         for name in sorted(pairs, key=natural_order):
             fits += _extracted(
                 name, *pairs[name], transposed[name], writer, settings, tuned
             )
-            progress.advance(_bytes(pairs[name]))
+            progress.advance(sizes[name])
         whole = [fit.name for fit in fits if not fit.rank]
         strange = [n for n in whole if not n.endswith((".weight", ".bias"))]
         if strange:
@@ -246,16 +247,10 @@ def _sketch(rows: int, name: str, settings: Settings) -> np.ndarray:
 def _equal(a: Source, b: Source) -> bool:
     size = math.prod(a.shape)
     for start in range(0, size, _PART):
-        count = min(_PART, size - start)
-        parts = [np.empty(count, own.dtype.numpy) for own in (a, b)]
-        for own, part in zip((a, b), parts, strict=True):
-            own.read_into(part, start)
-        wide = (
-            parts
-            if parts[0].dtype == parts[1].dtype
-            else [part.astype(np.float64) for part in parts]
-        )
-        if not np.array_equal(*wide):
+        parts = [read(own, start, min(_PART, size - start)) for own in (a, b)]
+        if parts[0].dtype != parts[1].dtype:
+            parts = [part.astype(np.float64) for part in parts]
+        if not np.array_equal(parts[0], parts[1]):
             return False
     return True
 
@@ -267,7 +262,3 @@ def _is_transposed(name: str, source: Source, tensors: Mapping[str, Any]) -> boo
 
 def _is_vocabulary(name: str) -> bool:
     return name.endswith((*EMBEDDINGS, f"{HEAD}.weight"))
-
-
-def _bytes(sources: tuple[Source, Source]) -> int:
-    return sum(math.prod(own.shape) * own.dtype.itemsize for own in sources)

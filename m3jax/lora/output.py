@@ -18,7 +18,7 @@ from m3jax.checkpoints.formats.dtypes import of_numpy
 from m3jax.checkpoints.output.destination import open_writer
 from m3jax.checkpoints.output.folder import OutputFolder
 from m3jax.checkpoints.output.shards import Shard
-from m3jax.checkpoints.source import Array, Source
+from m3jax.checkpoints.source import Array, Source, read
 from m3jax.lora.factors import Pair
 
 RECORD = "m3jax_lora.json"
@@ -143,8 +143,7 @@ class AdapterWriter:
 def _copy(source: Source, writer: Any, start: int) -> None:
     size = math.prod(source.shape)
     for first in range(0, size, _PART):
-        values = np.empty(min(_PART, size - first), source.dtype.numpy)
-        source.read_into(values, first)
+        values = read(source, first, min(_PART, size - first))
         writer.write(0, start + first * values.itemsize, values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -17,7 +18,7 @@ import safetensors.numpy
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.output.destination import open_output
 from m3jax.checkpoints.output.folder import OutputFolder
-from m3jax.checkpoints.places import store
+from m3jax.checkpoints.places import durable, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.engine.progress import Progress
 from m3jax.engine.save import shards_of, write
@@ -29,6 +30,7 @@ State = dict[str, jax.Array]
 B = TypeVar("B")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Accumulation(Generic[B]):
     """What is added up.
 
@@ -42,21 +44,13 @@ class Accumulation(Generic[B]):
       inputs: what else than record and batches the result depends on, as JSON.
     """
 
-    def __init__(
-        self,
-        *,
-        start: Callable[[], State],
-        add: Callable[[State, B], State],
-        batches: Sequence[B],
-        count: Callable[[B], int],
-        finish: Callable[[State], Mapping[str, Any]],
-        record: Mapping[str, Any],
-        inputs: Any = None,
-    ):
-        """Takes the parts."""
-        self.start, self.add, self.batches = start, add, batches
-        self.count, self.finish = count, finish
-        self.record, self.inputs = record, inputs
+    start: Callable[[], State]
+    add: Callable[[State, B], State]
+    batches: Sequence[B]
+    count: Callable[[B], int]
+    finish: Callable[[State], Mapping[str, Any]]
+    record: Mapping[str, Any]
+    inputs: Any = None
 
     @property
     def identity(self) -> str:
@@ -130,11 +124,9 @@ def accumulate(
 def _keep(folder: OutputFolder, what: Accumulation[Any], state: State, n: int) -> None:
     """Puts the state aside; it is whole, or that of before."""
     arrays = {name: np.asarray(leaf) for name, leaf in state.items()}
-    path = folder.path / _STATE
-    unfinished = path.with_suffix(".partial")
     known = {"done": str(n), "identity": what.identity}
-    safetensors.numpy.save_file(arrays, unfinished, known)
-    unfinished.replace(path)
+    with durable.appearing(folder.path / _STATE) as unfinished:
+        safetensors.numpy.save_file(arrays, unfinished, known)
     if not folder.resumable:
         folder.journal({"measured": what.identity})
 

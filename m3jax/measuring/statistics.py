@@ -16,11 +16,12 @@ from m3jax.checkpoints.formats import tree
 from m3jax.checkpoints.places.files import Location
 from m3jax.engine.progress import Progress
 from m3jax.evaluation.tasks.task import Task
-from m3jax.learn.information import KINDS
+from m3jax.learn.information import KINDS, zeros_like
 from m3jax.measuring import fisher as fisher_information
 from m3jax.measuring import gram
 from m3jax.measuring.accumulate import Accumulation, accumulate
 from m3jax.measuring.texts import Batch, Question, batches, questions
+from m3jax.models.config import Config
 from m3jax.models.parameters import Model, load_model
 from m3jax.models.tokenizer import Tokenizer
 
@@ -67,27 +68,19 @@ def measure_fisher(
         raise ValueError(f"samples={samples} needs 1 or more")
     prng.check_seed(seed)
     model, parameters, asked = _opened(name, tasks, limit)
-    planned = batches(asked, tokens_per_batch)
-    at_once, key = fisher_information.rows_at_once(parameters), jax.random.key(seed)
     leaves, structure = tree.flatten(parameters)
     names = list(leaves)
 
     def add(state: dict[str, Any], batch: Batch) -> dict[str, Any]:
-        first = asked[int(batch.index[0])]
-        own = (asked[i] for i in batch.index.tolist() if i >= 0)
-        longest = max(len(q.completions[0]) for q in own)
-        found = fisher_information.add(
+        found = _with_batch(
             structure(state[n] for n in names),
             parameters,
+            asked,
             batch,
-            key,
+            jax.random.key(seed),
             config=model.config,
             kind=kind,
             samples=samples,
-            is_choice=first.is_choice,
-            # Few shapes, since each is a compilation.
-            positions=1 << (longest - 1).bit_length() if kind == "exact" else 1,
-            at_once=min(at_once, len(batch.index)),
         )
         return tree.flatten(found)[0]
 
@@ -98,7 +91,7 @@ def measure_fisher(
                 n: jnp.zeros(x.shape, jnp.float32) for n, x in leaves.items()
             },
             add=add,
-            batches=planned,
+            batches=batches(asked, tokens_per_batch),
             count=_count,
             finish=lambda state: {n: x / len(asked) for n, x in state.items()},
             record=_record("fisher", name, tasks, asked, kind=kind, **drawn),
@@ -107,6 +100,54 @@ def measure_fisher(
         output,
         resume=resume,
         progress=progress,
+    )
+
+
+def fisher_of(
+    parameters: Any,
+    config: Config,
+    asked: Sequence[Question],
+    *,
+    kind: str,
+    key: jax.Array,
+    tokens_per_batch: int,
+) -> Any:
+    """The same in memory: F, a pytree of the floats among the parameters."""
+    parameters = _floats(parameters)
+    total = zeros_like(parameters)
+    for batch in batches(asked, tokens_per_batch):
+        total = _with_batch(
+            total, parameters, asked, batch, key, config=config, kind=kind, samples=1
+        )
+    return jax.tree.map(lambda own: own / len(asked), total)
+
+
+def _with_batch(
+    total: Any,
+    parameters: Any,
+    asked: Sequence[Question],
+    batch: Batch,
+    key: jax.Array,
+    *,
+    config: Config,
+    kind: str,
+    samples: int,
+) -> Any:
+    """The sum with that of a batch; see `fisher.add`."""
+    own = [asked[i] for i in batch.index.tolist() if i >= 0]
+    longest = max(len(question.item.completions[0]) for question in own)
+    return fisher_information.add(
+        total,
+        parameters,
+        batch,
+        key,
+        config=config,
+        kind=kind,
+        samples=samples,
+        is_choice=own[0].is_choice,
+        # Few shapes, since each is a compilation.
+        positions=1 << (longest - 1).bit_length() if kind == "exact" else 1,
+        at_once=min(fisher_information.rows_at_once(parameters), len(batch.index)),
     )
 
 
@@ -167,15 +208,20 @@ def _opened(
     Leaves that are no floats (masks) are left out: no forward pass reads them.
     """
     model = load_model(name)
-    leaves, _ = tree.flatten(model.parameters)
+    tokenizer = Tokenizer(model.folder)
+    asked = questions(tasks, tokenizer, model.config.max_position_embeddings, limit)
+    return model, _floats(model.parameters), asked
+
+
+def _floats(parameters: Any) -> dict[str, Any]:
+    """The leaves that are floats, as float32."""
+    leaves, _ = tree.flatten(parameters)
     floats = {
         n: jnp.asarray(x, jnp.float32)
         for n, x in leaves.items()
         if jnp.issubdtype(x.dtype, jnp.floating)
     }
-    tokenizer = Tokenizer(model.folder)
-    asked = questions(tasks, tokenizer, model.config.max_position_embeddings, limit)
-    return model, tree.nest(floats), asked
+    return tree.nest(floats)
 
 
 def _count(batch: Batch) -> int:

@@ -23,27 +23,21 @@ class Question:
     """An example with what may follow its prompt.
 
     Attributes:
-      contexts, completions: tokens; of a choice task one of each for each choice, of
-        other tasks one.
-      lengths: by which the log-likelihood of each completion is divided.
+      item: its tokens; of a choice task each choice, of other tasks one completion.
       correct: which of them is right.
       is_choice: the completions are the classes; otherwise each token is one of the
         vocabulary.
     """
 
-    contexts: tuple[tuple[int, ...], ...]
-    completions: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
+    item: Prepared
     correct: int
     is_choice: bool
 
     @property
     def whole(self) -> tuple[tuple[int, ...], ...]:
         """Context and completion, joined."""
-        return tuple(
-            context + own
-            for context, own in zip(self.contexts, self.completions, strict=True)
-        )
+        pairs = zip(self.item.contexts, self.item.completions, strict=True)
+        return tuple(context + own for context, own in pairs)
 
 
 class Batch(NamedTuple):
@@ -96,25 +90,16 @@ def _question(
             f"task {shown(task.name)}: kind {task.kind} does not say what a model "
             f"should write; measure on one of loss, choice, {', '.join(_ANSWERED)}"
         )
-    item: Prepared = prepare(example, task, tokenizer, max_length)
+    item = prepare(example, task, tokenizer, max_length)
     is_choice = task.kind == "choice"
-    lengths = [1] * len(item.completions)
-    if is_choice and task.normalise != "none":
-        by_bytes = task.normalise == "bytes"
-        lengths = (
-            [len(choice.encode()) for choice in example.choices]
-            if by_bytes
-            else [len(part) for part in item.completions]
-        )
-    correct = example.correct if is_choice else 0
-    return Question(item.contexts, item.completions, tuple(lengths), correct, is_choice)
+    return Question(item, example.correct if is_choice else 0, is_choice)
 
 
 def batches(asked: Sequence[Question], tokens_per_batch: int) -> list[Batch]:
     """Batches of every question once; of one kind and number of completions each."""
     kinds: dict[tuple[bool, int], list[int]] = {}
     for i, question in enumerate(asked):
-        key = question.is_choice, len(question.completions)
+        key = question.is_choice, len(question.item.completions)
         kinds.setdefault(key, []).append(i)
     found = []
     for (_, count), members in kinds.items():
@@ -137,9 +122,10 @@ def _batch(
     )
     for row, member in enumerate(members):
         question = asked[member]
+        item = question.item
         made.index[row], made.correct[row] = member, question.correct
         for c, (context, own, length) in enumerate(
-            zip(question.contexts, question.whole, question.lengths, strict=True)
+            zip(item.contexts, question.whole, item.lengths, strict=True)
         ):
             made.tokens[row, c, : len(own)] = own
             made.valid[row, c, : len(own)] = True

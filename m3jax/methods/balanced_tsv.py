@@ -6,10 +6,9 @@ from typing import Any
 
 from m3jax.lazy import jax, jnp
 from m3jax.methods import ranks
-from m3jax.methods.fields import choice, number, weights
-from m3jax.methods.spectral import mean
+from m3jax.methods.fields import number
+from m3jax.methods.scaled import OfMatrices
 from m3jax.methods.step import (
-    Method,
     Numbers,
     Operands,
     register,
@@ -20,7 +19,7 @@ from m3jax.methods.tsv_m import combined
 
 
 @register("balanced_tsv")
-class BalancedTsv(Method):
+class BalancedTsv(OfMatrices):
     """TSV-M of w_k λ_k τ_k, tensor by tensor, with as many triples as weigh in each.
 
     w_k = mean_j ρ_j / ρ_k, ρ_k the root mean square of those entries of λ_k τ_k that
@@ -38,38 +37,19 @@ class BalancedTsv(Method):
         "on the demo's models above TSV-M with its own ranks, below the average "
         "(docs/METHODS.md)"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
-    )
     outliers: Any = number(
         default=3.0,
         help="root mean squares of a task vector from which on an entry is an outlier",
         low=0.0,
         search=(2.0, 6.0),
     )
-    rank: Any = choice(
-        default="participation",
-        help="how many triples of each task are kept",
-        options=ranks.RANKS,
-    )
-    energy: Any = number(
-        default=0.4,
-        help="η, share of the sum of singular values that is kept; of rank `energy`",
-        low=0.0,
-        high=1.0,
-    )
-    unit = "matrix"
+    rank: Any = ranks.rule(default="participation")
+    energy: Any = ranks.energy_kept()
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        if x.base.ndim != 2 or 0 in x.base.shape:
-            return x.base + rounded_product(mean(tasks), p["scaling"])
-        balanced = rounded_product(
-            tasks, balance(tasks, p["outliers"].reshape(()))[:, None, None]
-        )
-        merged = combined(balanced, self.rank, p["energy"].reshape(()))
-        return x.base + rounded_product(merged, p["scaling"])
+    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
+        factors = balance(tasks, p["outliers"].reshape(()))[:, None, None]
+        balanced = rounded_product(tasks, factors)
+        return combined(balanced, self.rank, p["energy"].reshape(()))
 
 
 def balance(tasks: jax.Array, outliers: jax.Array) -> jax.Array:

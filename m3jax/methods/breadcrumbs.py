@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number
+from m3jax.methods.fields import share
 from m3jax.methods.selection import kth_smallest, magnitudes
 from m3jax.methods.step import (
     Numbers,
@@ -34,26 +34,18 @@ class Breadcrumbs(Transform):
     by ``outliers``.
     """
 
-    beta: Any = number(
+    beta: Any = share(
         default=None,
         help="β, share of the smallest entries that is left out; None: off",
-        low=0.0,
-        high=1.0,
         optional=True,
         search=(0.5, 0.95),
     )
-    gamma: Any = number(
+    gamma: Any = share(
         default=0.01,
         help="γ, share of the largest entries that is left out",
-        low=0.0,
-        high=1.0,
         search=(0.0, 0.1),
     )
     scope = "tensor"
-
-    @property
-    def on(self) -> bool:
-        return self.beta is not None
 
     def measure(self, problem: Problem) -> Statistics:
         xp = jnp if problem.traced else np

@@ -36,10 +36,6 @@ class Svc(Transform):
     unit = "matrix"
     after = True
 
-    @property
-    def on(self) -> bool:
-        return self.alpha is not None
-
     def finish(self, x: Operands, merged: Any, p: Numbers, info: Numbers) -> Any:
         if x.base.ndim != 2 or 0 in x.base.shape:
             return merged

@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import number, weights
-from m3jax.methods.step import (
-    Method,
-    Numbers,
-    Operands,
-    register,
-    rounded_product,
-    sum_over_models,
-)
+from m3jax.methods.fields import number, scaling
+from m3jax.methods.scaled import Scaled
+from m3jax.methods.step import Numbers, Operands, register, sum_over_models
 
 
 @register("consensus")
-class Consensus(Method):
+class Consensus(Scaled):
     """θ0 + s · Σ λ_k τ_k where at least `min_models` of the tasks need the entry.
 
     Task k needs it where |λ_k τ_k| > μ_k |Σ_j λ_j τ_j − λ_k τ_k|: its TALL mask.
@@ -27,10 +21,7 @@ class Consensus(Method):
     Source: arXiv 2405.07813; agrees with nik-dim/tall_masks.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.2, 1.0)
-    )
+    scaling: Any = scaling(search=(0.2, 1.0))
     mask_scale: Any = number(
         default=0.4,
         help="μ, how much a task's entry has to weigh against the others', one number "
@@ -43,12 +34,10 @@ class Consensus(Method):
         default=2.0, help="tasks that have to need an entry", low=0.0, integer=True
     )
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        total = sum_over_models(tasks)
+    def merged(self, tasks: Any, x: Operands, p: Numbers, info: Numbers) -> Any:
         votes = sum_over_models(masks(tasks, p["mask_scale"]).astype(tasks.dtype))
-        kept = jnp.where(votes >= p["min_models"], total, jnp.zeros((), tasks.dtype))
-        return x.base + rounded_product(kept, p["scaling"])
+        zero = jnp.zeros((), tasks.dtype)
+        return jnp.where(votes >= p["min_models"], sum_over_models(tasks), zero)
 
 
 def masks(tasks: jax.Array, mask_scale: Any) -> jax.Array:

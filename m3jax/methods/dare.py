@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import choice, number
+from m3jax.methods.fields import choice, share
 from m3jax.methods.selection import kth_smallest, magnitudes
 from m3jax.methods.step import (
     Info,
@@ -28,6 +28,13 @@ class Dare(Transform):
     ``magnitude``, the k = int(n · p) smallest |τ_i| of each tensor are dropped, and all
     that equal the k-th. p = 1 drops everything and does not divide.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> base, a = {"w": jnp.zeros(8)}, {"w": jnp.ones(8)}
+        >>> dare = m3jax.Dare(drop_rate=0.5)
+        >>> recipe = m3jax.Recipe(method="task_arithmetic", dare=dare)
+        >>> m3jax.merge_params(base, [a], recipe, 0)["w"].tolist()
+        [0.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]
+
     Source: arXiv 2311.03099. Agrees with the authors' `mask_merging`; mergekit
     rescales by the ratio of L1 norms per tensor instead of 1/(1 − p).
     """
@@ -37,11 +44,9 @@ class Dare(Transform):
         "merges (2503.20641); collapses with eight models, and before RegMean at "
         "a drop rate of 0.1 already (2405.17461)"
     )
-    drop_rate: Any = number(
+    drop_rate: Any = share(
         default=None,
         help="p, share that is dropped, one number or one per model; None: off",
-        low=0.0,
-        high=1.0,
         per_model=True,
         optional=True,
         search=(0.0, 0.9),
@@ -57,10 +62,6 @@ class Dare(Transform):
         help="mask the task vectors (`delta`) or the `weights` themselves",
         options=("delta", "weights"),
     )
-
-    @property
-    def on(self) -> bool:
-        return self.drop_rate is not None
 
     @property
     def draws(self) -> str:

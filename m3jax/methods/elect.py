@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number
+from m3jax.methods.fields import share
 from m3jax.methods.step import (
     Numbers,
     Operands,
@@ -32,21 +32,15 @@ class Elect(Transform):
     instead of TIES's mean of what agrees.
     """
 
-    density: Any = number(
+    density: Any = share(
         default=None,
         help="share that is kept before the election, one number or one per model; "
         "None: off",
-        low=0.0,
-        high=1.0,
         per_model=True,
         optional=True,
         search=(0.1, 1.0),
     )
     scope = "model"
-
-    @property
-    def on(self) -> bool:
-        return self.density is not None
 
     def measure(self, problem: Problem) -> Statistics:
         xp = jnp if problem.traced else np

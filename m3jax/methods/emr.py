@@ -37,6 +37,15 @@ class Emr(Method):
     The masks are files of their own, bits of `numpy.packbits`; the scales stand in
     m3jax.json.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> tau = [2.0, -1.0, 3.0], [1.0, 1.0, -1.0]
+        >>> base, a, b = ({"w": jnp.array(w)} for w in ([0.0, 0.0, 0.0], *tau))
+        >>> result = m3jax.multitask.emr(base, [a, b])
+        >>> result.delta["w"].tolist(), result.scales.tolist()
+        ([2.0, -1.0, 3.0], [1.0, 1.5])
+        >>> m3jax.multitask.modulate(base, result, 1)["w"].tolist()
+        [3.0, 0.0, 0.0]
+
     Source: arXiv 2405.17461. ``sum`` agrees with the authors' script for 30 tasks,
     ``mean`` with their others and fusion-bench 0.2.33; ``l2`` is ours.
     """

@@ -177,14 +177,22 @@ def number(*, default: Any, help: str, **settings: Any) -> Any:
     return _field(Number(help, default, **settings))
 
 
-def weights(
-    *, equal: Callable[[int], float], default: None = None, **settings: Any
-) -> Any:
-    """The field of a step that M3's ratios go to; `equal` as in `Weights`."""
-    text = "λ, one per model; None: equal, or drawn by M3"
-    return _field(
-        Weights(text, default, per_model=True, optional=True, equal=equal, **settings)
+def share(*, default: Any, help: str, **settings: Any) -> Any:
+    """A field of a step that holds a number from 0 to 1."""
+    return number(default=default, help=help, low=0.0, high=1.0, **settings)
+
+
+def scaling(*, search: tuple[float, float] = (0.5, 1.5)) -> Any:
+    """The field of a step for s, which is 1 where nothing is said."""
+    return number(
+        default=1.0, help="s, multiplies the merged task vector", search=search
     )
+
+
+def weights(*, default: None = None, **settings: Any) -> Any:
+    """The field of a step that M3's ratios go to; the settings are of `Weights`."""
+    text = "λ, one per model; None: equal, or drawn by M3"
+    return _field(Weights(text, default, per_model=True, optional=True, **settings))
 
 
 def choice(*, default: Any, help: str, options: Collection[Any] = (True, False)) -> Any:

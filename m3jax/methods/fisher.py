@@ -37,6 +37,14 @@ class Fisher(Method):
 
     Beside the models: `statistics`, F_k, of the tensors' shapes.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> a, b = ({"w": jnp.array(w)} for w in ([4.0, 0], [0.0, 2]))
+        >>> fa, fb = ({"w": jnp.array(w)} for w in ([3.0, 1], [1.0, 1]))
+        >>> method = m3jax.Fisher(normalize="none", floor=0.0)
+        >>> recipe = m3jax.Recipe(method=method, mixup=m3jax.Mixup(alpha=None))
+        >>> m3jax.merge_params(None, [a, b], recipe, statistics=[fa, fb])["w"].tolist()
+        [3.0, 1.0]
+
     Source: arXiv 2111.09832. ``add`` agrees with MergeLM and fusion-bench 0.2.33,
     ``first_max`` with the authors' code.
     """

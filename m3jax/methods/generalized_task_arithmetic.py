@@ -5,21 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import choice, number, switch, weights
-from m3jax.methods.step import (
-    Method,
-    Numbers,
-    Operands,
-    register,
-    rounded_product,
-    sum_over_models,
-)
+from m3jax.methods.fields import choice, switch
+from m3jax.methods.scaled import Scaled
+from m3jax.methods.step import Numbers, Operands, register, sum_over_models
 
 _NO_WEIGHT = 1e-8
 
 
 @register("generalized_task_arithmetic")
-class GeneralizedTaskArithmetic(Method):
+class GeneralizedTaskArithmetic(Scaled):
     """θ0 + s Σ_S w_i τ_i, or with `normalize` θ0 + s Σ_S w_i τ_i / Σ_S w_i.
 
     Without `vote` S are all models; with it those whose w_i τ_i has the sign of their
@@ -42,10 +36,6 @@ class GeneralizedTaskArithmetic(Method):
     `task_arithmetic` are the papers'.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
     normalize: Any = switch(
         default=False, help="divide by the sum of the weights that take part"
     )
@@ -53,16 +43,13 @@ class GeneralizedTaskArithmetic(Method):
         default=False, help="leave out the models that disagree with the sum's sign"
     )
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        weighed = rounded_product(x.deltas, p["weights"])
-        weight = jnp.broadcast_to(p["weights"], weighed.shape)
+    def merged(self, tasks: Any, x: Operands, p: Numbers, info: Numbers) -> Any:
+        weight = jnp.broadcast_to(p["weights"], tasks.shape)
         if self.vote:
-            positive = (sum_over_models(weighed) >= 0)[None]
-            agrees = jnp.where(positive, weighed > 0, weighed < 0)
-            weighed = jnp.where(agrees, weighed, 0 * weighed)
+            positive = (sum_over_models(tasks) >= 0)[None]
+            agrees = jnp.where(positive, tasks > 0, tasks < 0)
+            tasks = jnp.where(agrees, tasks, 0 * tasks)
             weight = jnp.where(agrees, weight, 0 * weight)
         total = sum_over_models(weight)
         divides = (p["normalize"] > 0) & (jnp.abs(total) >= _NO_WEIGHT)
-        divisor = jnp.where(divides, total, jnp.ones_like(total))
-        merged = sum_over_models(weighed) / divisor
-        return x.base + rounded_product(merged, p["scaling"])
+        return sum_over_models(tasks) / jnp.where(divides, total, jnp.ones_like(total))

@@ -47,10 +47,7 @@ class FromGram(Method):
         return {"products": products.reshape(-1)}
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
-        products = info["products"]
-        count = round(len(products) ** 0.5)
-        square = products.reshape(count, count, *products.shape[1:])
-        return {"coefficients": self.coefficients(numbers, square, xp)}
+        return {"coefficients": self.coefficients(numbers, square(info), xp)}
 
     def coefficients(self, numbers: Numbers, products: Any, xp: Any) -> Any:
         """c, (K, N) float64, from the dot products, (K, K, N)."""
@@ -64,6 +61,13 @@ class FromGram(Method):
         vectors = x.deltas if self.task_vectors else x.models
         total = sum_over_models(rounded_product(vectors, coefficients))
         return x.base + total if self.task_vectors else total
+
+
+def square(info: Info) -> Any:
+    """The dot products that were measured, (K, K, N)."""
+    products = info["products"]
+    count = round(len(products) ** 0.5)
+    return products.reshape(count, count, *products.shape[1:])
 
 
 def second_share(numbers: Numbers, xp: Any) -> Any:

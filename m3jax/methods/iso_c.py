@@ -5,20 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number, weights
-from m3jax.methods.spectral import kept_triples, mean, product, svd
-from m3jax.methods.step import (
-    Method,
-    Numbers,
-    Operands,
-    register,
-    rounded_product,
-    sum_over_models,
-)
+from m3jax.methods.scaled import OfMatrices
+from m3jax.methods.spectral import kept_triples, product, svd
+from m3jax.methods.step import Numbers, Operands, register, sum_over_models
 
 
 @register("iso_c")
-class IsoC(Method):
+class IsoC(OfMatrices):
     """θ0 + s · mean(S) U Vᵀ with Σ λ_k τ_k = U S Vᵀ, for matrices.
 
     The mean is over all min(m, n) singular values; directions of σ ≤ max(m, n) ε σ_1
@@ -35,17 +28,9 @@ class IsoC(Method):
         "usually lost on LLMs (2511.21437, twelve fine-tunes each of four LLMs, "
         "16 benchmarks); collapses on LoRA experts (2505.19892)"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
-    )
-    unit = "matrix"
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        if x.base.ndim != 2:
-            return x.base + rounded_product(mean(tasks), p["scaling"])
-        triples = svd(sum_over_models(tasks))
-        left, values, right = kept_triples(triples, min(x.base.shape))
-        merged = product(left, right.T) * jnp.mean(values)
-        return x.base + rounded_product(merged, p["scaling"])
+    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
+        left, values, right = kept_triples(
+            svd(sum_over_models(tasks)), min(tasks.shape[1:])
+        )
+        return product(left, right.T) * jnp.mean(values)

@@ -7,20 +7,14 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import number, weights
-from m3jax.methods.spectral import Triples, concatenated, mean, polar, product, svd
-from m3jax.methods.step import (
-    Method,
-    Numbers,
-    Operands,
-    register,
-    rounded_product,
-    sum_over_models,
-)
+from m3jax.methods.fields import share
+from m3jax.methods.scaled import OfMatrices
+from m3jax.methods.spectral import Triples, concatenated, polar, product, svd
+from m3jax.methods.step import Numbers, Operands, register, sum_over_models
 
 
 @register("iso_cts")
-class IsoCts(Method):
+class IsoCts(OfMatrices):
     """θ0 + s · mean(S) P(U) P(V)ᵀ, of common and task-specific singular triples.
 
     Of q = min(m, n) triples c = int(q f) are meant to be common, f `common_fraction`;
@@ -41,26 +35,16 @@ class IsoCts(Method):
         "as Iso-C it is for full fine-tunes, shown on vision models; that one "
         "collapses on LoRA experts (2505.19892)"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
-    )
-    common_fraction: Any = number(
+    common_fraction: Any = share(
         default=0.8,
         help="f, share of the directions that are common to all tasks",
-        low=0.0,
-        high=1.0,
         search=(0.5, 1.0),
     )
-    unit = "matrix"
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        if x.base.ndim != 2:
-            return x.base + rounded_product(mean(tasks), p["scaling"])
+    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
         # How many triples count is a number of the recipe, so the shapes are those of
         # the most there may be, and the columns beyond are 0, which P(·) keeps.
-        count, ranks = tasks.shape[0], min(x.base.shape)
+        count, ranks = tasks.shape[0], min(tasks.shape[1:])
         common = jnp.floor(p["common_fraction"].reshape(()) * ranks)
         own = jnp.minimum(jnp.round((ranks - common) / count), ranks // count)
         total = sum_over_models(tasks)
@@ -76,8 +60,7 @@ class IsoCts(Method):
             for task in tasks
         ]
         left, values, right = concatenated([*specific, shared])
-        merged = product(polar(left), polar(right.T)) * (jnp.sum(values) / ranks)
-        return x.base + rounded_product(merged, p["scaling"])
+        return product(polar(left), polar(right.T)) * (jnp.sum(values) / ranks)
 
 
 def _first(triples: Triples, width: int, count: jax.Array, whole: jax.Array) -> Triples:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import number, share, weights
 from m3jax.methods.geometry import NOTHING, FromGram
 from m3jax.methods.step import Numbers, register
 
@@ -28,9 +28,7 @@ class Karcher(FromGram):
     max_steps: Any = number(
         default=10, help="steps, at most", low=0, high=1000, integer=True
     )
-    tolerance: Any = number(
-        default=1e-5, help="smallest step, in radians", low=0.0, high=1.0
-    )
+    tolerance: Any = share(default=1e-5, help="smallest step, in radians")
 
     def coefficients(self, numbers: Numbers, products: Any, xp: Any) -> Any:
         weight, tolerance = numbers["weights"], numbers["tolerance"]

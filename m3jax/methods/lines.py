@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3jax.methods.fields import Gradient, Rules, number
+from m3jax.methods.fields import Gradient, Rules, number, share
 from m3jax.methods.step import Numbers, Operands, Transform, register, rounded_product
 
 _IN_BLOCKS = r"(^|\.)\d+(\.|$)"  # a name with the number of a block
@@ -33,17 +33,11 @@ class Lines(Transform):
         help="b, how much larger the last block's factor is",
         search=(0.0, 1.0),
     )
-    depth: Any = number(
+    depth: Any = share(
         default=Rules(((_IN_BLOCKS, Gradient((0.0, 1.0))),), 0.0),
         help="d, where a tensor stands",
-        low=0.0,
-        high=1.0,
     )
     after = True
-
-    @property
-    def on(self) -> bool:
-        return self.first is not None
 
     def finish(self, x: Operands, merged: Any, p: Numbers, info: Numbers) -> Any:
         factor = p["first"] + rounded_product(p["slope"], p["depth"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number
+from m3jax.methods.fields import share
 from m3jax.methods.orders import magnitudes_at
 from m3jax.methods.selection import magnitudes
 from m3jax.methods.step import (
@@ -32,11 +32,9 @@ class LocalizeAndStitch(Method):
     leave zeros out where fewer entries differ from the base is ours.
     """
 
-    share: Any = number(
+    share: Any = share(
         default=0.05,
         help="of each task's entries kept, largest first, over the whole model",
-        low=0.0,
-        high=1.0,
         search=(0.01, 0.2),
     )
     scope = "model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number
+from m3jax.methods.fields import share
 from m3jax.methods.sparsify import ranks_in_rows
 from m3jax.methods.step import Numbers, Operands, Transform, register
 from m3jax.prng import RATE_STEPS
@@ -24,30 +24,22 @@ class MagPrune(Transform):
     `sparsify` by ``rank``, which has an ε of half the width.
     """
 
-    drop_rate: Any = number(
+    drop_rate: Any = share(
         default=None,
         help="p, the share that is dropped, one number or one per model; None: off",
-        low=0.0,
-        high=1.0,
         per_model=True,
         optional=True,
         search=(0.3, 0.9),
     )
-    epsilon: Any = number(
+    epsilon: Any = share(
         default=0.1,
         help="ε, by how much the smallest entry of a row is likelier dropped than the "
         "largest",
-        low=0.0,
-        high=1.0,
         per_model=True,
         search=(0.0, 0.4),
     )
     unit = "row"
     draws = "lanes"
-
-    @property
-    def on(self) -> bool:
-        return self.drop_rate is not None
 
     def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
         tau = x.deltas

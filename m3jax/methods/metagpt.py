@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number
+from m3jax.methods.fields import scaling
 from m3jax.methods.step import (
     Method,
     Numbers,
@@ -31,9 +31,7 @@ class MetaGpt(Method):
     Source: arXiv 2406.11385, in the form of IBM/STAR.
     """
 
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
+    scaling: Any = scaling()
     scope = "model"
     records = ("coefficients",)
 

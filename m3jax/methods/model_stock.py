@@ -6,6 +6,7 @@ from typing import Any
 
 from m3jax.lazy import jnp
 from m3jax.methods.fields import choice
+from m3jax.methods.geometry import square
 from m3jax.methods.step import (
     Info,
     Method,
@@ -32,6 +33,13 @@ class ModelStock(Method):
     (`by_row`) of each of its rows: a task vector of 0 has cosine 0 with every other.
     Where the task vectors cancel out t is 0. K = 1 gives θ_1.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> tau = [1.0, 1.0, 1.0], [1.0, 1.0, -1.0]  # c = 1/3, t = 1/2
+        >>> base, a, b = ({"w": jnp.array(w)} for w in ([0.0, 0.0, 0.0], *tau))
+        >>> recipe = m3jax.Recipe(method="model_stock", mixup=m3jax.Mixup(alpha=None))
+        >>> m3jax.merge_params(base, [a, b], recipe)["w"].tolist()
+        [0.5, 0.5, 0.0]
+
     Source: arXiv 2403.19522. Agrees with mergekit's `model_stock`.
     """
 
@@ -56,14 +64,7 @@ class ModelStock(Method):
         return {"products": products.reshape(-1)}
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
-        if self.by_row:
-            return {}
-        count = int(len(info["products"]) ** 0.5)
-        products = [
-            [info["products"][i * count + j] for j in range(count)]
-            for i in range(count)
-        ]
-        return {"share": _share(products, xp)}
+        return {} if self.by_row else {"share": _share(square(info), xp)}
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         count = x.models.shape[0]
@@ -78,7 +79,7 @@ class ModelStock(Method):
         return x.base + rounded_product(mean, share)
 
 
-def _share(products: list[list[Any]], xp: Any) -> Any:
+def _share(products: Any, xp: Any) -> Any:
     """t, from the dot products of the task vectors."""
     count = len(products)
     cosines = [

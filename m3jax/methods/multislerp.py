@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3jax.methods.fields import choice, number, switch, weights
+from m3jax.methods.fields import choice, share, switch, weights
 from m3jax.methods.geometry import NOTHING, FromGram
 from m3jax.methods.step import Numbers, register
 
@@ -21,9 +21,9 @@ class MultiSlerp(FromGram):
     one of length ε, across, so that the result is shorter by cos ε.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
+    weights: Any = weights()
     normalize: Any = switch(default=True, help="divide the weights by their sum")
-    eps: Any = number(default=1e-8, help="ε, added to every norm", low=0.0, high=1.0)
+    eps: Any = share(default=1e-8, help="ε, added to every norm")
     task_vectors: Any = choice(
         default=False, help="combine the task vectors instead of the models"
     )

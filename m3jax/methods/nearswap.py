@@ -13,6 +13,13 @@ from m3jax.methods.step import Method, Numbers, Operands, register, rounded_prod
 class NearSwap(Method):
     """θ0 + min(t / |τ|, 1) τ: each entry moves by at most t, towards one model.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> base, a = {"w": jnp.array([0.0, 0.0])}, {"w": jnp.array([4.0, 0.25])}
+        >>> method, off = m3jax.NearSwap(t=0.5), m3jax.Mixup(alpha=None)
+        >>> recipe = m3jax.Recipe(method=method, mixup=off)
+        >>> m3jax.merge_params(base, [a], recipe)["w"].tolist()
+        [0.5, 0.25]
+
     Source: agrees with mergekit's `nearswap`.
     """
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import number, scaling, share
 from m3jax.methods.orders import halves, magnitudes_at, signed
+from m3jax.methods.scaled import Scaled
 from m3jax.methods.step import (
-    Method,
     Numbers,
     Operands,
     Problem,
@@ -22,7 +22,7 @@ from m3jax.methods.step import (
 
 
 @register("pcb")
-class Pcb(Method):
+class Pcb(Scaled):
     """θ0 + s · Σ sign(x_k) y_k w_k / max(Σ w_k, 1e-12) with x_k = λ_k τ_k.
 
     y_k is |x_k| clipped to its sorted values number int(n b) and int(n (1 − b) − 1),
@@ -38,15 +38,10 @@ class Pcb(Method):
     Source: arXiv 2410.02396; agrees with `PCB_merge` of duguodong7/pcb-merging.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
-    )
-    ratio: Any = number(
+    scaling: Any = scaling(search=(0.5, 2.0))
+    ratio: Any = share(
         default=0.1,
         help="r, share of each task's parameters that weigh anything",
-        low=0.0,
-        high=1.0,
         search=(0.05, 0.4),
     )
     clip: Any = number(

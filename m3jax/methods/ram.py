@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import number
+from m3jax.methods.scaled import Scaled
 from m3jax.methods.step import (
     Info,
-    Method,
     Numbers,
     Operands,
     Problem,
@@ -30,7 +31,7 @@ def changed_above() -> Any:
 
 
 @register("ram")
-class Ram(Method):
+class Ram(Scaled):
     """θ0 + s · Σ λ_k τ_k c_k / max(1, Σ c_k) with c_k = 1[|τ_k| > ε].
 
     Without M3 all λ_k are 1.
@@ -38,20 +39,14 @@ class Ram(Method):
     Source: RAM of xiangchi-yuan/mrl. Agrees with mergekit's `ram`.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
     epsilon: Any = changed_above()
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        own = changed(x.deltas, p["epsilon"])
-        tasks = rounded_product(x.deltas, p["weights"])
-        return averaged(x.base, tasks, own, p["scaling"])
+    def merged(self, tasks: Any, x: Operands, p: Numbers, info: Numbers) -> Any:
+        return averaged(tasks, changed(x.deltas, p["epsilon"]))
 
 
 @register("ram_plus")
-class RamPlus(Method):
+class RamPlus(Scaled):
     """RAM, where entries that task k alone changes count s_k times.
 
     s_k = 1 + (r − 1) · min(1, overlap_k / unique_k), r `boost`: of the entries that
@@ -61,10 +56,6 @@ class RamPlus(Method):
     Source: RAM+ of xiangchi-yuan/mrl. mergekit's `ramplus_tl` counts per tensor.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
     epsilon: Any = changed_above()
     boost: Any = number(
         default=1.2,
@@ -75,22 +66,16 @@ class RamPlus(Method):
     scope = "model"
 
     def measure(self, problem: Problem) -> Statistics:
-        epsilon = problem.numbers["epsilon"]
-        arguments = {"epsilon": epsilon}
-        unique, overlap = yield Reduction(counts, arguments, ("sum", "sum"))
-        xp = jnp if problem.traced else np
-        share = xp.where(unique > 0, overlap / xp.maximum(unique, 1), 0.0)
-        return {"shares": xp.minimum(1.0, share)}
+        found = yield from overlaps(problem)
+        return {"shares": (jnp if problem.traced else np).minimum(1.0, found)}
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
         return {"boosts": 1 + (numbers["boost"] - 1)[None] * info["shares"]}
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+    def merged(self, tasks: Any, x: Operands, p: Numbers, info: Numbers) -> Any:
         own = changed(x.deltas, p["epsilon"])
-        tasks = rounded_product(x.deltas, p["weights"])
         boosted = rounded_product(tasks, info["boosts"])
-        tasks = jnp.where(count_of(own)[None] == 1, boosted, tasks)
-        return averaged(x.base, tasks, own, p["scaling"])
+        return averaged(jnp.where(count_of(own)[None] == 1, boosted, tasks), own)
 
 
 def changed(tasks: Any, epsilon: Any) -> Any:
@@ -102,13 +87,21 @@ def count_of(changed: Any) -> Any:
     return sum_over_models(changed.astype(jnp.int32))
 
 
-def averaged(base: Any, tasks: Any, changed: Any, scaling: Any) -> Any:
+def averaged(tasks: Any, changed: Any) -> Any:
     total = sum_over_models(jnp.where(changed, tasks, jnp.zeros((), tasks.dtype)))
     count = jnp.maximum(count_of(changed), jnp.int32(1)).astype(tasks.dtype)
-    return base + rounded_product(total / count, scaling)
+    return total / count
 
 
-def counts(x: Operands, arguments: Numbers) -> tuple[Any, Any]:
+def overlaps(problem: Problem) -> Generator[Reduction, Any, Any]:
+    """Entries that task k changes with others, by those that it changes alone, (K,)."""
+    arguments = {"epsilon": problem.numbers["epsilon"]}
+    alone, shared = yield Reduction(_counts, arguments, ("sum", "sum"))
+    xp = jnp if problem.traced else np
+    return xp.where(alone > 0, shared / xp.maximum(alone, 1), 0.0)
+
+
+def _counts(x: Operands, arguments: Numbers) -> tuple[Any, Any]:
     own = changed(x.deltas, arguments["epsilon"])
     alone = count_of(own)[None] == 1
     return (own & alone).astype(jnp.int32), (own & ~alone).astype(jnp.int32)

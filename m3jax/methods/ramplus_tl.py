@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from m3jax.lazy import jnp
 from m3jax.methods.fields import number
-from m3jax.methods.ram import averaged, changed, changed_above, count_of, counts
+from m3jax.methods.ram import averaged, changed, changed_above, count_of, overlaps
 from m3jax.methods.step import (
     Info,
     Method,
     Numbers,
     Operands,
     Problem,
-    Reduction,
     Statistics,
     register,
     rounded_product,
@@ -40,10 +37,8 @@ class RamPlusTl(Method):
     scope = "tensor"
 
     def measure(self, problem: Problem) -> Statistics:
-        epsilon = problem.numbers["epsilon"]
-        alone, shared = yield Reduction(counts, {"epsilon": epsilon}, ("sum", "sum"))
-        xp = jnp if problem.traced else np
-        return {"overlap": xp.where(alone > 0, shared / xp.maximum(alone, 1), 0.0)}
+        found = yield from overlaps(problem)
+        return {"overlap": found}
 
     def derive(self, numbers: Numbers, info: Info, xp: Any) -> Info:
         overlap = xp.minimum(info["overlap"], numbers["alpha"][None])
@@ -53,5 +48,4 @@ class RamPlusTl(Method):
         own = changed(x.deltas, p["epsilon"])
         boosted = rounded_product(x.deltas, info["scale"])
         tau = jnp.where(count_of(own)[None] == 1, boosted, x.deltas)
-        one = jnp.ones((), tau.dtype).reshape((1,) * x.base.ndim)
-        return averaged(x.base, tau, own, one)
+        return x.base + averaged(tau, own)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from m3jax.lazy import jax, jnp
+from m3jax.methods import fields
 
 Rule = Callable[..., Any]
 
@@ -70,6 +71,19 @@ RANKS: dict[str, Rule] = {
     "stable": stable,
     "gavish_donoho": gavish_donoho,
 }
+
+
+def rule(*, default: str) -> Any:
+    """The field of a step for the name of a rule."""
+    return fields.choice(
+        default=default, help="how many triples of each task are kept", options=RANKS
+    )
+
+
+def energy_kept(**settings: Any) -> Any:
+    """The field of a step for η."""
+    text = "η, share of the sum of singular values that is kept; of rank `energy`"
+    return fields.share(default=0.4, help=text, **settings)
 
 
 def kept(values: jax.Array, rule: str, **known: Any) -> jax.Array:

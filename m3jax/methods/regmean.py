@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import share, weights
 from m3jax.methods.normal_equations import gram_shape, solve
 from m3jax.methods.spectral import product
 from m3jax.methods.step import (
@@ -43,11 +43,9 @@ class RegMean(Method):
         "demo's models it beats the average (docs/MEASURE.md)"
     )
     weights: Any = weights(equal=lambda num_models: 1 / num_models, low=0.0)
-    nondiagonal: Any = number(
+    nondiagonal: Any = share(
         default=0.9,
         help="factor of the Gram matrices' entries off the diagonal",
-        low=0.0,
-        high=1.0,
         search=(0.1, 1.0),
     )
     unit = "matrix"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import number
+from m3jax.methods.fields import share
 from m3jax.methods.selection import kth_smallest, magnitudes
 from m3jax.methods.step import (
     Info,
@@ -37,8 +37,8 @@ class Sce(Method):
     Source: arXiv 2408.07990 (FuseChat); agrees with mergekit's `sce`.
     """
 
-    select_topk: Any = number(
-        default=1.0, help="p, share of the entries that is selected", low=0.0, high=1.0
+    select_topk: Any = share(
+        default=1.0, help="p, share of the entries that is selected"
     )
     scope = "tensor"
 

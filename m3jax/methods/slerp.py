@@ -20,6 +20,12 @@ class Slerp(FromGram):
     tensors (|cos ω| > 0.9995) are averaged: c_0 = 1 − t, c_1 = t. A tensor of zeros is
     orthogonal to every other.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> a, b = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}
+        >>> recipe = m3jax.Recipe(method="slerp", mixup=m3jax.Mixup(alpha=None))
+        >>> print(m3jax.merge_params(None, [a, b], recipe)["w"])
+        [0.70710677 0.70710677]
+
     Source: Shoemake, SIGGRAPH 1985; agrees with mergekit's `slerp` of t.
     """
 

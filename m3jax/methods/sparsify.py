@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jnp
-from m3jax.methods.fields import choice, number
+from m3jax.methods.fields import choice, share
 from m3jax.methods.selection import kth_smallest, magnitudes
 from m3jax.methods.step import (
     Info,
@@ -53,35 +53,25 @@ class Sparsify(Transform):
         "smallest (`outliers`), at `random`, or at random rather the large (`rank`)",
         options=("magnitude", "outliers", "random", "rank"),
     )
-    density: Any = number(
+    density: Any = share(
         default=None,
         help="d, share that is kept, one number or one per model; None: off",
-        low=0.0,
-        high=1.0,
         per_model=True,
         optional=True,
         search=(0.1, 1.0),
     )
-    gamma: Any = number(
-        default=0.01, help="γ, share of the outliers", low=0.0, high=1.0, per_model=True
-    )
+    gamma: Any = share(default=0.01, help="γ, share of the outliers", per_model=True)
     over: Any = choice(
         default="tensor",
         help="by magnitude or outliers: of each `tensor`, or of the whole `model`, as "
         "one",
         options=("tensor", "model"),
     )
-    epsilon: Any = number(
+    epsilon: Any = share(
         default=0.15,
         help="ε, by how much the largest entry of a row is likelier than d",
-        low=0.0,
-        high=1.0,
         per_model=True,
     )
-
-    @property
-    def on(self) -> bool:
-        return self.density is not None
 
     @property
     def draws(self) -> str:
@@ -203,7 +193,7 @@ class Rescale(Transform):
 def _norms(x: Operands) -> Any:
     whole = x.beside.get(_WHOLE, x.deltas)
     tied = [x.beside[name] for name in _TIED if name in x.beside]
-    return jnp.abs(jnp.concatenate([whole, x.deltas, *tied]))
+    return [jnp.abs(own) for stack in (whole, x.deltas, *tied) for own in stack]
 
 
 def _rank_thresholds(tau: Any, p: Numbers) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import share
+from m3jax.methods.scaled import OfMatrices
 from m3jax.methods.spectral import kept_triples, mean, product, svd
-from m3jax.methods.step import Method, Numbers, Operands, register, rounded_product
+from m3jax.methods.step import Numbers, Operands, register
 
 
 @register("star")
-class Star(Method):
+class Star(OfMatrices):
     """θ0 + s · mean_k U_k S'_k V_kᵀ with λ_k τ_k = U_k S_k V_kᵀ, for matrices.
 
     S' keeps the first r values of S, r the smallest with Σ_{i≤r} σ_i ≥ η Σ σ_i, η
@@ -21,25 +22,15 @@ class Star(Method):
     Source: arXiv 2502.10339, and its authors' code, IBM/STAR.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
-    )
-    energy: Any = number(
+    energy: Any = share(
         default=0.4,
         help="η, share of the sum of singular values that is kept",
-        low=0.0,
-        high=1.0,
         search=(0.2, 0.8),
     )
-    unit = "matrix"
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        if x.base.ndim == 2:
-            energy = p["energy"].reshape(())
-            tasks = jnp.stack([_truncated(task, energy) for task in tasks])
-        return x.base + rounded_product(mean(tasks), p["scaling"])
+    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
+        energy = p["energy"].reshape(())
+        return mean(jnp.stack([_truncated(task, energy) for task in tasks]))
 
 
 def _truncated(task: jax.Array, energy: jax.Array) -> jax.Array:

@@ -17,7 +17,17 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import Choice, Field, Weights, choice, number, switch, weights
+from m3jax.methods.fields import (
+    Choice,
+    Field,
+    Weights,
+    choice,
+    number,
+    scaling,
+    share,
+    switch,
+    weights,
+)
 from m3jax.traced import is_traced
 
 S = TypeVar("S", bound="type[Step]")
@@ -53,8 +63,8 @@ class Reduction:
 
     Attributes:
       function: (operands, arguments) -> a tuple of arrays whose last axes are those
-        of the operands' parts: one number for each element. Hashable: a function of a
-        module, or a frozen dataclass with `__call__`.
+        of the operands' parts: one number for each element; (J, ...) may be a list of J
+        arrays. Hashable: a function of a module, or a frozen dataclass with `__call__`.
       arguments: arrays () or (J,) by name; `function` gets them ready to broadcast.
       combine: for each array of the tuple, what the engine makes of it over a group.
         ``sum``: of integers of at most 2**20, exact, as int64. ``max``. ``histogram``:
@@ -84,6 +94,7 @@ class Problem:
       traced: the arrays are those of a `jax.jit`, `grad` or `vmap` around the merge:
         Python cannot look at what a pass finds.
       few: the elements are so few that a pass may ask for ``values``.
+      at_hand: they lie in memory: a pass that counts little costs little.
     """
 
     num_models: int
@@ -91,6 +102,7 @@ class Problem:
     numbers: Numbers
     traced: bool = False
     few: bool = False
+    at_hand: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +192,9 @@ class Transform(Step):
 
     @property
     def on(self) -> bool:
-        """Whether it does anything."""
-        return True
+        """Whether it does anything: no number is missing that has no default."""
+        needed = [name for name, own in self.fields().items() if own.default is None]
+        return all(getattr(self, name) is not None for name in needed)
 
     def apply(self, x: Operands, p: Numbers, info: Numbers, draw: Any) -> Operands:
         """The operands with other models; `draw` is (K, ...), or None."""
@@ -249,7 +262,7 @@ TRANSFORMS: dict[str, type[Transform]] = {}
 @dataclass_transform(
     kw_only_default=True,
     frozen_default=True,
-    field_specifiers=(number, weights, choice, switch),
+    field_specifiers=(number, share, scaling, weights, choice, switch),
 )
 def register(name: str) -> Callable[[S], S]:
     """Makes a class a step with parameters, known by `name` to everything."""

@@ -19,7 +19,8 @@ import numpy as np
 from m3jax.lazy import jax, jnp
 from m3jax.methods.step import Numbers, Operands, Problem, Reduction
 
-# Float32 terms of J sums, (J, ...), of the operands and the sum's own arguments if any.
+# Float32 terms of J sums, (J, ...) or J arrays, of the operands and the sum's own
+# arguments if any.
 Terms = Callable[..., Any]
 _BITS, _LIMBS = 20, 3
 
@@ -28,39 +29,40 @@ _BITS, _LIMBS = 20, 3
 class _Largest:
     terms: Terms
 
-    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
-        return (jnp.abs(_terms(self.terms, x, arguments)).astype(jnp.float32),)
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[Any]:
+        return ([jnp.abs(own) for own in _terms(self.terms, x, arguments)],)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plain:
     terms: Terms
 
-    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array]:
-        return (_terms(self.terms, x, arguments).astype(jnp.float32),)
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[Any]:
+        return (_terms(self.terms, x, arguments),)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Limbs:
     terms: Terms
 
-    def __call__(self, x: Operands, arguments: Numbers) -> tuple[jax.Array, ...]:
+    def __call__(self, x: Operands, arguments: Numbers) -> tuple[Any, ...]:
         unit = arguments["unit"]
         arguments = {name: own for name, own in arguments.items() if name != "unit"}
-        left = (
-            _terms(self.terms, x, arguments).astype(jnp.float32) * unit
-        )  # |left| <= 1
+        terms = _terms(self.terms, x, arguments)
+        lefts = [own * unit[j] for j, own in enumerate(terms)]  # |left| <= 1
         limbs = []
         for _ in range(_LIMBS):
-            left = left * (1 << _BITS)
-            limb = jnp.round(left)
-            limbs.append(limb.astype(jnp.int32))
-            left = left - limb  # exact: both have the same last bit at the least
+            lefts = [left * (1 << _BITS) for left in lefts]
+            limb = [jnp.round(left) for left in lefts]
+            limbs.append([own.astype(jnp.int32) for own in limb])
+            # Exact: both have the same last bit at the least.
+            lefts = [left - own for left, own in zip(lefts, limb, strict=True)]
         return tuple(limbs)
 
 
-def _terms(terms: Terms, x: Operands, arguments: Numbers) -> Any:
-    return terms(x, arguments) if arguments else terms(x)
+def _terms(terms: Terms, x: Operands, arguments: Numbers) -> list[jax.Array]:
+    found = terms(x, arguments) if arguments else terms(x)
+    return [own.astype(jnp.float32) for own in found]
 
 
 def exact_sums(
@@ -69,8 +71,8 @@ def exact_sums(
     """Σ over a group's elements of each of J terms.
 
     Args:
-      terms: operands, and arguments if there are any -> (J, ...) terms; a function of a
-        module.
+      terms: operands, and arguments if there are any -> (J, ...) terms, or J arrays; a
+        function of a module.
       problem: the group.
       arguments: arrays () or (J,) by name, which `terms` gets ready to broadcast.
 
@@ -105,10 +107,10 @@ def exact_sums(
 class _Products:
     vectors: Terms
 
-    def __call__(self, x: Operands) -> jax.Array:
+    def __call__(self, x: Operands) -> list[jax.Array]:
         v = self.vectors(x).astype(jnp.float32)
         count = v.shape[0]
-        return jnp.stack([v[i] * v[j] for i in range(count) for j in range(i, count)])
+        return [v[i] * v[j] for i in range(count) for j in range(i, count)]
 
 
 def gram(vectors: Terms, problem: Problem) -> Generator[Reduction, Any, Any]:

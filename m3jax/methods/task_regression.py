@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import scaling
 from m3jax.methods.normal_equations import gram_shape, solve
+from m3jax.methods.scaled import OfMatrices
 from m3jax.methods.spectral import mean, product
-from m3jax.methods.step import (
-    Method,
-    Numbers,
-    Operands,
-    register,
-    rounded_product,
-    sum_over_models,
-)
+from m3jax.methods.step import Numbers, Operands, register, sum_over_models
 from m3jax.methods.wudi import span
 
 
-class _Regression(Method):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Regression(OfMatrices):
     """θ0 + s · (Σ_k λ_k τ_k G_k) (Σ_k G_k)⁻¹ for matrices (out, in)."""
 
-    unit = "matrix"
+    scaling: Any = scaling()
 
     def grams(self, x: Operands) -> Any:
         """G_k, (K, in, in); None: the tensor has none."""
         raise NotImplementedError
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        grams = self.grams(x) if x.base.ndim == 2 and 0 not in x.base.shape else None
+    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
+        grams = self.grams(x)
         if grams is None:
-            return x.base + rounded_product(mean(tasks), p["scaling"])
+            return mean(tasks)
         wanted = [product(g, task) for g, task in zip(grams, tasks, strict=True)]
-        found = solve(sum_over_models(grams), sum_over_models(jnp.stack(wanted)))
-        return x.base + rounded_product(found.T, p["scaling"])
+        return solve(sum_over_models(grams), sum_over_models(jnp.stack(wanted))).T
 
 
 @register("wudi_closed_form")
@@ -54,10 +48,6 @@ class WudiClosedForm(_Regression):
         "on the demo's models matrices get up to three times as large as the sum "
         "of the task vectors, and every skill is lost (docs/METHODS.md)"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
 
     def grams(self, x: Operands) -> Any:
         return jnp.stack([span(task) for task in x.deltas])
@@ -73,11 +63,6 @@ class ActMerge(_Regression):
 
     Source: ACTMerge's formula, in NumPy our own oracle; no public code was run.
     """
-
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
 
     def grams(self, x: Operands) -> Any:
         tasks = x.deltas
@@ -100,10 +85,6 @@ class Lot(_Regression):
     Source: LOT's formula, in NumPy our own oracle; no public code was run.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
     beside = ("statistics",)
 
     def beside_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

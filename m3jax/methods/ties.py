@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import scaling, share, weights
 from m3jax.methods.selection import Codes, kth_smallest_and, magnitudes
 from m3jax.methods.step import (
     Method,
@@ -39,6 +39,14 @@ class Ties(Method):
     nothing. The majority is the sign of Σ sign(Σ_i x_i) over all n entries. Both are
     exact.
 
+        >>> import jax.numpy as jnp, m3jax
+        >>> tau = [4.0, 1.0, -2.0], [2.0, -3.0, 0.5]  # trimmed: 4, 0, -2 and 2, -3, 0
+        >>> base, a, b = ({"w": jnp.array(w)} for w in ([0.0, 0.0, 0.0], *tau))
+        >>> method, off = m3jax.Ties(trim_rate=0.7), m3jax.Mixup(alpha=None)
+        >>> recipe = m3jax.Recipe(method=method, mixup=off)
+        >>> m3jax.merge_params(base, [a, b], recipe)["w"].tolist()
+        [3.0, -3.0, -2.0]
+
     Source: arXiv 2306.01708; with λ drawn, M3, arXiv 2502.15434. Agrees with the
     authors' `ties_merging`. mergekit's `ties` differs: it trims per tensor to a fixed
     number of entries, weighs the vote, and sends sums of 0 to +.
@@ -49,16 +57,12 @@ class Ties(Method):
         "16 benchmarks); at a high trim rate it did well in long-to-short "
         "reasoning merges (2503.20641)"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0, low=0.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
-    trim_rate: Any = number(
+    weights: Any = weights(low=0.0)
+    scaling: Any = scaling()
+    trim_rate: Any = share(
         default=0.5,
         help="r, share of each task vector set to zero, smallest first, over the whole "
         "model",
-        low=0.0,
-        high=1.0,
         search=(0.2, 0.9),
     )
     scope = "model"

@@ -6,19 +6,13 @@ from typing import Any
 
 from m3jax.lazy import jax, jnp
 from m3jax.methods import ranks
-from m3jax.methods.fields import choice, number, weights
-from m3jax.methods.spectral import concatenated, kept_triples, mean, polar, product, svd
-from m3jax.methods.step import (
-    Method,
-    Numbers,
-    Operands,
-    register,
-    rounded_product,
-)
+from m3jax.methods.scaled import OfMatrices
+from m3jax.methods.spectral import concatenated, kept_triples, polar, product, svd
+from m3jax.methods.step import Numbers, Operands, register
 
 
 @register("tsv_m")
-class TsvM(Method):
+class TsvM(OfMatrices):
     """θ0 + s · P([U_1 … U_K]) diag([S_1 … S_K]) P([V_1 … V_K])ᵀ for matrices.
 
     λ_k τ_k = U_k S_k V_kᵀ, of which the first r triples are kept, as far as
@@ -36,30 +30,11 @@ class TsvM(Method):
         "usually lost on LLMs (2511.21437, twelve fine-tunes each of four LLMs, "
         "16 benchmarks); made for full fine-tunes, shown on vision models"
     )
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 2.0)
-    )
-    rank: Any = choice(
-        default="share",
-        help="how many triples of each task are kept",
-        options=ranks.RANKS,
-    )
-    energy: Any = number(
-        default=0.4,
-        help="η, share of the sum of singular values that is kept; of rank `energy`",
-        low=0.0,
-        high=1.0,
-        search=(0.2, 0.8),
-    )
-    unit = "matrix"
+    rank: Any = ranks.rule(default="share")
+    energy: Any = ranks.energy_kept(search=(0.2, 0.8))
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        if x.base.ndim != 2:
-            return x.base + rounded_product(mean(tasks), p["scaling"])
-        merged = combined(tasks, self.rank, p["energy"].reshape(()))
-        return x.base + rounded_product(merged, p["scaling"])
+    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
+        return combined(tasks, self.rank, p["energy"].reshape(()))
 
 
 def combined(tasks: jax.Array, rank: str, energy: jax.Array) -> jax.Array:

@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 from m3jax.lazy import jax, jnp
-from m3jax.methods import spectral
-from m3jax.methods.fields import number, weights
+from m3jax.methods.fields import number, scaling
+from m3jax.methods.scaled import OfMatrices
 from m3jax.methods.spectral import product
 from m3jax.methods.step import (
-    Method,
     Numbers,
     Operands,
     register,
@@ -22,7 +21,7 @@ _B1, _B2, _EPSILON = 0.9, 0.999, 1e-8
 
 
 @register("wudi")
-class Wudi(Method):
+class Wudi(OfMatrices):
     """θ0 + s X: Adam on Σ_k ‖(X − λ_k τ_k) τ_kᵀ‖² / ‖τ_k‖², for matrices.
 
     X starts at Σ λ_k τ_k; `steps` of Adam with b1 0.9, b2 0.999, eps 1e-8. A task
@@ -38,29 +37,21 @@ class Wudi(Method):
     Source: arXiv 2503.08099; agrees with fusion-bench 0.2.33.
     """
 
-    weights: Any = weights(equal=lambda num_models: 1.0)
-    scaling: Any = number(
-        default=1.0, help="s, multiplies the merged task vector", search=(0.5, 1.5)
-    )
+    scaling: Any = scaling()
     steps: Any = number(
         default=300.0, help="steps of Adam", low=0.0, high=1e6, integer=True
     )
     learning_rate: Any = number(
         default=1e-5, help="of Adam", low=0.0, search=(1e-6, 1e-4)
     )
-    unit = "matrix"
 
-    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
-        tasks = rounded_product(x.deltas, p["weights"])
-        if x.base.ndim != 2:
-            return x.base + rounded_product(spectral.mean(tasks), p["scaling"])
+    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
         total = sum_over_models(tasks)
         spans = jnp.stack([span(task) for task in tasks])
         others = zip(total[None] - tasks, spans, strict=True)
         start = sum_over_models(jnp.stack([product(*pair) for pair in others]))
         steps = p["steps"].reshape(()).astype(jnp.int32)
-        moved = _adam(start, sum_over_models(spans), steps, p["learning_rate"])
-        return x.base + rounded_product(total + moved, p["scaling"])
+        return total + _adam(start, sum_over_models(spans), steps, p["learning_rate"])
 
 
 def span(task: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, Self
 
 import jax
 
@@ -61,6 +61,10 @@ class Config:
     head_dim: int
     max_position_embeddings: int
     tie_word_embeddings: bool = False
+
+    def of_layers(self, layers: Sequence[int]) -> Self:
+        """That of a model whose layers are these of this one's, in this order."""
+        return dataclasses.replace(self, num_layers=len(layers))
 
 
 class Fields:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 from m3jax.models.config import Config, Fields
 from m3jax.models.rope import Rope
@@ -45,6 +46,11 @@ class LlamaConfig(Config):
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+
+    def of_layers(self, layers: Sequence[int]) -> Self:
+        """See `Config`."""
+        windows = tuple(self.windows[layer] for layer in layers)
+        return dataclasses.replace(super().of_layers(layers), windows=windows)
 
 
 def read_config(fields: Fields, family: str) -> LlamaConfig:

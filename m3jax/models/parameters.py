@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints.errors import CheckpointError, shown
+import jax.numpy as jnp
+
+from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.formats import tree
 from m3jax.models.config import Config
 from m3jax.models.decoder import ARCHITECTURES, parameter_shapes, read_config
+from m3jax.recipe.values import layer_of, renumbered
 
-_FEW = 4
 # The parameters' own shapes and names say these.
 _MAY_DIFFER = ("vocab_size", "tie_word_embeddings", "max_position_embeddings")
 
@@ -98,6 +100,26 @@ def common_config(names: Sequence[str]) -> tuple[Config, dict[str, Path]]:
     return first, {name: folder for name, (_, folder) in found.items()}
 
 
+def padded(parameters: Mapping[str, Any], config: Config) -> Mapping[str, Any]:
+    """The parameters with as many layers as the config has.
+
+    Those that they lack have weights of zero, and add nothing to the residual stream:
+    models of several depths run as one program.
+    """
+    leaves, _ = tree.flatten(parameters)
+    layers = {name: layer_of(name) for name in leaves}
+    count = max((n for n in layers.values() if n is not None), default=-1) + 1
+    if count >= config.num_layers:
+        return parameters
+    for name in [name for name, layer in layers.items() if layer == 0]:
+        own = leaves[name]
+        if jnp.issubdtype(own.dtype, jnp.floating):
+            own = own - own  # zeros that lie where it does
+        for i in range(count, config.num_layers):
+            leaves[renumbered(name, i)] = own
+    return tree.nest(leaves)
+
+
 def check_parameters(
     parameters: Mapping[str, Any], config: Config, name: str = "parameters"
 ) -> None:
@@ -122,7 +144,6 @@ def check_parameters(
             found, wanted = list(leaf.shape), list(needed[tensor])
             flaws.append(f"{shown(tensor)} has shape {found}, needs {wanted}")
     if flaws:
-        more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
         raise CheckpointError(
-            f"{name}: is not what its config.json says: {'; '.join(flaws[:_FEW])}{more}"
+            f"{name}: is not what its config.json says: {few(flaws, 4)}"
         )

@@ -19,7 +19,7 @@ from m3jax.checkpoints import naming
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.formats.dtypes import FLOAT32, Dtype
-from m3jax.checkpoints.source import Array, Derived, Source
+from m3jax.checkpoints.source import Array, Derived, Source, read
 from m3jax.moe.document import Mixture
 from m3jax.recipe import RecipeError
 
@@ -163,8 +163,7 @@ class Scaled(Derived):
         return str(getattr(self.source, "place", ""))
 
     def read_into(self, out: np.ndarray, start: int) -> None:
-        values = np.empty(len(out), self.source.dtype.numpy)
-        self.source.read_into(values, start)
+        values = read(self.source, start, len(out))
         with np.errstate(over="ignore", invalid="ignore"):
             out[:] = values.astype(np.float64) * self.factor
 

@@ -19,12 +19,12 @@ m3jax: {seed: 3}                     of random gates
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3jax.recipe import RecipeError
 from m3jax.recipe.mergekit import model_name
+from m3jax.recipe.mergekit_values import check_keys, mapping
 
 GATES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random")
 ARCHITECTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek")
@@ -134,11 +134,9 @@ def parse(document: Mapping[str, Any]) -> Mixture:
     Raises:
       RecipeError: one line that names the key.
     """
-    _check_keys("", document, _KEYS)
-    ours = document.get("m3jax") or {}
-    if not isinstance(ours, dict):
-        raise RecipeError(f"m3jax={ours!r} needs keys and values")
-    _check_keys("m3jax.", ours, ("seed",))
+    check_keys("", document, _KEYS)
+    ours = mapping(document.get("m3jax"), "m3jax")
+    check_keys("m3jax.", ours, ("seed",))
     per_token = document.get("experts_per_token", 2)
     if type(per_token) is not int:
         raise RecipeError(f"experts_per_token={per_token!r} needs an integer")
@@ -176,9 +174,8 @@ def _experts(entries: Any, key: str) -> tuple[Expert, ...]:
 
 
 def _expert(entry: Any, key: str) -> Expert:
-    if not isinstance(entry, dict):
-        raise RecipeError(f"{key}={entry!r} needs keys and values")
-    _check_keys(f"{key}.", entry, _OF_EXPERT)
+    entry = mapping(entry, key)
+    check_keys(f"{key}.", entry, _OF_EXPERT)
     return Expert(
         _model(entry.get("source_model"), f"{key}.source_model"),
         _prompts(entry.get("positive_prompts"), f"{key}.positive_prompts"),
@@ -229,12 +226,3 @@ def _word(value: Any, key: str, known: Sequence[str]) -> str:
     if value not in known:
         raise RecipeError(f"{key}={value!r} needs one of {', '.join(known)}")
     return str(value)
-
-
-def _check_keys(prefix: str, mapping: Mapping[Any, Any], known: Sequence[str]) -> None:
-    for key in mapping:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            listed = f"known: {', '.join(known)}"
-            meant = f"did you mean {near[0]!r}?" if near else listed
-            raise RecipeError(f"unknown key {prefix}{key}; {meant}")

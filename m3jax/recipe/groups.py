@@ -79,6 +79,15 @@ def group(step: Step) -> dict[str, Any]:
     return {name: values.as_json(getattr(step, name)) for name in step.fields()}
 
 
+def dotted(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of nested groups by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = isinstance(value, dict)
+        found |= dotted(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
+
+
 def check_known(prefix: str, fields: Any, known: list[str]) -> None:
     """Raises RecipeError for a field that is unknown here, saying where it is known."""
     if not isinstance(fields, (Mapping, list, tuple)):

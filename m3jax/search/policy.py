@@ -93,6 +93,7 @@ def ppo_loss(
     returns: Any,
     entropy: Any,
     *,
+    taken: Any = None,
     clip: float = 0.2,
     value_weight: float = 0.5,
     entropy_weight: float = 1e-4,
@@ -110,6 +111,7 @@ def ppo_loss(
       values, old_values: (T,) V and V_old.
       returns: (T,) G, of `ppo_returns`.
       entropy: (T,) H of the policy now.
+      taken: (T,) bool, False for padding; None: all steps count.
 
     Returns:
       A float32 scalar.
@@ -127,5 +129,6 @@ def ppo_loss(
     advantage = target - old_value
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
     policy = -jnp.minimum(ratio * advantage, clipped * advantage)
-    error = jnp.mean(jnp.square(value - target))
-    return jnp.mean(policy - entropy_weight * spread) + value_weight * error
+    error = jnp.mean(jnp.square(value - target), where=taken)
+    own = jnp.mean(policy - entropy_weight * spread, where=taken)
+    return own + value_weight * error

@@ -21,15 +21,17 @@ import math
 import re
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError, shown
 from m3jax.checkpoints.formats.dtypes import BFLOAT16, DTYPES, FLOAT32, Dtype
+from m3jax.checkpoints.formats.gguf_config import Metadata
 from m3jax.checkpoints.formats.safetensors import TensorEntry
 from m3jax.checkpoints.places.files import InputFile
-from m3jax.checkpoints.source import FileTensor, Stored
+from m3jax.checkpoints.source import Derived, FileTensor, Stored, read
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -74,6 +76,7 @@ _HOW_TO_CONVERT = (
     "convert it with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, "
     "gguf_file=NAME).save_pretrained(NEW_FOLDER)"
 )
+
 _CUT_OFF = "ends in the middle of its header; fetch it again, or"
 
 
@@ -113,15 +116,15 @@ class Quantised:
         while done < len(out):
             first, skip = divmod(start + done, self.size)
             count = min(step - skip, len(out) - done)
-            codes = np.empty(-(-(skip + count) // self.size) * width, np.uint8)
-            self.blocks.read_into(codes, first * width)
+            blocks = -(-(skip + count) // self.size)
+            codes = read(self.blocks, first * width, blocks * width)
             values = quants.dequantize(codes.reshape(-1, width), self.kind)
             out[done : done + count] = values.reshape(-1)[skip : skip + count]
             done += count
 
 
 @dataclasses.dataclass(frozen=True)
-class HalvesTogether:
+class HalvesTogether(Derived):
     """Rows whose pairs 2j and 2j + 1 of each head are j and j + d/2 of the result.
 
     Attributes:
@@ -131,18 +134,6 @@ class HalvesTogether:
 
     source: Stored
     heads: int
-
-    @property
-    def dtype(self) -> Dtype:
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return self.source.output_dtype
 
     @property
     def place(self) -> str:
@@ -162,8 +153,15 @@ class HalvesTogether:
             done += count
 
 
-def read_tensors(file: InputFile) -> tuple[dict[str, Stored], list[str], int]:
+def read_tensors(
+    file: InputFile, parts: Sequence[InputFile] = (), count: int = 1
+) -> tuple[dict[str, Stored], list[str], int]:
     """The tensors of a file by transformers' names, and what is said of them.
+
+    Args:
+      file: whole, or one part of a split file.
+      parts: those before it; the first of them has what is said of the model.
+      count: of all parts.
 
     Returns:
       The tensors; notes; bytes that reading them holds.
@@ -173,12 +171,16 @@ def read_tensors(file: InputFile) -> tuple[dict[str, Stored], list[str], int]:
     """
     try:
         fields, entries, start = _header(_Cursor(file))
-        architecture = fields.get(_ARCHITECTURE)
-        if fields.get("split.count", 1) not in (0, 1):
+        place = fields.get("split.no") or 0, fields.get("split.count") or 1
+        if place != (len(parts), count):
             raise CheckpointError(
-                f"is one of {shown(fields['split.count'])} parts; join them with "
-                "llama.cpp's llama-gguf-split --merge, or"
+                f"says that before it come {shown(place[0])} of {shown(place[1])} "
+                f"parts, and here {len(parts)} of {count} do; give the folder of all "
+                "parts, under their own names, or"
             )
+        if parts:
+            fields = {**_header(_Cursor(parts[0]))[0], **fields}
+        architecture = fields.get(_ARCHITECTURE)
         if architecture not in _ARCHITECTURES:
             raise CheckpointError(
                 f"has architecture {shown(architecture)}, read are "
@@ -209,6 +211,12 @@ def read_tensors(file: InputFile) -> tuple[dict[str, Stored], list[str], int]:
     return tensors, notes, 0
 
 
+def read_metadata(file: InputFile) -> Metadata:
+    """What a file, or the first part of one, says of its model."""
+    fields, entries, _ = _header(_Cursor(file))
+    return Metadata(str(fields.get(_ARCHITECTURE)), fields, frozenset(entries))
+
+
 class _Cursor:
     """Reads the header from its start on, a window at a time."""
 
@@ -221,9 +229,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         stop = self.at + count
         if stop > min(self._file.size, _MAX_HEADER):
-            raise CheckpointError(
-                "ends in the middle of its header; fetch it again, or"
-            )
+            raise CheckpointError(_CUT_OFF)
         if stop > self._start + len(self._window):
             self._start = self.at
             length = min(max(count, _WINDOW), self._file.size - self.at)
@@ -234,9 +240,7 @@ class _Cursor:
 
     def skip(self, count: int) -> None:
         if self.at + count > min(self._file.size, _MAX_HEADER):
-            raise CheckpointError(
-                "ends in the middle of its header; fetch it again, or"
-            )
+            raise CheckpointError(_CUT_OFF)
         self.at += count
         if self.at > self._start + len(self._window):
             self._start, self._window = self.at, b""

@@ -7,6 +7,7 @@
     base_model.model.MODULE.lora_B.bias              (out,)         lora_bias
     base_model.model.MODULE.token_adapter.trainable_tokens_delta   (tokens, H) new rows
     base_model.model.NAME                     saved whole: modules_to_save, biases
+    base_model.model.NAME.original_module     as it was before: passed over
 
 A module's rank is `r`, its scaling alpha / r, with use_rslora alpha / √r; the first key
 of rank_pattern and alpha_pattern that matches its name (a regular expression, of the
@@ -262,6 +263,8 @@ def modules(names: Iterable[str]) -> tuple[list[Module], dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     embeddings, others = set(), {}
     for name in names:
+        if ".original_module." in name:  # what modules_to_save stands in the place of
+            continue
         plain = _ADAPTER_NAME.sub("", name.removeprefix(PREFIX))
         part = _PART_NAME.fullmatch(plain)
         if part is None:

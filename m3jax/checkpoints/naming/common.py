@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.naming import (
     buffers,
     layouts,
@@ -19,6 +18,11 @@ from m3jax.checkpoints.naming import (
 from m3jax.checkpoints.naming.table import Table, counted
 from m3jax.checkpoints.source import Source
 from m3jax.checkpoints.sources import views
+
+if TYPE_CHECKING:
+    from m3jax.checkpoints.folder import Checkpoint
+
+Read = tuple[Table, list[str]]  # a checkpoint's tensors, and what was done to them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +95,42 @@ def _match(
         if i and not _same(tables[0], tables[i], passed_over):
             tables[i], lines = prefixes.fit(tables[i], tables[0])
             notes += [f"{checkpoint.name}: {line}" for line in lines]
-    canonical: list[tuple[Table, list[str]]] = [(table, []) for table in tables]
+    canonical: list[Read] = [(table, []) for table in tables]
     if not all(_same(tables[0], table, passed_over) for table in tables):
-        fused = [layouts.fuse(table, tables) for table in tables]
-        canonical = fused
-        if not all(_same(fused[0][0], table, passed_over) for table, _ in fused):
+        plain, canonical = canonical, _fused(canonical)
+        if not all(_same(canonical[0][0], own, passed_over) for own, _ in canonical):
             known = registry.of(checkpoints[0].config)
-            if known is not None:
-                read = [known.canonical(table) for table in tables]
-                read = [(prefixes.fit(t, read[0][0])[0], lines) for t, lines in read]
-                if _apart(read, passed_over) < _apart(fused, passed_over):
-                    canonical = read
+            # What one step makes of a name may be what the other knows.
+            options = [_by(known, own) for own in (plain, canonical) if known]
+            canonical = min(
+                (canonical, *options), key=lambda own: _apart(own, passed_over)
+            )
     first, _ = canonical[0]
     for i, (table, lines) in enumerate(canonical):
         notes += [f"{checkpoints[i].name}: {line}" for line in lines]
         if i and first is not tables[0]:
             tables[i] = _as_first(tables[0], first, table)
+
+
+def _by(known: registry.Registry, read: Sequence[Read]) -> list[Read]:
+    """The tables by the names of transformers' modules."""
+    made = [known.canonical(table) for table, _ in read]
+    return _fused(
+        [
+            (prefixes.fit(table, made[0][0])[0], [*before, *lines])
+            for (_, before), (table, lines) in zip(read, made, strict=True)
+        ]
+    )
+
+
+def _fused(read: Sequence[Read]) -> list[Read]:
+    """The tables with the tensors in which others have several of theirs."""
+    tables = [table for table, _ in read]
+    made = [layouts.fuse(table, tables) for table in tables]
+    return [
+        (table, [*before, *lines])
+        for (_, before), (table, lines) in zip(read, made, strict=True)
+    ]
 
 
 def _same(a: Table, b: Table, passed_over: Callable[[str], bool]) -> bool:
@@ -124,9 +148,7 @@ def _same(a: Table, b: Table, passed_over: Callable[[str], bool]) -> bool:
     return all(ties.may_lack(name) for names in alone for name in names)
 
 
-def _apart(
-    read: Sequence[tuple[Table, list[str]]], passed_over: Callable[[str], bool]
-) -> int:
+def _apart(read: Sequence[Read], passed_over: Callable[[str], bool]) -> int:
     """How many names the tables do not have in common."""
     every = set[str]().union(*(table for table, _ in read))
     shared = every.intersection(*(table for table, _ in read))

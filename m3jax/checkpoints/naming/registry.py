@@ -42,11 +42,13 @@ class Registry:
     Attributes:
       names: shapes of the tensors of its modules.
       prefix: of its base model.
+      tied: what each tensor is a copy of, of those that config.json ties.
       renamings, converters: of the registry, in order; transformers' objects.
     """
 
     names: Mapping[str, tuple[int, ...]]
     prefix: str
+    tied: Mapping[str, str]
     renamings: list[Any]
     converters: list[Any]
 
@@ -115,6 +117,7 @@ def _build(text: str) -> Registry | None:
             return Registry(
                 names={name: tuple(own.shape) for name, own in state.items()},
                 prefix=model.base_model_prefix,
+                tied=dict(model.all_tied_weights_keys),
                 renamings=[
                     t for t in transforms if not isinstance(t, loading.WeightConverter)
                 ],

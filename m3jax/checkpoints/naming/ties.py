@@ -31,6 +31,7 @@ _ENDS = (
     *("vocab_projector.weight", "decoder.bias", "predictions.bias", "lm_head.bias"),
 )
 FIELD = "tie_word_embeddings"
+Pair = tuple[str, str, bool]  # an alias, what it is a copy of; whether config decides
 
 
 def may_lack(name: str) -> bool:
@@ -79,7 +80,8 @@ def resolve(
     made = [dict(table) for table in tables]
     changes: dict[str, Any] = {}
     lines: list[str] = []
-    for alias, original, by_config in _pairs(made):
+    named = [*_pairs(made)]
+    for alias, original, by_config in [*named, *_known(made, configs, named)]:
         some = [t for t in made if alias in t]
         everywhere = all(alias in table and original in table for table in made)
         if everywhere and not (
@@ -113,14 +115,14 @@ def resolve(
                 else:
                     lines.append(f"{name}: {original} is read as {alias} too")
         if by_config and tied[0]:
-            changes |= _untied(configs[0])
+            changes |= untied(configs[0])
             if not lacking:
                 lines.append(f"{alias} differs from {original}: the output is untied")
     return made, changes, lines
 
 
-def _pairs(tables: Sequence[Table]) -> Iterator[tuple[str, str, bool]]:
-    """(alias, what it is a copy of, whether config.json decides) of all tables."""
+def _pairs(tables: Sequence[Table]) -> Iterator[Pair]:
+    """Those that names alone tell, of all tables."""
     shapes = {
         name: own.shape
         for table in tables
@@ -150,6 +152,30 @@ def _pairs(tables: Sequence[Table]) -> Iterator[tuple[str, str, bool]]:
                 yield name, best[0], True
 
 
+def _known(
+    tables: Sequence[Table],
+    configs: Sequence[Mapping[str, Any] | None],
+    named: Sequence[Pair],
+) -> Iterator[Pair]:
+    """Those that transformers ties in these models, of names that some tables lack and
+    that are not in the pairs `named`."""
+    every = set[str]().union(*tables)
+    told = {name for alias, original, _ in named for name in (alias, original)}
+    lacking = every.difference(set(tables[0]).intersection(*tables)) - told
+    for config in configs if lacking else ():
+        known = registry.of(config)
+        if known is None:
+            continue
+        for names in known.tied.items():
+            # The base model's prefix may be off.
+            bare = [name.removeprefix(f"{known.prefix}.") for name in names]
+            for alias, original in (names, bare):
+                pair = {alias, original}
+                if pair & lacking and pair <= every and alias not in told:
+                    told.add(alias)
+                    yield alias, original, True
+
+
 def _may_be_tied(
     tables: Sequence[Table],
     configs: Sequence[Mapping[str, Any] | None],
@@ -163,7 +189,8 @@ def _may_be_tied(
     return all(equal(table[alias], table[original]) for table in tables)
 
 
-def _untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
+def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Changes to config.json for a head of its own."""
     text = (config or {}).get("text_config")
     inner = isinstance(text, dict) and FIELD in text
     return {FIELD: False, **({f"text_config.{FIELD}": False} if inner else {})}

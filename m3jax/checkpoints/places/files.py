@@ -25,6 +25,8 @@ _CACHED = re.compile(r"models--[\w.-]+")  # a model's folder in the hub's cache
 # store's library can do that; smaller ones would wait for their answers more than they
 # read.
 _REQUEST = 8 << 20
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER = 1024  # bytes, by its specification
 
 
 def open_regular(path: Path) -> int:
@@ -61,8 +63,24 @@ def exists(path: Location) -> bool:
 
 
 def open_file(path: Location) -> InputFile:
-    """Opens a regular file; see `open_regular` for the errors."""
-    return InputFile(path) if isinstance(path, Path) else StoreFile(path)
+    """Opens a regular file; see `open_regular` for the errors.
+
+    Raises:
+      CheckpointError: it is what Git LFS leaves in a file's place.
+    """
+    if not isinstance(path, Path):
+        return StoreFile(path)
+    file = InputFile(path)
+    try:
+        if file.size < _MAX_POINTER and file.read(0, file.size).startswith(_POINTER):
+            raise CheckpointError(
+                f"{path}: a pointer of Git LFS, not the file itself; fetch it with git "
+                "lfs pull, or download it again"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def open_small(path: Location, limit: int) -> InputFile:

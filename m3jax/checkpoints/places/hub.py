@@ -16,6 +16,9 @@ from m3jax.checkpoints.side_files import PATTERNS as SIDE_PATTERNS
 from m3jax.checkpoints.side_files import SIDE_FILES
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_ADDRESS = re.compile(  # as a browser shows it
+    r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)(?:/tree/([\w./-]+?))?/?"
+)
 # What a merge writes beside those: its record and its model card, for `verify`.
 RECORD_FILES = ("m3jax.json", "README.md")
 _BESIDE = (*SIDE_FILES, *RECORD_FILES, *SIDE_PATTERNS, "adapter_config.json")
@@ -27,6 +30,7 @@ _FORMATS = (
     (".gguf",),
 )
 _MAKERS = re.compile(r"consolidated")  # the same weights once more, as their maker has
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5}\.gguf)")  # of a split file
 _NO_MODEL = re.compile(r"optimizer|scheduler|rng_state|training_args|scaler")
 # Modules of sentence-transformers, and more chat templates.
 _INNER = re.compile(r"(\d+_\w+/[\w.-]+\.(json|safetensors|bin|txt)|[\w]+/\w+\.jinja)")
@@ -61,6 +65,8 @@ def locate(path: str) -> tuple[Location, str | None]:
     Raises:
       CheckpointError: one line, if there is no such thing or it cannot be fetched.
     """
+    if address := _ADDRESS.fullmatch(path):
+        path = "@".join(filter(None, address.groups()))
     location = store.parse(path)
     if isinstance(location, store.StorePath):
         return store.locate(location), None
@@ -124,7 +130,8 @@ def wanted_of(names: list[str]) -> list[str]:
     """What of a repository's files a merge can need.
 
     The tensors in the first format of those that are read, as `weights.find` takes it;
-    of GGUF, which comes in many quantisations, only where there is one file.
+    of GGUF, which comes in many quantisations, only where there is one file, or the
+    parts of one.
 
     Raises:
       CheckpointError: there are several files of GGUF and nothing else.
@@ -134,7 +141,8 @@ def wanted_of(names: list[str]) -> list[str]:
     side += [name for name in names if _INNER.fullmatch(name)]
     for suffixes in _FORMATS:
         tensors = [n for n in top if n.endswith(suffixes) and not _NO_MODEL.match(n)]
-        if suffixes == (".gguf",) and len(tensors) > 1:
+        sets = {m.groups() if (m := _PART.fullmatch(n)) else n for n in tensors}
+        if suffixes == (".gguf",) and len(sets) > 1:
             raise CheckpointError(
                 f"holds {len(tensors)} files of GGUF, such as {shown(tensors[0])}, and "
                 "no other tensors; download one of them and give its path"

@@ -49,15 +49,14 @@ def choose(
     Raises:
       CheckpointError: one that names others cannot be read.
     """
-    ours = side_files.names_of(first.folder)
-    owners = dict.fromkeys(ours, first.folder)
+    owners = _all_of(first)
     if tokenizer is not first:
         owners = {n: f for n, f in owners.items() if side_files.belongs_to_model(n)}
-        for name in side_files.names_of(tokenizer.folder):
+        for name, folder in _all_of(tokenizer).items():
             if not side_files.belongs_to_model(name) or (
                 name.endswith(".py") and name not in owners
             ):
-                owners[name] = tokenizer.folder
+                owners[name] = folder
     taken = _agreed(first, models, owners)
     taken = {name: folder for name, folder in taken.items() if name not in own}
     owners |= taken
@@ -70,6 +69,23 @@ def choose(
     return Companions(dict(sorted(owners.items())), notes)
 
 
+def _all_of(checkpoint: Checkpoint) -> dict[str, Location]:
+    """The side files of a checkpoint and their folders: an adapter's tokenizer, where
+    it has one, is in the place of its base's."""
+    own, words = checkpoint.folder, checkpoint.tokenizer_folder
+    found = dict.fromkeys(side_files.names_of(own), own)
+    if words == own:
+        return found
+    theirs = [
+        name
+        for name in side_files.names_of(words)
+        if _kind(name) in (_TOKENIZER, _TEMPLATE)
+    ]
+    kinds = {_TOKENIZER, *map(_kind, theirs)}
+    found = {name: own for name in found if _kind(name) not in kinds}
+    return {**found, **dict.fromkeys(theirs, words)}
+
+
 def _agreed(
     first: Checkpoint, models: Sequence[Checkpoint], owners: Mapping[str, Location]
 ) -> dict[str, Location]:
@@ -77,30 +93,31 @@ def _agreed(
     if first in models:
         return {}
     there = {_kind(name) for name in owners}
-    config = side_files.read_side_file(first.folder, side_files.TOKENIZER_CONFIG)
+    config = side_files.read_side_file(
+        first.tokenizer_folder, side_files.TOKENIZER_CONFIG
+    )
     if b'"chat_template"' in (config or b""):
         there.add(_TEMPLATE)
     if side_files.CONFIG in owners:  # which names the code that it needs
         there.add(_CODE)
+    theirs = [_all_of(model) for model in models]
     groups: dict[str, set[str]] = defaultdict(set)
-    for model in models:
-        for name in side_files.names_of(model.folder):
-            if _kind(name) not in there:
-                groups[_kind(name)].add(name)
+    for name in sorted(set().union(*theirs)):
+        if _kind(name) not in there:
+            groups[_kind(name)].add(name)
     found: dict[str, Location] = {}
     for names in groups.values():
-        if all(_same(name, models) for name in names):
-            found |= dict.fromkeys(names, models[0].folder)
+        if all(_same(name, theirs) for name in names):
+            found |= {name: theirs[0][name] for name in names}
     return found
 
 
-def _same(name: str, models: Sequence[Checkpoint]) -> bool:
-    contents = []
-    for model in models:
-        if name not in side_files.names_of(model.folder):
-            return False
-        contents.append(side_files.read_side_file(model.folder, name))
-    return all(content == contents[0] for content in contents)
+def _same(name: str, owners: Sequence[Mapping[str, Location]]) -> bool:
+    """Whether all have a file of that name, with the same bytes."""
+    if not all(name in own for own in owners):
+        return False
+    first, *others = (side_files.read_side_file(own[name], name) for own in owners)
+    return all(other == first for other in others)
 
 
 def _kind(name: str) -> str:

@@ -93,8 +93,9 @@ def side_files_of(
         if other is not None:
             files[name] = other
     if config_changes and side_files.CONFIG in files:
-        config = files[side_files.CONFIG]
-        files[side_files.CONFIG] = side_files.changed_config(config, config_changes)
+        config = json.loads(files[side_files.CONFIG])
+        changed = side_files.changed(config, config_changes)
+        files[side_files.CONFIG] = side_files.as_json(changed)
     return files
 
 

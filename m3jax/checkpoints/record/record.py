@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from m3jax.checkpoints.errors import CheckpointError, shown
+from m3jax.checkpoints.errors import CheckpointError, few, shown
 from m3jax.checkpoints.formats.json_text import load_json
 from m3jax.checkpoints.formats.orbax import ITEM
 from m3jax.checkpoints.names import is_inner_name, is_plain_name
@@ -22,7 +22,6 @@ from m3jax.checkpoints.record.provenance import CHECKSUM, FORMAT
 
 _MAX_RECORD = 100_000_000  # bytes; the record of 100 000 tensors has 25 MB
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_FEW = 3  # flaws that an error names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +111,7 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
     if not _fits(measured, {"*": [_is_number]}):
         flaws.append(f"measured={shown(measured, 60)} needs numbers by name")
     if flaws:
-        more = f"; and {len(flaws) - _FEW} more" if len(flaws) > _FEW else ""
-        raise CheckpointError(
-            f"{what}: not as m3jax wrote it: {'; '.join(flaws[:_FEW])}{more}"
-        )
+        raise CheckpointError(f"{what}: not as m3jax wrote it: {few(flaws)}")
     ratios = content["ratios"]
     return Record(
         recipe=content["recipe"],

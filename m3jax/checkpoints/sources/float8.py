@@ -34,9 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.formats.dtypes import BFLOAT16, FLOAT32, Dtype
-from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.errors import CheckpointError, few, shown
+from m3jax.checkpoints.source import Decoded, Source, read
 
 _PART = 1 << 18  # elements dequantised at a time
 _MAX_EDGE = 1 << 16  # of a block; in use are 32 to 512
@@ -50,7 +49,7 @@ Block = tuple[int, int]  # rows and columns that share a scale
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Dequantised:
+class Dequantised(Decoded):
     """Float8 codes times their scales, one scale per block of rows × columns.
 
     Of a tensor of more than two dimensions, all but the last are rows.
@@ -67,16 +66,8 @@ class Dequantised:
     matrix: int = 0
 
     @property
-    def dtype(self) -> Dtype:
-        return FLOAT32
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return BFLOAT16
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         every_byte = np.arange(256, dtype=np.uint8)
@@ -88,8 +79,7 @@ class Dequantised:
             count = min(_PART, len(out) - done)
             if columns > _PART:  # then a part stays within a row, to bound its scales
                 count = min(count, columns - first % columns)
-            codes = np.empty(count, self.codes.dtype.numpy)
-            self.codes.read_into(codes, first)
+            codes = read(self.codes, first, count)
             part = out[done : done + count]
             np.take(weights, codes.view(np.uint8), out=part)
             # NaN and infinity are for the check for non-finite values to report.
@@ -111,8 +101,8 @@ class Dequantised:
         left, right = low // block_columns, high // block_columns + 1
         rows = self._scale_rows(np.arange(first, last + 1))
         top, bottom = int(rows[0]), int(rows[-1])
-        scales = np.empty((bottom - top) * grid + right - left, self.scales.dtype.numpy)
-        self.scales.read_into(scales, top * grid + left)
+        held = (bottom - top) * grid + right - left
+        scales = read(self.scales, top * grid + left, held)
         by_row = scales.astype(np.float32).reshape(-1, right - left)[rows - top]
         if right - left == 1:  # one scale for the row, however wide its block is
             return np.repeat(by_row[:, 0], high + 1 - low)[skip : skip + count]
@@ -174,10 +164,9 @@ def dequantise(
         if source.dtype.code == _POWERS
     ]
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"float8 tensors whose scales are not understood: {'; '.join(problems[:3])}"
-            f"{more}; dequantise the checkpoint to bfloat16 first"
+            f"float8 tensors whose scales are not understood: {few(problems)}; "
+            "dequantise the checkpoint to bfloat16 first"
         )
     return result
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.formats.dtypes import FLOAT32, FLOAT64, Dtype
-from m3jax.checkpoints.source import Derived, Source
+from m3jax.checkpoints.source import Derived, Source, read
 
 _PART = 1 << 18  # elements of a product that are made at a time
 KEPT = 4  # right factors of an adapter, in limbs, that are kept for the next read
@@ -120,8 +120,16 @@ def whole(factor: Factor) -> Limbs:
     return split(factor.read(0, factor.rows))
 
 
+class _Changed(Derived):
+    """A tensor that is computed: float32, or float64 where it was."""
+
+    @property
+    def dtype(self) -> Dtype:
+        return FLOAT64 if self.source.dtype == FLOAT64 else FLOAT32
+
+
 @dataclasses.dataclass(frozen=True)
-class Adapted(Derived):
+class Adapted(_Changed):
     """θ + s·L·Rᵀ, or DoRA's m ⊙ (θ + s·L·Rᵀ) / ‖θ + s·L·Rᵀ‖.
 
     Of a tensor of more than two dimensions, all but the first are columns.
@@ -144,10 +152,6 @@ class Adapted(Derived):
     limbs: Callable[[Factor], Limbs] = whole
     magnitude: Source | None = None
     by_column: bool = False
-
-    @property
-    def dtype(self) -> Dtype:
-        return FLOAT64 if self.source.dtype == FLOAT64 else FLOAT32
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         # NaN and infinity are for the check for non-finite values to report.
@@ -173,8 +177,7 @@ class Adapted(Derived):
             else:
                 row = first // columns
                 squares[row : row + len(rows)] = rows.sum(axis=1)
-        magnitude = np.empty(len(squares), self.magnitude.dtype.numpy)
-        self.magnitude.read_into(magnitude, 0)
+        magnitude = read(self.magnitude, 0, len(squares))
         return magnitude.astype(np.float64) / np.sqrt(squares)
 
     def _blocks(self, start: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -190,33 +193,26 @@ class Adapted(Derived):
             change = product(split(self.left.read(row, rows)), right)
             first = max(start, row * columns)
             last = min(stop, (row + rows) * columns)
-            values = np.empty(last - first, self.source.dtype.numpy)
-            self.source.read_into(values, first)
+            values = read(self.source, first, last - first)
             within = change.reshape(-1)[first - row * columns : last - row * columns]
             yield first, values.astype(np.float64) + self.scaling * within
 
 
 @dataclasses.dataclass(frozen=True)
-class Shifted(Derived):
+class Shifted(_Changed):
     """A bias with an adapter's own bias added: b + s·c, rounded as `Adapted` is."""
 
     change: Source
     scaling: float
     place: str
 
-    @property
-    def dtype(self) -> Dtype:
-        return FLOAT64 if self.source.dtype == FLOAT64 else FLOAT32
-
     def read_into(self, out: np.ndarray, start: int) -> None:
-        values = np.empty(len(out), self.source.dtype.numpy)
-        change = np.empty(len(out), self.change.dtype.numpy)
-        self.source.read_into(values, start)
-        self.change.read_into(change, start)
+        values, change = (
+            read(source, start, len(out)).astype(np.float64)
+            for source in (self.source, self.change)
+        )
         with np.errstate(over="ignore", invalid="ignore"):
-            out[:] = values.astype(np.float64) + self.scaling * change.astype(
-                np.float64
-            )
+            out[:] = values + self.scaling * change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +228,7 @@ class Replaced(Derived):
 
 
 @dataclasses.dataclass(frozen=True)
-class WithRows(Derived):
+class WithRows(_Changed):
     """A matrix some of whose rows an adapter brings: the tokens that it trained.
 
     Attributes:
@@ -244,19 +240,12 @@ class WithRows(Derived):
     places: tuple[int, ...]
     place: str
 
-    @property
-    def dtype(self) -> Dtype:
-        return FLOAT64 if self.source.dtype == FLOAT64 else FLOAT32
-
     def read_into(self, out: np.ndarray, start: int) -> None:
         width = math.prod(self.shape[1:])
-        stored = np.empty(len(out), self.source.dtype.numpy)
-        self.source.read_into(stored, start)
-        out[:] = stored
+        out[:] = read(self.source, start, len(out))
         for i, row in enumerate(self.places):
             first, last = row * width, (row + 1) * width
             first, last = max(first, start), min(last, start + len(out))
             if first < last:
-                values = np.empty(last - first, self.rows.dtype.numpy)
-                self.rows.read_into(values, i * width + first - row * width)
+                values = read(self.rows, first + (i - row) * width, last - first)
                 out[first - start : last - start] = values

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.formats.dtypes import BFLOAT16, DTYPES, FLOAT32, Dtype
-from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.formats.dtypes import DTYPES
+from m3jax.checkpoints.source import Decoded, Source, read
 
 _GROUP = 32  # elements that share a scale
 _PART = 1 << 20  # elements dequantised at a time
@@ -36,7 +36,7 @@ Packed = tuple[np.ndarray, np.ndarray]  # (R, C / 2) codes and (R, C / 32) expon
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
+class Experts(Decoded):
     """The matrices of all experts: codes times powers of two, transposed.
 
     Attributes:
@@ -46,14 +46,6 @@ class Experts:
 
     shape: tuple[int, ...]
     packed: Callable[[int], Packed]
-
-    @property
-    def dtype(self) -> Dtype:
-        return FLOAT32
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return BFLOAT16
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         _, columns, rows = self.shape
@@ -100,10 +92,9 @@ def dequantise(tensors: Mapping[str, Source]) -> tuple[dict[str, Source], int]:
     def packed(name: str, expert: int) -> Packed:
         blocks, scales = tensors[name + _BLOCKS], tensors[name + _SCALES]
         _, rows, groups, half = blocks.shape
-        codes = np.empty(rows * groups * half, np.uint8)
-        blocks.read_into(codes, expert * len(codes))
-        exponents = np.empty(rows * groups, np.uint8)
-        scales.read_into(exponents, expert * len(exponents))
+        count = rows * groups
+        codes = read(blocks, expert * count * half, count * half)
+        exponents = read(scales, expert * count, count)
         return codes.reshape(rows, -1), exponents.reshape(rows, -1)
 
     for blocks_name, blocks in tensors.items():

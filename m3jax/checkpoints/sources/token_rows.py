@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from m3jax.checkpoints.formats.dtypes import FLOAT32, FLOAT64, Dtype
-from m3jax.checkpoints.source import Source
+from m3jax.checkpoints.source import Source, read_whole
 
 _BLOCK = 1 << 18  # elements that are gathered at a time
 _SMALL = 1 << 20  # elements of a tensor that is read whole rather than row by row
@@ -113,9 +113,7 @@ def _copy_rows(source: Source, numbers: np.ndarray, out: np.ndarray) -> None:
     width = out.shape[1]
     wanted = numbers[places]
     if math.prod(source.shape) <= _SMALL and (np.diff(wanted) != 1).any():
-        whole = np.empty(math.prod(source.shape), source.dtype.numpy)
-        source.read_into(whole, 0)
-        out[places] = whole.reshape(-1, width)[wanted]
+        out[places] = read_whole(source).reshape(-1, width)[wanted]
         return
     follows = (np.diff(wanted) == 1) & (np.diff(places) == 1)
     starts = np.flatnonzero(np.concatenate([[True], ~follows]))

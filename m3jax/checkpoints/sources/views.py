@@ -21,7 +21,7 @@ import numpy as np
 from m3jax.checkpoints.formats import boxes
 from m3jax.checkpoints.formats.boxes import Box
 from m3jax.checkpoints.formats.dtypes import FLOAT32, Dtype
-from m3jax.checkpoints.source import Converted, Derived, Source
+from m3jax.checkpoints.source import Converted, Derived, Source, read
 
 _PART = 1 << 18  # elements that are put in their places at a time
 
@@ -116,8 +116,7 @@ class Transposed(Derived):
         if kept is not None and kept[0] == index:
             return kept[1]
         rows, columns = self.source.shape[-2:]
-        matrix = np.empty(rows * columns, self.dtype.numpy)
-        self.source.read_into(matrix, index * rows * columns)
+        matrix = read(self.source, index * rows * columns, rows * columns)
         turned = matrix.reshape(rows, columns).T.reshape(-1)
         self.__dict__["_kept"] = (index, turned)
         return turned
@@ -206,10 +205,7 @@ def equal(a: Source, b: Source) -> bool:
         return False
     size = math.prod(a.shape)
     for start in range(0, size, _PART):
-        count = min(_PART, size - start)
-        one, other = (np.empty(count, a.dtype.numpy) for _ in "ab")
-        a.read_into(one, start)
-        b.read_into(other, start)
+        one, other = (read(own, start, min(_PART, size - start)) for own in (a, b))
         if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
             return False
     return True

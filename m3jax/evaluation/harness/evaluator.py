@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax
 
 from m3jax.evaluation.harness.model import HarnessModel
 from m3jax.evaluation.harness.tasks import find_tasks, run_tasks
+from m3jax.evaluation.running import up_to_depth
 from m3jax.models.config import Config
 from m3jax.models.layers import Parameters
+from m3jax.models.parameters import padded
 from m3jax.models.tokenizer import Tokenizer
 
 
@@ -19,6 +22,8 @@ class HarnessEvaluator:
 
     Where less of a metric is better, its negative is the score, under "−task".
     """
+
+    in_parts = False  # a budget is of the first examples
 
     def __init__(
         self,
@@ -51,7 +56,9 @@ class HarnessEvaluator:
     ) -> Mapping[str, float]:
         """See `Evaluator`; the budget is examples of each task."""
         config, tokenizer, options = self._made
-        model = HarnessModel(parameters, config, tokenizer, key=key, **options)
+        model = HarnessModel(
+            padded(parameters, config), config, tokenizer, key=key, **options
+        )
         seed = int(jax.random.key_data(key)[-1])
         found: dict[str, float] = {}
         for result in run_tasks(
@@ -66,6 +73,13 @@ class HarnessEvaluator:
             sign = 1 if result.higher_is_better else -1
             found.setdefault(name, sign * result.mean)
         return found
+
+    def of_layers(self, layers: Sequence[int]) -> HarnessEvaluator:
+        """As that of `TaskEvaluator`."""
+        made = copy.copy(self)
+        config, tokenizer, options = self._made
+        made._made = config.of_layers(up_to_depth(layers)), tokenizer, options
+        return made
 
     def fingerprint(self) -> list[str]:
         """What a resumed exploration has to have in common with the first one."""

@@ -16,11 +16,13 @@ class Prepared:
     Attributes:
       contexts, completions: for loss one pair, for choice one per choice; for the
         other kinds one context, to be continued.
+      lengths: by which the log-likelihood of each completion is divided.
       truncated: the beginning of a context was cut off, to fit into the model.
     """
 
     contexts: tuple[tuple[int, ...], ...]
     completions: tuple[tuple[int, ...], ...] = ()
+    lengths: tuple[int, ...] = ()
     truncated: bool = False
 
 
@@ -52,10 +54,10 @@ def prepare(
             )
         return Prepared((context[-room:],), truncated=len(context) > room)
     texts = example.choices or (example.completion,)
-    contexts, completions, truncated = [], [], False
+    contexts, completions, lengths, truncated = [], [], [], False
     for text in texts:
         context, completion = _encode_pair(
-            prompt, task.delimiter + text, tokenizer, special, where
+            prompt, task.delimiter + text, tokenizer, special, where, whole=task.chat
         )
         room = max_length + 1 - len(completion)  # the last token is only foreseen
         if not completion or room < 1:
@@ -66,7 +68,9 @@ def prepare(
         truncated |= len(context) > room
         contexts.append(context[-room:])
         completions.append(completion)
-    return Prepared(tuple(contexts), tuple(completions), truncated)
+        divisors = {"bytes": len(text.encode()), "tokens": len(completion), "none": 1}
+        lengths.append(divisors[task.normalise] if task.kind == "choice" else 1)
+    return Prepared(tuple(contexts), tuple(completions), tuple(lengths), truncated)
 
 
 def _encode(
@@ -81,16 +85,30 @@ def _encode(
 
 
 def _encode_pair(
-    prompt: str, completion: str, tokenizer: Tokenizer, special: bool, where: str
+    prompt: str,
+    completion: str,
+    tokenizer: Tokenizer,
+    special: bool,
+    where: str,
+    *,
+    whole: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens of a prompt and of what follows, as the two are tokenised together.
 
     Space at the end of the prompt counts to the completion, since most tokenizers
-    join it to the next word. lm-evaluation-harness does the same.
+    join it to the next word; lm-evaluation-harness does the same. A `whole` prompt
+    keeps it: a chat template's line break is no part of the answer.
     """
+    if whole:
+        context = _encode(prompt, tokenizer, special, where)
+        joined = tokenizer.encode(prompt + completion, add_special_tokens=special)
+        if tuple(joined[: len(context)]) == context:
+            return context, tuple(joined[len(context) :])
+        alone = tokenizer.encode(completion, add_special_tokens=False)
+        return context, tuple(alone)
     stripped = prompt.rstrip()
     completion = prompt[len(stripped) :] + completion
     context = tuple(tokenizer.encode(stripped, add_special_tokens=special))
-    whole = tokenizer.encode(stripped + completion, add_special_tokens=special)
-    behind = tuple(whole[len(context) :])
+    both = tokenizer.encode(stripped + completion, add_special_tokens=special)
+    behind = tuple(both[len(context) :])
     return context or _encode(stripped, tokenizer, special, where), behind

@@ -2,7 +2,7 @@
 
 Each group has average (its `linear`), task arithmetic or TIES, or slerp of two models,
 with numbers of its own; the genotype is that of `m3jax.search.lfs_merge`. The K single
-models come first. Then TPE, or with `hyperband` random points under Hyperband.
+models come first. Then TPE or random points, with `hyperband` under Hyperband.
 
 Ours: TPE in the place of SMAC's random forest; the ranges, the registry's; TIES trims a
 task vector over its group instead of each tensor; one set of numbers a group, for
@@ -15,10 +15,9 @@ from __future__ import annotations
 import dataclasses
 
 from m3jax.exploration.groups import layer_groups, num_layers
+from m3jax.exploration.presets.genotypes import searched
 from m3jax.exploration.presets.setting import Plan, Setting
-from m3jax.exploration.search import samplers, searches
-from m3jax.exploration.search.make import in_brackets
-from m3jax.exploration.search.searches import Rung
+from m3jax.exploration.search import samplers
 from m3jax.exploration.search.trials import Proposal
 from m3jax.exploration.space import WHOLE, Space, Values
 from m3jax.recipe import Mixup, RecipeError
@@ -31,7 +30,7 @@ _GROUPS = 4
 class Genotypes(samplers.Draws):
     """Draws whose ratios are looked at by the methods that have some in LFS."""
 
-    def with_values(self, index: int, values: Values) -> Proposal:
+    def with_values(self, index: int, values: Values) -> Proposal | None:
         assert self.space is not None
         unweighed = {
             self.space.label(g, "ratios")
@@ -58,26 +57,8 @@ def plan(setting: Setting) -> Plan:
     )
     own = Genotypes(recipe, setting.seed, setting.budget, space)
     singles = [_alone(k) for k in range(setting.num_models)]
-    if setting.sampler == "tpe" and setting.hyperband:
-        raise RecipeError("hyperband needs sampler='random' in preset='lfs'")
-    if setting.sampler != "random" and not setting.hyperband:
-        found = samplers.optimised(
-            "tpe",
-            own,
-            setting.objective,
-            draws=setting.draws,
-            generation=setting.generation,
-            first=singles,
-        )
-        return Plan(found, setting.draws, setting.objective, space)
-    brackets, draws = [[Rung(setting.draws, setting.budget)]], setting.draws
-    if setting.hyperband:
-        brackets, draws = in_brackets(setting.budget, setting.hyperband)
-    points = samplers.points("random", space, draws, setting.seed)
-    listed = [space.picked(pick) for pick in singles] + points
-    own = dataclasses.replace(own, listed=listed[:draws])
-    search = searches.hyperband(own, brackets)
-    return Plan(search, sum(map(searches.total, brackets)), setting.objective, space)
+    search, total = searched(setting, own, singles)
+    return Plan(search, total, setting.objective, reading=space.reading(recipe))
 
 
 def _alone(model: int) -> samplers.Pick:

@@ -28,7 +28,10 @@ PRESETS = {
     "model_glue": Preset(("groups",)),
     "safety_aware": Preset(),
     "lfs": Preset(("groups", "hyperband", "generation"), ("tpe", "random")),
+    "dis": Preset(("hyperband", "generation"), ("tpe", "random")),
+    "rmm": Preset(("fraction",), ("random",)),
     "adamms": Preset(),
+    "df_merge": Preset(("generation",), ("gp", "tpe")),
 }
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from m3jax.evaluation.evaluator import Evaluator
+from m3jax.exploration.merger import Merger
 from m3jax.exploration.search.scoring import Objective
 from m3jax.exploration.search.searches import Search
 from m3jax.exploration.search.trials import Proposal
-from m3jax.exploration.space import Space
 from m3jax.recipe import Mixup, Recipe, RecipeError
+from m3jax.search.pytrees import place_of
 
 
 class Plan(NamedTuple):
@@ -20,15 +22,19 @@ class Plan(NamedTuple):
       search: what is evaluated.
       total: trials.
       objective: what is maximised.
-      space: whose recipes are more than the recipe's own method; None: they are not.
+      reading: a recipe that reads what all draws together read; None: the recipe.
       answers: the search looks at what the models answer.
+      merger: makes what merges, of base, models and recipe.
+      notes: for the user.
     """
 
     search: Search
     total: int
     objective: Objective
-    space: Space | None = None
+    reading: Recipe | None = None
     answers: bool = False
+    merger: Callable[[Any, Sequence[Any], Recipe], Merger] = Merger
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,7 @@ class Setting:
       name: of the preset.
       models: paths or pytrees.
       tensors: names of theirs.
+      evaluator: that chooses.
       tasks: names of the scores, as far as they are known.
     """
 
@@ -47,6 +54,7 @@ class Setting:
     has_base: bool
     models: Sequence[Any]
     tensors: Sequence[str]
+    evaluator: Evaluator
     objective: Objective
     tasks: Sequence[str]
     draws: int
@@ -57,6 +65,7 @@ class Setting:
     generation: int
     halving: int | None
     hyperband: int | None
+    fraction: float | None
 
     @property
     def num_models(self) -> int:
@@ -87,6 +96,30 @@ class Setting:
             )
         if self.num_models < 2:
             raise RecipeError(f"preset={self.name!r} needs two models or more")
+
+    def check_programs(self, most: int) -> int:
+        """How many layers the models have.
+
+        Raises:
+          RecipeError: the recipe asks for what the preset chooses, or the layers are
+            none, more than that, or in several stacks.
+        """
+        self.check_averages()
+        places = [place for place in map(place_of, self.tensors) if place is not None]
+        stacks = {place.before for place in places}
+        layers = {place.layer for place in places}
+        if len(stacks) != 1 or layers != set(range(len(layers))):
+            what = f"layers in {', '.join(sorted(stacks))}" if stacks else "no layers"
+            raise RecipeError(
+                f"preset={self.name!r} needs models of one stack of layers, as "
+                f"model.layers.0…; these have {what}"
+            )
+        if len(layers) > most:
+            raise RecipeError(
+                f"preset={self.name!r} makes models of at most {most} layers; these "
+                f"have {len(layers)}"
+            )
+        return len(layers)
 
     def check_draws(self, needed: int) -> None:
         """Raises RecipeError where the draws do not reach to the preset's search."""

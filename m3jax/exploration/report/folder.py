@@ -8,8 +8,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
+from m3jax.checkpoints.formats import tree
 from m3jax.checkpoints.places import durable
 from m3jax.exploration.report import summary
 from m3jax.exploration.report.html.page import render
@@ -18,7 +20,10 @@ from m3jax.exploration.search.result import Exploration
 TRIALS, SCORES, TIMES = "trials.jsonl", "scores.jsonl", "times.jsonl"
 SUMMARY, TABLE, PICTURE = "summary.json", "summary.md", "scores.png"
 WINNER, PAGE = "winner.json", "report.html"
-FILES = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER, PAGE)
+STATISTICS = "statistics-{}.safetensors"  # of each model, which the winner reads
+STUDY = "study.journal"  # of processes that share the work
+_RESULTS = (TRIALS, SCORES, TIMES, SUMMARY, TABLE, PICTURE, WINNER, PAGE)
+FILES = (*_RESULTS, STUDY, STATISTICS.format("*"))
 
 
 @contextlib.contextmanager
@@ -112,6 +117,23 @@ def write_outputs(found: Exploration, folder: Path, say: Callable[[str], None]) 
         return
     with durable.naming(folder / PICTURE):
         picture.draw(found, folder / PICTURE)
+
+
+def write_statistics(found: Exploration, folder: Path) -> dict[str, Any]:
+    """Writes what the winner's method reads beside the models; the replay's part."""
+    if not found.statistics:
+        return {}
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    paths = []
+    for k, own in enumerate(found.statistics):
+        leaves, _ = tree.flatten(own)
+        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+        paths.append(folder / STATISTICS.format(k))
+        with durable.naming(paths[-1]):
+            save_file(arrays, paths[-1])
+    return {"statistics": [{"path": str(path)} for path in paths]}
 
 
 def write(path: Path, text: str) -> None:

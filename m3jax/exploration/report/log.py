@@ -83,8 +83,13 @@ def _read(path: Path) -> list[Line]:
     return lines
 
 
-def compare(path: Path, found: Line, wanted: Line) -> None:
-    """Raises CheckpointError, saying what differs, unless two headers are equal."""
+def compare(path: Path | str, found: Line, wanted: Line, what: str = "output") -> None:
+    """Raises CheckpointError, saying what differs, unless two headers are equal.
+
+    Args:
+      path: of what was begun with the one that was found.
+      what: it is, of which another one may be chosen.
+    """
     differing = [
         name for name in {**wanted, **found} if found.get(name) != wanted.get(name)
     ]
@@ -94,5 +99,5 @@ def compare(path: Path, found: Line, wanted: Line) -> None:
         raise CheckpointError(
             f"{path}: was begun with {name} = {shown(found.get(name))}, now it is "
             f"{shown(wanted.get(name))}{more}; resume with the same command, or "
-            "choose another output"
+            f"choose another {what}"
         )

@@ -69,9 +69,10 @@ def draw(found: Exploration, path: Path) -> None:
         handletextpad=0.4,
         columnspacing=1.4,
     )
-    method = found.winner.recipe.method.name.replace("_", " ")
+    made = found.winner.recipe.method.name.replace("_", " ")
+    made = made if found.winner.program is None else "layer programs"
     figure.suptitle(
-        f"{len(found.draws)} draws of {method}, scores on validation",
+        f"{len(found.draws)} draws of {made}, scores on validation",
         x=0.012,
         ha="left",
         fontsize=12,
@@ -92,7 +93,7 @@ def _panel(axis: Any, found: Exploration, task: str) -> None:
     axis.set_xlabel(x.label, color=_INK)
     if x.model is not None:
         axis.set_xlim(-0.04, 1.04)
-    elif x.label == "draw":
+    elif x.label in ("draw", "layers"):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(_text(task), loc="left", weight="bold", color=_INK, fontsize=10.5)
     lower = task in found.objective.losses
@@ -148,6 +149,8 @@ def _references(axis: Any, found: Exploration, task: str, model: int | None) -> 
 
 def _x_axis(found: Exploration, task: str) -> _Axis:
     draws = found.draws
+    if found.winner.program is not None:
+        return _Axis("layers", lambda trial: len(trial.program or ()))
     drawn = all(trial.mean_ratios for trial in draws)
     if drawn and len({trial.mean_ratios for trial in draws}) > 1:
         model = 0 if len(found.models) == 2 else _expert(found, task)

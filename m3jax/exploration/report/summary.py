@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3jax import programs
 from m3jax.evaluation.results import as_json
 from m3jax.exploration.report import bootstrap
 from m3jax.exploration.report.bootstrap import Interval
@@ -121,7 +122,10 @@ def as_markdown(found: Exploration) -> str:
 
 def title(found: Exploration) -> str:
     """How many draws of what."""
-    methods = dict.fromkeys(draw.recipe.method.name for draw in found.draws)
+    methods = {
+        draw.recipe.method.name if draw.program is None else "layer programs"
+        for draw in found.draws
+    }
     of = " | ".join(sorted(methods))
     return f"{len(found.draws)} draws of {of}, {' + '.join(found.models)}"
 
@@ -133,6 +137,11 @@ def notes(found: Exploration) -> list[str]:
     drawn = (
         "" if ratios is None else "λ " + ", ".join(f"{r:.4f}" for r in ratios) + ", "
     )
+    if winner.program is not None:
+        drawn = (
+            f"{programs.counted(winner.program, found.models)} "
+            f"({programs.described(winner.program, found.models)}), "
+        )
     lines = [f"The winner is draw {winner.index}: {drawn}seed {winner.seed}."]
     if len({trial.budget for trial in found.trials}) > 1:
         lines.append(

@@ -8,7 +8,7 @@ from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.exploration.search import samplers, searches
 from m3jax.exploration.search.samplers import ADAPTIVE
 from m3jax.exploration.search.scoring import Objective
-from m3jax.exploration.search.searches import Rung, Search
+from m3jax.exploration.search.searches import Search
 from m3jax.exploration.space import Space
 from m3jax.recipe import Recipe, RecipeError
 
@@ -33,7 +33,8 @@ def check_sampler(
             f"{sampler} is told of no scores"
         )
     for name, rate in rates.items():
-        if rate is not None and sampler in ADAPTIVE:
+        learns = sampler == "tpe" and name == "hyperband"  # bracket by bracket
+        if rate is not None and sampler in ADAPTIVE and not learns:
             raise RecipeError(
                 f"{name}={rate} needs a sampler that is not told of scores; "
                 f"{sampler} would compare those of different budgets"
@@ -62,28 +63,18 @@ def make_search(
                 "scores of a function"
             )
         own = samplers.Draws(recipe, seed, budget, space)
-        found = samplers.optimised(
-            sampler, own, objective, draws=draws, generation=generation, tasks=tasks
+        asked = searches.brackets(
+            draws, budget, generation=generation, hyperband=hyperband
         )
-        return found, draws
-    brackets: list[list[Rung]] = []
-    if hyperband is not None:
-        brackets, draws = in_brackets(budget, hyperband)
+        found = samplers.optimised(sampler, own, objective, asked, tasks=tasks)
+        return found, searches.total(asked)
+    asked = searches.brackets(draws, budget, hyperband=hyperband)
+    draws = searches.draws(asked)
     listed, count = samplers.listed(
         sampler, recipe, space, draws=draws, seed=seed, budget=budget
     )
-    if brackets:
-        if count < draws:
-            raise RecipeError(f"hyperband needs {draws} draws, a grid has {count}")
-        total = sum(map(searches.total, brackets))
-        return searches.hyperband(listed, brackets), total
-    rungs = searches.rungs(count, budget, halving)
-    proposals = [listed(index) for index in range(count)]
-    return searches.in_rungs(proposals, rungs), searches.total(rungs)
-
-
-def in_brackets(budget: int | None, eta: int) -> tuple[list[list[Rung]], int]:
-    """Hyperband's brackets, and how many draws they take."""
-    assert budget is not None
-    found = searches.brackets(budget, eta)
-    return found, sum(rungs[0].draws for rungs in found)
+    if hyperband is None:
+        asked = [searches.rungs(count, budget, halving)]
+    elif count < draws:
+        raise RecipeError(f"hyperband needs {draws} draws, a grid has {count}")
+    return searches.in_brackets(listed, asked), searches.total(asked)

@@ -59,7 +59,10 @@ def choose_places(trees: Sequence[Any], at_once: int | None, most: int) -> list[
 
 
 def make_mergers(
-    trees: list[Any], recipe: Recipe, places: Sequence[Place]
+    trees: list[Any],
+    recipe: Recipe,
+    places: Sequence[Place],
+    make: Callable[[Any, Sequence[Any], Recipe], Merger] = Merger,
 ) -> list[Merger]:
     """A merger for each place; the same one for the same place.
 
@@ -70,15 +73,16 @@ def make_mergers(
         can go.
       recipe: as for `Merger`.
       places: from `choose_places`.
+      make: makes one.
 
     Raises:
       RecipeError, CheckpointError: as `Merger` does.
     """
-    mergers = {places[0]: Merger(trees[0], trees[1:], recipe)}
+    mergers = {places[0]: make(trees[0], trees[1:], recipe)}
     for place in places:
         if place not in mergers:
             base, *models = _copied(trees, place)
-            mergers[place] = Merger(base, models, recipe)
+            mergers[place] = make(base, models, recipe)
     trees.clear()
     return [mergers[place] for place in places]
 

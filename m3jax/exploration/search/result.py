@@ -47,6 +47,7 @@ class Exploration:
       objective: of scores on validation tasks.
       models: names of the models, in the order of the ratios.
       seed: of the exploration.
+      statistics: that the winner's method reads beside the models, of each.
       replay: what `m3jax merge --config` needs to make the winner again.
     """
 
@@ -56,6 +57,7 @@ class Exploration:
     objective: Objective
     models: tuple[str, ...]
     seed: int
+    statistics: tuple[Any, ...] = ()
     replay: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -9,9 +9,10 @@ from typing import Any
 
 from m3jax import prng
 from m3jax.exploration.fields import Searched
+from m3jax.exploration.search import searches
 from m3jax.exploration.search.scoring import Objective
-from m3jax.exploration.search.searches import Search
-from m3jax.exploration.search.trials import Proposal
+from m3jax.exploration.search.searches import Rung, Search
+from m3jax.exploration.search.trials import Proposal, Trial
 from m3jax.exploration.space import Dimension, Space, Values
 from m3jax.recipe import Recipe, RecipeError
 
@@ -40,13 +41,13 @@ class Draws:
     space: Space | None = None
     listed: Sequence[Values] = ()
 
-    def __call__(self, index: int) -> Proposal:
+    def __call__(self, index: int) -> Proposal | None:
         if self.space is None:
             return self.proposal(index, self.recipe, new_seed=True)
         return self.with_values(index, self.listed[index])
 
-    def with_values(self, index: int, values: Values) -> Proposal:
-        """The draw with these values in its recipe."""
+    def with_values(self, index: int, values: Values) -> Proposal | None:
+        """The draw with these values in its recipe; None: it counts as the worst."""
         assert self.space is not None
         recipe = self.space.apply(self.recipe, values)
         return self.proposal(index, recipe, new_seed=self.space.new_seeds)
@@ -101,69 +102,68 @@ def optimised(
     name: str,
     draw: Draws,
     objective: Objective,
+    brackets: Sequence[Sequence[Rung]],
     *,
-    draws: int,
-    generation: int,
     tasks: Sequence[str] = (),
     first: Sequence[Pick] = (),
 ) -> Search:
     """Values that an optimiser of optuna's suggests, told what became of those before.
 
+    A draw that stays behind at a smaller budget counts as worse than all at a larger
+    one, and better than one that is not evaluated.
+
     Args:
       name: one of ADAPTIVE.
       draw: makes proposals of values.
       objective: what is maximised; `nsga2` looks at each task's part of it.
-      draws: how many.
-      generation: how many are proposed before the first of them is told of.
+      brackets: how many are suggested at a time, and on what they are evaluated.
       tasks: whose scores `nsga2` is told of.
       first: points to begin with.
 
     Raises:
       RecipeError: a package is missing, or there is nothing to search but seeds.
     """
-    space, optuna = draw.space, import_optuna(name)
+    space = draw.space
+    optuna = import_optuna(f"sampler={name!r}", _PACKAGES.get(name, ()))
     assert space is not None
     check_searches(name, space)
     several = name == "nsga2"
-    directions = ["maximize"] * (len(tasks) if several else 1)
+    generation = brackets[0][0].draws
     study = optuna.create_study(
         sampler=_optuna_sampler(optuna, name, draw.seed, generation),
-        directions=directions,
+        directions=["maximize"] * (len(tasks) if several else 1),
     )
     for pick in first:
         study.enqueue_trial(_asked(space, pick))
-    return _optimised(optuna, study, draw, objective, draws, generation, several)
-
-
-def _optimised(
-    optuna: Any,
-    study: Any,
-    draw: Draws,
-    objective: Objective,
-    draws: int,
-    generation: int,
-    several: bool,
-) -> Search:
-    space = draw.space
-    assert space is not None
     words = not isinstance(study.sampler, optuna.samplers.CmaEsSampler)
-    for start in range(0, draws, generation):
-        asked, proposals = [], []
-        for index in range(start, min(start + generation, draws)):
-            trial = study.ask()
-            values = space.picked(
-                lambda axis, field: _suggested(space, trial, axis, field, words)  # noqa: B023
-            )
-            asked.append(trial)
-            proposals.append(draw.with_values(index, values))
-        found = yield proposals
-        for trial, told in zip(asked, found, strict=True):
-            scores = list(objective.parts(told.scores)) if several else [told.objective]
-            if all(map(math.isfinite, scores)):
+    asked: dict[int, Any] = {}
+
+    def ask(index: int) -> Proposal | None:
+        trial = study.ask()
+        values = space.picked(
+            lambda axis, field: _suggested(space, trial, axis, field, words)
+        )
+        proposal = draw.with_values(index, values)
+        if proposal is None:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            asked[index] = trial
+        return proposal
+
+    def tell(trials: Sequence[Trial]) -> None:
+        for own in trials:
+            trial = asked.pop(own.index)
+            scores = list(objective.parts(own.scores)) if several else [own.objective]
+            if not all(map(math.isfinite, scores)):
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            elif own.budget == full:
                 study.tell(trial, scores)
             else:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-    return None
+                trial.report(own.objective, step=own.budget)
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+    full = brackets[-1][-1].budget
+    return searches.in_brackets(ask, brackets, tell)
 
 
 def _asked(space: Space, pick: Pick) -> dict[str, float]:
@@ -233,18 +233,18 @@ def points(name: str, space: Space, draws: int, seed: int) -> list[Values]:
     return [space.values(point.tolist()) for point in points[:draws]]
 
 
-def import_optuna(name: str) -> Any:
-    """optuna, with the packages that a sampler of it needs."""
+def import_optuna(what: str, packages: Sequence[str] = ()) -> Any:
+    """optuna, and that the packages are there that what is asked for needs."""
     import importlib
 
     try:
         import optuna
 
-        for package in _PACKAGES.get(name, ()):
+        for package in packages:
             importlib.import_module(package)  # optuna does when it is too late
     except ImportError as error:
         raise RecipeError(
-            f"sampler={name!r} needs {error.name}; install it from a checkout: "
+            f"{what} needs {error.name}; install it from a checkout: "
             "pip install '.[explore]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)

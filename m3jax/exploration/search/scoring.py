@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,20 +95,30 @@ def score(
     budget: int | None,
     key: jax.Array,
     answers: bool = False,
+    *,
+    part: int = 0,
+    layers: Sequence[int] | None = None,
 ) -> Scored:
     """Evaluates; with the examples' own scores where the evaluator has them.
 
     Args:
       answers: ask for them, too.
+      part: which examples: of tasks, the part-th `budget` of them; a function gets a
+        key of its own, ``fold_in(key, part)``.
+      layers: of the model that the evaluator knows, for each of the parameters' own;
+        None: they are the same.
     """
+    if layers is not None and hasattr(evaluator, "of_layers"):
+        evaluator = evaluator.of_layers(layers)
     if not isinstance(evaluator, TaskEvaluator):
+        key = jax.random.fold_in(key, part) if part else key
         found = evaluator(parameters, budget, key)
         scores = {name: float(value) for name, value in found.items()}
         asked = evaluator.answers(parameters, budget, key) if answers else {}  # type: ignore[attr-defined]
         return Scored(
             scores, answers={name: list(map(str, own)) for name, own in asked.items()}
         )
-    results = evaluator.evaluate(parameters, budget, key)
+    results = evaluator.evaluate(parameters, budget, key, part)
     return Scored(
         {result.task: result.mean for result in results},
         {result.task: result.scores.tolist() for result in results},

@@ -26,7 +26,7 @@ from m3jax.recipe import RecipeError
 from m3jax.search import hyperband_brackets
 
 Search: TypeAlias = Generator[Sequence[Proposal], Sequence[Trial], Trial | None]
-Draw = Callable[[int], Proposal]  # the draw of an index
+Draw = Callable[[int], Proposal | None]  # the draw of an index
 
 
 class Rung(NamedTuple):
@@ -36,12 +36,32 @@ class Rung(NamedTuple):
     budget: int | None
 
 
-def in_rungs(proposals: Sequence[Proposal], rungs: Sequence[Rung]) -> Search:
-    """Evaluates all at the first rung's budget, and the best at those of the others."""
-    for rung in rungs:
-        asked = [dataclasses.replace(p, budget=rung.budget) for p in proposals]
-        trials = yield asked[: rung.draws]
-        proposals = [trial.proposal for trial in best(trials, len(trials))]
+def in_brackets(
+    draw: Draw,
+    brackets: Sequence[Sequence[Rung]],
+    tell: Callable[[Sequence[Trial]], None] = lambda trials: None,
+) -> Search:
+    """Bracket after bracket: so many draws on little, and the best of them on more.
+
+    Args:
+      draw: the draw of an index; None: one that is not to be evaluated.
+      brackets: each one's rungs, from the smallest budget to the largest.
+      tell: is told of the last trial of every draw of a bracket, in their order.
+    """
+    index = 0
+    for rungs in brackets:
+        places = range(index, index + rungs[0].draws)
+        proposals = [own for own in map(draw, places) if own is not None]
+        index += rungs[0].draws
+        last: dict[int, Trial] = {}
+        for rung in rungs:
+            asked = [dataclasses.replace(p, budget=rung.budget) for p in proposals]
+            if not asked:
+                break
+            trials = yield asked[: rung.draws]
+            last |= {trial.index: trial for trial in trials}
+            proposals = [trial.proposal for trial in best(trials, len(trials))]
+        tell([last[place] for place in places if place in last])
     return None
 
 
@@ -78,28 +98,41 @@ Rung(draws=3, budget=30), Rung(draws=1, budget=90)]
     return found
 
 
-def brackets(budget: int, eta: int) -> list[list[Rung]]:
-    """Hyperband's brackets (arXiv 1603.06560) for budgets from 1 to the full one."""
+def brackets(
+    draws: int,
+    budget: int | None,
+    *,
+    generation: int | None = None,
+    hyperband: int | None = None,
+) -> list[list[Rung]]:
+    """What `in_brackets` is asked for.
+
+    Args:
+      draws: of all brackets, where there is no Hyperband to say how many there are.
+      budget: the full one.
+      generation: draws of a bracket, the last of which may have fewer; None: all.
+      hyperband: η of Hyperband (arXiv 1603.06560), for budgets from 1 to the full one.
+    """
+    if hyperband is None:
+        each = generation or draws
+        return [
+            [Rung(min(each, draws - first), budget)] for first in range(0, draws, each)
+        ]
+    assert budget is not None
     return [
         [Rung(count, max(1, math.floor(own))) for count, own in bracket]
-        for bracket in hyperband_brackets(1, budget, eta)
+        for bracket in hyperband_brackets(1, budget, hyperband)
     ]
 
 
-def hyperband(draw: Draw, brackets: Sequence[Sequence[Rung]]) -> Search:
-    """Successive halving once a bracket, from many draws at little to few at all."""
-    index = 0
-    for bracket in brackets:
-        count = bracket[0].draws
-        proposals = [draw(i) for i in range(index, index + count)]
-        index += count
-        yield from in_rungs(proposals, bracket)
-    return None
+def draws(brackets: Sequence[Sequence[Rung]]) -> int:
+    """How many draws the brackets begin with."""
+    return sum(rungs[0].draws for rungs in brackets)
 
 
-def total(rungs: Sequence[Rung]) -> int:
-    """How many trials the rungs ask for."""
-    return sum(rung.draws for rung in rungs)
+def total(brackets: Sequence[Sequence[Rung]]) -> int:
+    """How many trials the brackets make, at most."""
+    return sum(rung.draws for rungs in brackets for rung in rungs)
 
 
 def check_rate(name: str, rate: int | None) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3jax import programs
 from m3jax.evaluation.results import as_json
+from m3jax.programs import Block
 from m3jax.recipe import Recipe
 
 Scores = dict[str, float]
@@ -22,12 +25,14 @@ class Proposal:
       index: of the draw, from 0.
       recipe, seed: that make it.
       budget: of the evaluation; None: all there is.
+      part: which part of that size of what there is to evaluate on.
     """
 
     index: int
     recipe: Recipe
     seed: int
     budget: int | None
+    part: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Trial:
       objective: what is maximised; NaN where a score is.
       other: scores on lists of tasks that nothing is chosen on, if asked for.
       answers: of the validation tasks, by name, to a search that looks at them.
+      part: as for `Proposal`.
     """
 
     index: int
@@ -54,10 +60,16 @@ class Trial:
     objective: float
     other: dict[str, Scores] = dataclasses.field(default_factory=dict)
     answers: Answers | None = None
+    part: int = 0
 
     @property
     def proposal(self) -> Proposal:
-        return Proposal(self.index, self.recipe, self.seed, self.budget)
+        return Proposal(self.index, self.recipe, self.seed, self.budget, self.part)
+
+    @functools.cached_property
+    def program(self) -> list[Block] | None:
+        """Which layers of which models it is made of; None where it is a merge."""
+        return programs.of_recipe(self.recipe)
 
     @property
     def mean_ratios(self) -> tuple[float, ...] | None:
@@ -74,6 +86,7 @@ class Trial:
             {
                 "index": self.index,
                 "budget": self.budget,
+                **({"part": self.part} if self.part else {}),
                 "seed": self.seed,
                 "ratios": self.ratios,
                 "objective": self.objective,
@@ -99,6 +112,7 @@ class Trial:
             objective=with_nan(line["objective"]),
             other={k: with_nan(v) for k, v in line.items() if k not in known},
             answers=line.get("answers"),
+            part=line.get("part", 0),
         )
 
 
@@ -110,6 +124,13 @@ def best(trials: Sequence[Trial], count: int) -> list[Trial]:
         return lost, 0.0 if lost else -trial.objective, trial.index
 
     return sorted(trials, key=rank)[:count]
+
+
+def at_the_largest_budget(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that were evaluated on the most; None stands for all there is."""
+    budgets = [math.inf if t.budget is None else t.budget for t in trials]
+    largest = max(budgets)
+    return [t for t, own in zip(trials, budgets, strict=True) if own == largest]
 
 
 def with_nan(value: Any) -> Any:

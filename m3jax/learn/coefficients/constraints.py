@@ -15,8 +15,6 @@ import numpy as np
 
 from m3jax.learn.entropy import bounded
 
-Bounds = tuple[float, float]
-
 
 class Constraint(NamedTuple):
     """One way to keep coefficients in place.

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from m3jax.engine import in_memory, kernel
-from m3jax.engine.kernel import Numbers, Program, take
+from m3jax.engine.kernel import At, Numbers, Program, take
 from m3jax.engine.leaves import operands
 from m3jax.engine.measure import measured_by, resolved
 from m3jax.engine.placement import Placement
@@ -56,7 +56,7 @@ class Merge:
     def __call__(self, coefficients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The merged tensors by name, unrounded but for the dtype."""
         return {
-            name: _merged(coefficients[name], *self._of(name), **self._static)
+            name: _merged(coefficients[name], self._of(name), **self._static)
             for name in self._places
         }
 
@@ -66,10 +66,16 @@ class Merge:
         """∂L/∂c of the same shapes, from ∂L/∂θ by name."""
         return {
             name: _pulled(
-                coefficients[name], gradient[name], *self._of(name), **self._static
+                coefficients[name], gradient[name], self._of(name), **self._static
             )
             for name in self._places
         }
+
+    @property
+    def equal_weights(self) -> tuple[float, ...]:
+        """The coefficient of each model where nothing is said."""
+        count = self.tensors.bench.num_models
+        return self._recipe.method.equal_weights(count) or ()
 
     @functools.cached_property
     def _numbers(self) -> Numbers:
@@ -82,15 +88,23 @@ class Merge:
     def _static(self) -> dict[str, Any]:
         return {"program": self._program, "dtype": self._dtype}
 
-    def _of(self, name: str) -> tuple[Any, ...]:
-        """Arrays, numbers and masks of one tensor."""
+    def _of(self, name: str) -> _Given:
         i, bench = self._places[name], self.tensors.bench
         leaf = bench.leaves[i]
         placement = Placement.of(leaf.models[0])
         axes = len(leaf.models[0].shape)
         own = take(self._numbers._replace(keys=None), i, axes)
-        draw = bench.draw(self._program, None, self._numbers, i, placement)
-        return leaf.base, leaf.models, own, draw
+        draw = bench.draw(At.method(self._program, self._numbers), i, placement)
+        return _Given(leaf.base, leaf.models, own, draw)
+
+
+class _Given(NamedTuple):
+    """Arrays, numbers and masks of one tensor."""
+
+    base: Any
+    models: Any
+    numbers: Numbers
+    draw: Any
 
 
 def learnable(recipe: Recipe) -> Recipe:
@@ -126,51 +140,30 @@ def learnable(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, mixup=Mixup(alpha=None))
 
 
-def _one(
-    coefficients: jax.Array,
-    base: Any,
-    models: Any,
-    numbers: Numbers,
-    draw: Any,
-    program: Program,
-    dtype: str,
+@functools.partial(jax.jit, static_argnames=("program", "dtype"))
+def _merged(
+    coefficients: jax.Array, given: _Given, *, program: Program, dtype: str
 ) -> jax.Array:
-    x = operands(base, models, {})
+    x = operands(given.base, given.models, {})
+    numbers = given.numbers
     p = {**numbers.p[-1], "weights": coefficients.astype(x.models.dtype)}
     with jax.numpy_rank_promotion("allow"):  # it is written for NumPy's tables
         info = program.method.derive(p, dict(numbers.info[-1]), jnp)
     own = Numbers((*numbers.p[:-1], p), (*numbers.info[:-1], info))
-    return kernel.merge(x, own, draw, program=program, dtypes=(("", dtype),))[""]
-
-
-@functools.partial(jax.jit, static_argnames=("program", "dtype"))
-def _merged(
-    coefficients: jax.Array,
-    base: Any,
-    models: Any,
-    numbers: Numbers,
-    draw: Any,
-    *,
-    program: Program,
-    dtype: str,
-) -> jax.Array:
-    return _one(coefficients, base, models, numbers, draw, program, dtype)
+    dtypes = (("", dtype),)
+    return kernel.merge(x, own, given.draw, program=program, dtypes=dtypes)[""]
 
 
 @functools.partial(jax.jit, static_argnames=("program", "dtype"))
 def _pulled(
     coefficients: jax.Array,
     gradient: jax.Array,
-    base: Any,
-    models: Any,
-    numbers: Numbers,
-    draw: Any,
+    given: _Given,
     *,
     program: Program,
     dtype: str,
 ) -> jax.Array:
-    def merge(c: jax.Array) -> jax.Array:
-        return _one(c, base, models, numbers, draw, program, dtype)
-
-    _, back = jax.vjp(merge, coefficients)
+    _, back = jax.vjp(
+        lambda c: _merged(c, given, program=program, dtype=dtype), coefficients
+    )
     return back(gradient.astype(dtype))[0]

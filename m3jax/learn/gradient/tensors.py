@@ -41,7 +41,6 @@ class FromFiles(in_memory.Leaves):
         self.names = [tensor.name for tensor in tensors]
         self.shapes = [tensor.shape for tensor in tensors]
         self.traced = False
-        self.few = 0
         self._tensors = tensors
         self.leaves = _Read(tensors, place)
         self._merged = [

@@ -11,9 +11,9 @@ from typing import Any
 from m3jax.checkpoints.places import durable
 from m3jax.evaluation.results import as_json
 from m3jax.exploration.report.folder import write
-from m3jax.learn.training.result import Comparison, Learning
-from m3jax.learn.training.state import STATE
+from m3jax.learn.report.result import Comparison, Learning
 
+STATE = "state.msgpack"  # where the run stands
 RECIPE, SUMMARY, CURVES = "recipe.json", "summary.json", "curves.png"
 PICTURE = "coefficients.png"
 # Of the coefficients of model k, where they are too many for the recipe.
@@ -26,8 +26,11 @@ def write_outputs(found: Learning, folder: Path, say: Callable[[str], None]) -> 
 
     Without matplotlib there are no pictures, and `say` is told so.
     """
+    from safetensors.numpy import save_file
+
     for k, own in enumerate(found.statistics):
-        _save(own, folder / COEFFICIENTS.format(k))
+        with durable.appearing(folder / COEFFICIENTS.format(k)) as unfinished:
+            save_file(dict(sorted(own.items())), unfinished)
     for name, content in ((RECIPE, found.replay), (SUMMARY, summary(found))):
         text = json.dumps(as_json(content), indent=1, ensure_ascii=False)
         write(folder / name, text + "\n")
@@ -80,16 +83,3 @@ def rows(comparisons: tuple[Comparison, ...]) -> tuple[list[str], list[list[str]
         ]
         for own in comparisons
     ]
-
-
-def _save(coefficients: dict[str, Any], path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        with durable.naming(path):
-            save_file(dict(sorted(coefficients.items())), unfinished)
-        durable.sync(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from m3jax.learn.training.result import Learning
+from m3jax.learn.report.result import Learning
 from m3jax.recipe.values import layer_of
 
 _INK, _FAINT, _COLOR = "#222222", "#B8B8B8", "#2F6DB5"

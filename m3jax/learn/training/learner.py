@@ -24,23 +24,27 @@ from m3jax.learn.coefficients import replay as replays
 from m3jax.learn.gradient import tensors as stores
 from m3jax.learn.gradient.pullback import Merge, learnable
 from m3jax.learn.report import outputs
+from m3jax.learn.report.result import Comparison, Learning, compared
 from m3jax.learn.training import objectives
 from m3jax.learn.training.config import Config
 from m3jax.learn.training.data import TaskBatches, by_task, taught
 from m3jax.learn.training.loop import Apply, Descent, Progress, nothing, run
-from m3jax.learn.training.result import Comparison, Learning, compared
 from m3jax.learn.training.sources import Texts, experts_of, read_tasks
-from m3jax.learn.training.state import STATE, State
+from m3jax.learn.training.state import State
 from m3jax.learn.training.texts import Speaker
+from m3jax.recipe import Recipe
 
 Say = Callable[[str], None]
 Specs = Sequence[str | Path | Task]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sources:
-    """What a run learns from; see `learn`."""
+class Given:
+    """What a run is given; see `learn`."""
 
+    base: Any
+    models: Sequence[Any]
+    config: Config
     tasks: Sequence[Task] = ()
     validation: Sequence[Task] = ()
     test: Sequence[Task] = ()
@@ -48,6 +52,19 @@ class Sources:
     apply: Apply | None = None
     batches: Any = None
     validation_batches: Any = None
+    seed: int = 0
+    mesh: Mapping[str, int] | None = None
+    tokenizer_from: str | None = None
+
+    @property
+    def paths(self) -> list[Any]:
+        """Base and models."""
+        return [own for own in (self.base, *self.models) if own is not None]
+
+    def objective(self) -> objectives.Weighted:
+        names = ("temperature", "top_k", "standardize")
+        options = {name: getattr(self.config, name) for name in names}
+        return objectives.make(self.config.objective, options)
 
 
 def learn(
@@ -117,9 +134,10 @@ def learn(
       RecipeError, SeedError, CheckpointError, TaskError: one line each.
       ValueError: the arguments do not fit each other.
     """
-    config = config or Config()
-    prng.check_seed(seed)
-    sources = Sources(
+    given = Given(
+        base=base,
+        models=models,
+        config=config or Config(),
         tasks=read_tasks(tasks),
         validation=read_tasks(validation),
         test=read_tasks(test),
@@ -127,13 +145,14 @@ def learn(
         apply=apply,
         batches=batches,
         validation_batches=validation_batches,
+        seed=prng.check_seed(seed),
+        mesh=mesh,
+        tokenizer_from=tokenizer_from,
     )
-    check(base, models, config, sources, streamed)
-    for note in _notes(sources):
+    recipe = checked(given, streamed)
+    for note in _notes(given):
         say(f"note: {note}")
     place = over_devices(mesh)
-    recipe = learnable(config.recipe)
-    recipe.check(num_models=len(models), has_base=base is not None)
     with contextlib.ExitStack() as stack:
         path = None if output is None else local(fspath(output))
         if path is not None:
@@ -144,30 +163,27 @@ def learn(
                     resume=resume,
                     what="run of learning",
                     files=outputs.FILES,
-                    first=STATE,
+                    first=outputs.STATE,
                 )
             )
-        store = stack.enter_context(_tensors(base, models, recipe, streamed, place))
-        objective = objectives.make(config.objective, options(config))
-        student = None if apply is not None else speaker(base, models, tokenizer_from)
-        train, held = _data(models, config, sources, objective, student, place, seed)
+        store = stack.enter_context(_tensors(given, recipe, streamed, place))
+        objective = given.objective()
+        student = None if apply is not None else speaker(given)
+        train, held = _data(given, objective, student, place)
         descent = Descent(
-            merge=Merge(store, recipe, seed, config.dtype),
-            space=config.space,
-            equal=recipe.method.equal_weights(len(models)),
+            merge=Merge(store, recipe, seed, given.config.dtype),
             objective=objective,
             apply=apply or student.apply,  # type: ignore[union-attr]
-            config=config,
+            config=given.config,
             seed=seed,
             tasks=train,
             validation=held,
             place=_batch_place(mesh),
         )
-        header = _header(base, models, config, sources, seed, mesh)
         state = run(
             descent,
-            path=path and path / STATE,
-            header=header,
+            path=path and path / outputs.STATE,
+            header=_header(given),
             resume=resume,
             progress=progress,
         )
@@ -180,40 +196,47 @@ def learn(
             losses=state.losses,
             looks=state.looks,
             step=state.best_look[0] if state.best_look else state.step,
-            comparisons=_tested(descent, state, sources, student, seed),
+            comparisons=_tested(given, descent, state, student),
         )
-        words = _replay(learning, base, models, path, tokenizer_from)
-        learning = dataclasses.replace(learning, replay=words)
+        learning = dataclasses.replace(learning, replay=_replay(given, learning, path))
         if path is not None:
             outputs.write_outputs(learning, path, say)
         return learning
 
 
-def check(
-    base: Any, models: Sequence[Any], config: Config, sources: Sources, streamed: bool
-) -> None:
-    """Raises ValueError, or RecipeError, where the arguments do not fit."""
-    paths = all(map(is_path, [*([] if base is None else [base]), *models]))
+def checked(given: Given, streamed: bool) -> Recipe:
+    """The recipe that is learned.
+
+    Raises:
+      ValueError, RecipeError: what is given does not fit.
+    """
+    base, models = given.base, given.models
+    paths = all(map(is_path, given.paths))
     if streamed and not paths:
         raise ValueError("streamed=True needs base and models as paths")
-    if (sources.apply is None) != (sources.batches is None):
+    if (given.apply is None) != (given.batches is None):
         raise ValueError("apply and batches need each other")
-    if sources.apply is None and not sources.tasks:
+    if given.apply is None and not given.tasks:
         raise ValueError("nothing to learn from: give tasks, or apply and batches")
-    if sources.apply is not None and (sources.tasks or sources.test):
+    if given.apply is not None and (given.tasks or given.test):
         raise ValueError("give tasks, or apply and batches, not both")
-    if sources.apply is None and not paths:
+    if given.apply is None and not paths:
         raise ValueError(
             "tasks need base and models as paths, whose config.json and tokenizer say "
             "how to read them; with pytrees give apply and batches"
         )
-    if sources.apply is not None and config.inputs != "prompt":
-        raise ValueError(f"inputs={config.inputs} is of tasks; batches are as they are")
-    replays.check(config.space, learnable(config.recipe))
+    if given.apply is not None and given.config.inputs != "prompt":
+        raise ValueError(
+            f"inputs={given.config.inputs} is of tasks; batches are as they are"
+        )
+    recipe = learnable(given.config.recipe)
+    replays.check(given.config.space, recipe)
+    recipe.check(num_models=len(models), has_base=base is not None)
+    return recipe
 
 
-def _notes(sources: Sources) -> Iterator[str]:
-    lists: list[Any] = [sources.tasks, sources.validation, sources.test]
+def _notes(given: Given) -> Iterator[str]:
+    lists: list[Any] = [given.tasks, given.validation, given.test]
     for i, own in enumerate(lists):
         for other in lists[i + 1 :]:
             yield from check_apart(own, other)
@@ -221,22 +244,23 @@ def _notes(sources: Sources) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _tensors(
-    base: Any, models: Sequence[Any], recipe: Any, streamed: bool, place: Any
+    given: Given, recipe: Recipe, streamed: bool, place: Any
 ) -> Iterator[stores.Tensors]:
     if streamed:
-        with stores.of_files(base, models, recipe, place) as found:
+        with stores.of_files(given.base, given.models, recipe, place) as found:
             yield found
         return
-    trees = [m3jax.load(m, place) if is_path(m) else m for m in (base, *models)]
+    every = (given.base, *given.models)
+    trees = [m3jax.load(m, place) if is_path(m) else m for m in every]
     yield stores.of_trees(trees[0], trees[1:], recipe)
 
 
-def speaker(base: Any, models: Sequence[Any], owner: str | None) -> Speaker:
+def speaker(given: Given) -> Speaker:
+    """How the models read; the tokenizer is that of one of them."""
     from m3jax.models.parameters import common_config
     from m3jax.models.tokenizer import Tokenizer
 
-    names = [fspath(own) for own in ([] if base is None else [base])]
-    names += [fspath(own) for own in models]
+    names, owner = list(map(fspath, given.paths)), given.tokenizer_from
     config, folders = common_config(names)
     chosen = names[0] if owner in (None, "base") else owner
     if chosen not in folders:
@@ -245,47 +269,39 @@ def speaker(base: Any, models: Sequence[Any], owner: str | None) -> Speaker:
 
 
 def _data(
-    models: Sequence[Any],
-    config: Config,
-    sources: Sources,
-    objective: objectives.Weighted,
-    student: Speaker | None,
-    place: Any,
-    seed: int,
+    given: Given, objective: objectives.Weighted, student: Speaker | None, place: Any
 ) -> tuple[list[TaskBatches], list[TaskBatches]]:
     """Batches to learn from, and those of validation."""
     if student is None:
-        return _own_batches(models, config, sources, objective, place)
+        return _own_batches(given, objective, place)
 
     def teacher(k: int) -> tuple[Any, Speaker]:
-        if not sources.teachers:
-            return m3jax.load(models[k], place), student
+        if not given.teachers:
+            return m3jax.load(given.models[k], place), student
         from m3jax.models.parameters import load_model
         from m3jax.models.tokenizer import Tokenizer
 
-        loaded = load_model(sources.teachers[k], place)
+        loaded = load_model(given.teachers[k], place)
         return loaded.parameters, Speaker(loaded.config, Tokenizer(loaded.folder))
 
-    names = names_of(sources.teachers or models)
-    lists: Any = [sources.tasks, sources.validation]
-    texts = Texts(config, objective, student, seed)
-    train, held = texts.batches(lists, names, teacher, bool(sources.teachers))
+    names = names_of(given.teachers or given.models)
+    lists: Any = [given.tasks, given.validation]
+    texts = Texts(given.config, objective, student, given.seed)
+    train, held = texts.batches(lists, names, teacher, bool(given.teachers))
     return train, held
 
 
 def _own_batches(
-    models: Sequence[Any],
-    config: Config,
-    sources: Sources,
-    objective: objectives.Weighted,
-    place: Any,
+    given: Given, objective: objectives.Weighted, place: Any
 ) -> tuple[list[TaskBatches], list[TaskBatches]]:
-    weights = config.task_weights
-    given = (sources.batches, sources.validation_batches)
-    train, held = ([] if own is None else by_task(own, weights) for own in given)
+    models, config = given.models, given.config
+    train, held = (
+        [] if own is None else by_task(own, config.task_weights)
+        for own in (given.batches, given.validation_batches)
+    )
     if not objective.needs_teacher:
         return train, held
-    apply: Any = sources.apply
+    apply: Any = given.apply
     taught_by = jax.jit(lambda params, batch: objective.teach(apply(params, batch)))
     experts = experts_of(config.experts, [t.name for t in train], names_of(models))
     for name, k in experts.items():
@@ -293,11 +309,6 @@ def _own_batches(
         of = {name: lambda batch, own=params: taught_by(own, batch)}
         train, held = taught(train, of), taught(held, of)
     return train, held
-
-
-def options(config: Config) -> dict[str, Any]:
-    names = ("temperature", "top_k", "standardize")
-    return {name: getattr(config, name) for name in names}
 
 
 def _batch_place(mesh: Mapping[str, int] | None) -> Callable[[Any], Any]:
@@ -319,28 +330,21 @@ def _batch_place(mesh: Mapping[str, int] | None) -> Callable[[Any], Any]:
     return lambda batch: jax.tree.map(place, batch)
 
 
-def _header(
-    base: Any,
-    models: Sequence[Any],
-    config: Config,
-    sources: Sources,
-    seed: int,
-    mesh: Mapping[str, int] | None,
-) -> dict[str, Any]:
+def _header(given: Given) -> dict[str, Any]:
     """All that the result depends on; the same when a run is resumed."""
-    lists = {"tasks": sources.tasks, "validation": sources.validation}
-    words = config.to_dict()
+    lists = {"tasks": given.tasks, "validation": given.validation}
+    words = given.config.to_dict()
     words.pop("save_every")
     return {
         "m3jax": m3jax.__version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "base": described(base),
-        "models": [described(model) for model in models],
-        "teachers": [described(own) for own in sources.teachers],
+        "base": described(given.base),
+        "models": [described(model) for model in given.models],
+        "teachers": [described(own) for own in given.teachers],
         "config": words,
-        "seed": seed,
-        "mesh": mesh and dict(mesh),  # sums round by it
+        "seed": given.seed,
+        "mesh": given.mesh and dict(given.mesh),  # sums round by it
         **{name: [fingerprint(task) for task in own] for name, own in lists.items()},
     }
 
@@ -350,44 +354,35 @@ def _replayed(
 ) -> tuple[replays.Replay, dict[str, np.ndarray]]:
     coefficients = descent.coefficients(state.best)
     found = {name: np.asarray(own, np.float32) for name, own in coefficients.items()}
-    return replays.replay(recipe, descent.space, found), found
+    return replays.replay(recipe, descent.config.space, found), found
 
 
 def _tested(
-    descent: Descent,
-    state: State,
-    sources: Sources,
-    student: Speaker | None,
-    seed: int,
+    given: Given, descent: Descent, state: State, student: Speaker | None
 ) -> tuple[Comparison, ...]:
-    if not sources.test or student is None:
+    if not given.test or student is None:
         return ()
-    tasks: Any = sources.test
+    tasks: Any = given.test
     evaluator = TaskEvaluator(tasks, student.config, student.tokenizer)
-    key = jax.random.key(seed)
+    key = jax.random.key(given.seed)
     results = [
         evaluator.evaluate(descent.rounded(raw), None, key)
         for raw in (descent.start().raw, state.best)
     ]
-    return compared(results[0], results[1], seed)
+    return compared(results[0], results[1], given.seed)
 
 
-def _replay(
-    found: Learning,
-    base: Any,
-    models: Sequence[Any],
-    output: Path | None,
-    tokenizer_from: str | None,
-) -> dict[str, Any]:
+def _replay(given: Given, found: Learning, output: Path | None) -> dict[str, Any]:
     """What `m3jax merge --config` needs to make the learned model."""
     replay: dict[str, Any] = {
         "recipe": found.recipe.to_dict(),
         "seed": found.seed,
-        "tokenizer_from": tokenizer_from,
+        "tokenizer_from": given.tokenizer_from,
     }
-    if all(map(is_path, models)):
-        replay["base"] = base if base is None else {"path": fspath(base)}
-        replay["models"] = [{"path": fspath(model)} for model in models]
+    if all(map(is_path, given.models)):
+        base = given.base
+        replay["base"] = None if base is None else {"path": fspath(base)}
+        replay["models"] = [{"path": fspath(model)} for model in given.models]
     if output is not None:
         replay["statistics"] = [
             {"path": str(output / outputs.COEFFICIENTS.format(k))}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.learn.coefficients.space import Space, penalty
+from m3jax.learn.coefficients.space import penalty
 from m3jax.learn.gradient.pullback import Merge
 from m3jax.learn.training import state as states
 from m3jax.learn.training.config import Config
@@ -36,8 +36,6 @@ class Descent:
 
     Attributes:
       merge: m, from coefficients to merged tensors.
-      space: of the coefficients.
-      equal: the coefficient of each model where the space gives none.
       objective, apply: loss = objective(apply(params, batch), batch).
       config: the rest.
       seed: of the order of batches.
@@ -46,8 +44,6 @@ class Descent:
     """
 
     merge: Merge
-    space: Space
-    equal: tuple[float, ...]
     objective: Objective
     apply: Apply
     config: Config
@@ -57,7 +53,8 @@ class Descent:
     place: Callable[[Any], Any] = lambda batch: batch
 
     def __post_init__(self) -> None:
-        self.shapes = self.merge.tensors.shapes
+        self.space, self.shapes = self.config.space, self.merge.tensors.shapes
+        self.equal = self.merge.equal_weights
         self._tx = self.config.optimizer.make(self.config.steps)
         self._rates = self.config.optimizer.rates(self.config.steps)
         loss = self.loss

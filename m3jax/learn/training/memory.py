@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3jax.engine.progress import size
 from m3jax.learn.gradient import tensors as stores
-from m3jax.learn.gradient.pullback import Merge, learnable
+from m3jax.learn.gradient.pullback import Merge
 from m3jax.learn.training import learner, objectives
 from m3jax.learn.training.config import Config
 from m3jax.learn.training.loop import Descent
@@ -33,20 +34,17 @@ def needed(
     Bytes of the whole run: with a mesh each device has about its share of those that
     are split. What the backward pass needs is the compiler's own number for one device.
     """
-    sources = learner.Sources(tasks=read_tasks(tasks))
-    learner.check(base, models, config, sources, streamed)
-    recipe = learnable(config.recipe)
-    recipe.check(num_models=len(models), has_base=base is not None)
-    student = learner.speaker(base, models, None)
-    objective = objectives.make(config.objective, learner.options(config))
+    given = learner.Given(
+        base=base, models=models, config=config, tasks=read_tasks(tasks)
+    )
+    recipe = learner.checked(given, streamed)
+    student, objective = learner.speaker(given), given.objective()
     texts = Texts(config, objective, student, 0)
-    train = texts.shapes(sources.tasks)
+    train = texts.shapes(given.tasks)
     with stores.of_files(base, models, recipe) as tensors:
         bench: Any = tensors.bench
         descent = Descent(
             merge=Merge(tensors, recipe, 0, config.dtype),
-            space=config.space,
-            equal=recipe.method.equal_weights(len(models)) or (),
             objective=objective,
             apply=student.apply,
             config=config,
@@ -67,31 +65,31 @@ def needed(
     working = 4 * max(elements, default=0) * (len(models) + 2)
     rows = {
         "models": (
-            f"{_size(max(stored, default=0))} of the largest tensor's at a time "
-            f"(streamed from {_size(sum(stored))} of files)"
+            f"{size(max(stored, default=0))} of the largest tensor's at a time "
+            f"(streamed from {size(sum(stored))} of files)"
             if streamed
-            else f"{_size(sum(stored))} of base and models"
+            else f"{size(sum(stored))} of base and models"
         ),
-        "to merge": f"{_size(working)} for the largest tensor, in float32",
-        "merged": f"{_size(model)} in {config.dtype}",
-        "gradient": f"{_size(model)}, and as much while a task's is added",
+        "to merge": f"{size(working)} for the largest tensor, in float32",
+        "merged": f"{size(model)} in {config.dtype}",
+        "gradient": f"{size(model)}, and as much while a task's is added",
         "coefficients": (
-            f"{_size(_bytes(raw))} ({config.space.size(tensors.shapes, len(models)):,} "
-            f"numbers), {_size(_bytes(state))} of {config.optimizer.name}"
+            f"{size(_bytes(raw))} ({config.space.size(tensors.shapes, len(models)):,} "
+            f"numbers), {size(_bytes(state))} of {config.optimizer.name}"
         ),
-        "backward": f"{_size(temporary)} for one batch, by the compiler"
+        "backward": f"{size(temporary)} for one batch, by the compiler"
         + " (activations; remat is on)" * config.remat
         + " (activations)" * (not config.remat),
-        "teachers": f"{_size(kept)} of their outputs, on the host"
+        "teachers": f"{size(kept)} of their outputs, on the host"
         + (", one model at a time before it starts" if texts.needs_experts else ""),
     }
     first = max(stored, default=0) if streamed else sum(stored)
     total = first + working + 3 * model + _bytes(raw) * 2 + _bytes(state) + temporary
-    rows["together"] = f"about {_size(total)} on devices"
+    rows["together"] = f"about {size(total)} on devices"
     if mesh is not None:
         count = math.prod(mesh.values())
         share = (total - temporary) / count
-        rows["together"] += f"; over {count} devices {_size(share + temporary)} on each"
+        rows["together"] += f"; over {count} devices {size(share + temporary)} on each"
     return "\n".join(f"{name:14}{text}" for name, text in rows.items())
 
 
@@ -128,11 +126,3 @@ def _bytes(arrays: Any) -> int:
         math.prod(own.shape) * np.dtype(own.dtype).itemsize
         for own in jax.tree.leaves(arrays)
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

@@ -12,8 +12,6 @@ import numpy as np
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.places import durable
 
-STATE = "state.msgpack"
-
 
 class State(NamedTuple):
     """Where a run stands after `step` steps.
@@ -35,6 +33,11 @@ class State(NamedTuple):
     looks: tuple[tuple[int, float], ...] = ()
 
     @property
+    def parts(self) -> dict[str, Any]:
+        """What of it is pytrees of arrays."""
+        return {"raw": self.raw, "optimizer": self.optimizer, "best": self.best}
+
+    @property
     def best_look(self) -> tuple[int, float] | None:
         """The look with the least loss, the first of those; None without one."""
         return min(self.looks, key=lambda look: look[1]) if self.looks else None
@@ -45,8 +48,8 @@ def save(state: State, header: dict[str, Any], path: Path) -> None:
     from flax import serialization
 
     arrays = {
-        name: serialization.to_state_dict(jax.device_get(getattr(state, name)))
-        for name in ("raw", "optimizer", "best")
+        name: serialization.to_state_dict(jax.device_get(own))
+        for name, own in state.parts.items()
     }
     words = {
         "header": header,
@@ -57,14 +60,8 @@ def save(state: State, header: dict[str, Any], path: Path) -> None:
     content = serialization.msgpack_serialize(
         {"words": json.dumps(words), "arrays": arrays}
     )
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        with durable.naming(path):
-            unfinished.write_bytes(content)
-        durable.sync(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with durable.appearing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def load(like: State, header: dict[str, Any], path: Path) -> State:
@@ -86,16 +83,10 @@ def load(like: State, header: dict[str, Any], path: Path) -> State:
         words, arrays = json.loads(found["words"]), found["arrays"]
         compare(path, words["header"], json.loads(json.dumps(header)))
         parts = {
-            name: serialization.from_state_dict(getattr(like, name), arrays[name])
-            for name in ("raw", "optimizer", "best")
+            name: serialization.from_state_dict(own, arrays[name])
+            for name, own in like.parts.items()
         }
-        fits = jax.tree.all(
-            jax.tree.map(
-                lambda a, b: np.shape(a) == np.shape(b),
-                parts,
-                {name: getattr(like, name) for name in parts},
-            )
-        )
+        fits = jax.tree.map(lambda a, b: np.shape(a) == np.shape(b), parts, like.parts)
     except CheckpointError:
         raise
     except Exception as error:  # msgpack and Flax raise a dozen unrelated types
@@ -103,14 +94,14 @@ def load(like: State, header: dict[str, Any], path: Path) -> State:
             f"{path}: is not as m3jax wrote it ({type(error).__name__}); begin anew "
             "with --overwrite"
         ) from None
-    if not fits:
+    if not jax.tree.all(fits):
         raise CheckpointError(f"{path}: has other shapes; begin anew with --overwrite")
     placed = jax.tree.map(
         lambda own, old: (
             jax.device_put(own, old.sharding) if isinstance(old, jax.Array) else own
         ),
         parts,
-        {name: getattr(like, name) for name in parts},
+        like.parts,
     )
     return State(
         step=words["step"],

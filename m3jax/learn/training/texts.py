@@ -21,7 +21,7 @@ from m3jax.evaluation.running import continuations, round_up
 from m3jax.evaluation.tasks.examples import Example, load_examples
 from m3jax.evaluation.tasks.requests import prepare
 from m3jax.evaluation.tasks.task import Task, TaskError
-from m3jax.learn.soup import IGNORED
+from m3jax.learn.soup import IGNORED, log_likelihoods
 from m3jax.models.config import Config
 from m3jax.models.decoder import head, hidden_states
 from m3jax.models.generation import Sampling
@@ -125,11 +125,8 @@ class Speaker:
             for name in ("tokens", "valid", "rows", "targets")
         }
         x = self._states(parameters, flat["tokens"], flat["valid"], flat["rows"])
-        logs = jax.nn.log_softmax(head(parameters, x, config=self.config))
-        known = flat["targets"] != IGNORED
-        places = jnp.where(known, flat["targets"], jnp.zeros_like(flat["targets"]))
-        own = jnp.take_along_axis(logs, places[..., None], axis=-1)[..., 0]
-        total = jnp.sum(jnp.where(known, own, jnp.zeros_like(own)), axis=-1)
+        logits = head(parameters, x, config=self.config)
+        total = jnp.sum(log_likelihoods(logits, flat["targets"]), axis=-1)
         return total.reshape(tokens.shape[:2]) / batch["lengths"]
 
     def _states(self, parameters: Any, tokens: Any, valid: Any, rows: Any) -> jax.Array:
@@ -164,12 +161,7 @@ class Speaker:
     def _choices(self, task: Task, example: Example) -> Choices:
         found = prepare(example, task, self.tokenizer, self.length)
         rows = tuple(map(_behind, found.contexts, found.completions))
-        lengths = {
-            "bytes": [float(len(choice.encode())) for choice in example.choices],
-            "tokens": [float(len(part)) for part in found.completions],
-            "none": [1.0] * len(rows),
-        }[task.normalise]
-        return Choices(rows, tuple(lengths), example.correct)
+        return Choices(rows, found.lengths, example.correct)
 
 
 def _asked(task: Task, example: Example) -> Example:

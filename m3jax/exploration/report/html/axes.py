@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from m3jax import programs
 from m3jax.exploration.report.summary import OBJECTIVE
 from m3jax.exploration.search.result import Exploration, Row
 
@@ -46,7 +47,7 @@ def parameters(found: Exploration) -> list[Axis]:
     models add up to 1, so the first says it.
     """
     draws, count = found.draws, len(found.models)
-    axes = []
+    axes = _of_programs(found) if found.winner.program is not None else []
     ratios = [draw.mean_ratios or (math.nan,) * count for draw in draws]
     for i, name in enumerate(found.models[: 1 if count == 2 else count]):
         numbers = tuple(own[i] for own in ratios)
@@ -55,10 +56,22 @@ def parameters(found: Exploration) -> list[Axis]:
     for path in dict.fromkeys(path for recipe in recipes for path in recipe):
         if path[:2] == ("mixup", "ratios") or _repeats(path, count):
             continue
+        if axes and path[0] in ("slices", "passthrough"):
+            continue  # they are the program
         values = [recipe.get(path) for recipe in recipes]
         axes.append(_axis(_label(path, found.models), values))
     differing = [axis for axis in axes if len({*axis.numbers} - {math.nan}) > 1]
     return differing or [Axis("draw", tuple(float(draw.index) for draw in draws))]
+
+
+def _of_programs(found: Exploration) -> list[Axis]:
+    """How many layers the draws have, and of which models."""
+    each = [[block.model for block in draw.program or ()] for draw in found.draws]
+    axes = [Axis("layers", tuple(float(len(own)) for own in each))]
+    for model, name in [*enumerate(found.models), (programs.BASE, "base")]:
+        numbers = tuple(float(own.count(model)) for own in each)
+        axes.append(Axis(f"layers of {name}", numbers))
+    return axes
 
 
 def scores(found: Exploration) -> list[Axis]:

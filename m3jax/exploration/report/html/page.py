@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from m3jax import programs
 from m3jax.exploration.report import summary
 from m3jax.exploration.report.html import axes, marks
 from m3jax.exploration.report.html.axes import Axis
@@ -182,12 +183,15 @@ def _trials(found: Exploration) -> list[str]:
     budgets = len({trial.budget for trial in found.trials}) > 1
     header = ["draw", *(["budget"] if budgets else [])]
     header += [axis.name for axis in (*parameters, *scores)]
+    header += ["program"] if found.winner.program is not None else []
     rows, attributes = [], {}
     for i, trial in enumerate(found.trials):
         row = [str(trial.index), *([str(trial.budget)] if budgets else [])]
         row += [axis.shown(place[trial.index]) for axis in parameters]
         own = {summary.OBJECTIVE: trial.objective, **trial.scores}
         row += [str(summary.Cell(own[axis.name])) for axis in scores]
+        if trial.program is not None:
+            row.append(programs.described(trial.program, found.models))
         rows.append(row)
         attributes[i] = {"data_draw": trial.index}
     label = element("summary", text(f"All {len(found.trials)} trials"))
