@@ -47,13 +47,15 @@ TOLERANCE = 2e-6  # of weights below 1, float32; and what 16 bits' sums add
 
 
 @functools.cache
-def model_of(family: str) -> Any:
+def model_of(family: str, extra: int = 0) -> Any:
+    """A model, with so many rows more than its vocabulary has."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     cls_name, fields = ALL[family]
     cls = getattr(transformers, cls_name)
     torch.manual_seed(0)
     fields = {**fields, "num_hidden_layers": 1} if "n_layer" not in fields else fields
+    fields = {**fields, "vocab_size": fields["vocab_size"] + extra}
     return cls(cls.config_class(**fields)).float().eval()
 
 
@@ -72,9 +74,8 @@ def ties(family: str) -> dict[str, str]:
     return dict(model_of(family).all_tied_weights_keys)
 
 
-def as_stored(family: str, state: State, original: bool) -> State:
+def as_stored(model: Any, state: State, original: bool) -> State:
     """The tensors as `save_pretrained` writes them, in the hub's layout or its own."""
-    model = model_of(family)
     model.load_state_dict(state)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_original_format=original)
@@ -175,17 +176,15 @@ def store(draw: Callable, folder: Path, family: str, who: str, extra: int = 0) -
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     state = grown(family, truth(family, who), extra)
     known = {name: rounded(own, dtype) for name, own in state.items()}
-    tensors = as_stored(family, truth(family, who), draw(st.booleans()))
-    tensors = grown(family, tensors, extra)
+    tensors = as_stored(model_of(family, extra), state, draw(st.booleans()))
     tensors = {name: rounded(own, dtype) for name, own in tensors.items()}
     tensors = buffers(draw, head(draw, family, tensors))
     tensors = tensors if who == "base" else fused(draw, tensors)
     tensors = prefixes(draw, family, tensors)
     folder.mkdir()
     write(draw, folder, tensors)
-    model = model_of(family)
+    model = model_of(family, extra)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    config["vocab_size"] += extra
     by_default = type(model.config)().tie_word_embeddings
     if config["tie_word_embeddings"] == by_default and draw(st.booleans()):
         del config["tie_word_embeddings"]
@@ -239,7 +238,14 @@ def embedding(family: str) -> str:
 
 def words_of(family: str) -> set[str]:
     """The tensors with a row for each token."""
-    return {embedding(family), "lm_head.weight", *ties(family), *ties(family).values()}
+    model = model_of(family)
+    head = model.get_output_embeddings()
+    of_head = [] if head is None else [id(own) for own in head.parameters()]
+    every = model.state_dict(keep_vars=True).items()
+    return {
+        *(name for name, own in every if id(own) in of_head),
+        *(embedding(family), *ties(family), *ties(family).values()),
+    }
 
 
 def grown(family: str, tensors: State, extra: int) -> State:
@@ -311,7 +317,9 @@ def test_a_merge_loads_as_torch_makes_it(data: Any) -> None:
             root / "out", output_loading_info=True, dtype=torch.float32
         )
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            assert not info[kind], kind
+            # A base's old buffer is unexpected to architectures that never had it.
+            names = [str(key) for key in info[kind]]
+            assert all(name.endswith("rotary_emb.inv_freq") for name in names), names
         found = loaded.state_dict()
         for name, own in wanted.items():
             torch.testing.assert_close(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -203,3 +204,16 @@ class TestEnd:
         command = [sys.executable, "-c", textwrap.dedent(script)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["0"]
+
+
+def test_as_many_files_as_may_be():
+    """Models come in hundreds of shards; shells allow 1024 files, and more if asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        process.open_many_files()
+        now = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    assert now == (most, hard)

@@ -99,6 +99,12 @@ def test_code_that_is_named_goes_along_and_never_runs(merge):
     assert all(made[name] == content.encode() for name, content in files.items())
 
 
+def test_json_that_is_none_is_refused(merge):
+    files = {"tokenizer_config.json": "{oops", "tokenizer.json": "{}"}
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: is not valid"):
+        merge(files)
+
+
 def test_a_dense_layer_of_another_is_not_merged_in_silence(tmp_path):
     modules = json.dumps([{"path": ""}, {"path": "2_Dense"}])
     for i, name in enumerate(("base", "a", "b")):

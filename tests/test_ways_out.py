@@ -196,6 +196,24 @@ class TestShards:
         index.write_text(json.dumps({"weight_map": weight_map}))  # as told
         assert self.merged(run, sharded).code == 0
 
+    def test_an_index_as_a_model(self, sharded, run: Run):
+        ran = run(
+            "merge",
+            "--base=base",
+            "--models=s/model.safetensors.index.json,b",
+            "--output=out",
+            PLAIN,
+        )
+        assert ran.code == 0
+        check(sharded / "out", mean(sharded))
+
+    def test_one_shard_as_a_model(self, sharded, run: Run):
+        """Merged by itself it would be half a model."""
+        shard = "s/model-00001-of-00002.safetensors"
+        ran = run("merge", f"--models={shard},{shard}", "--output=out", PLAIN)
+        assert ran.error.endswith("is one of 2 shards of a model; give the folder, s")
+        assert run("inspect", shard).code == 0
+
     def test_an_index_of_another_name(self, sharded, run: Run):
         """As of diffusion transformers."""
         index = sharded / "s" / "model.safetensors.index.json"

@@ -128,8 +128,7 @@ def open_checkpoint(
         elif is_folder:
             opened = _open_files(weights.find(location), stack)
         else:
-            form = weights.format_of(location)
-            opened = _open_files(weights.Weights(form, (location,)), stack)
+            opened = _open_files(weights.of_file(location, whole=mergeable), stack)
         stored = dict(sorted(opened.stored.items()))
         notes, made = opened.notes, {}
         if config is None and opened.format == weights.GGUF:

@@ -85,6 +85,8 @@ _AUTO_MAP = "auto_map"
 _IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", re.M)
 _MODULE_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 _MAX_CODE = 4_000_000  # bytes of a file of Python
+_MENDED = ("generation_config.json",)  # or left out, with a note
+_MAX_CHECKED = 4_000_000  # bytes of a file that is looked through before a merge
 _FEW = 200  # files that one folder names
 MAX_SIDE_FILE = 256_000_000  # bytes; the largest tokenizers are a tenth of it
 MAX_MODULE = 1_000_000_000  # bytes; the weights of a layer behind an encoder
@@ -132,10 +134,23 @@ def check_side_files(owners: Mapping[str, Location]) -> None:
       owners: the folder of each, by name.
 
     Raises:
-      CheckpointError: one is no regular file of the folder, or larger than the limit.
+      CheckpointError: one is no regular file of the folder, larger than the limit, or
+        no JSON where its name says so.
     """
     for name, folder in owners.items():
-        open_small(inside(folder, name), _limit(name)).close()
+        with open_small(inside(folder, name), _limit(name)) as file:
+            plain = name.endswith(".json") and name not in _MENDED
+            if plain and file.size <= _MAX_CHECKED:
+                _parsed(file.read(0, file.size), str(folder / name))
+
+
+def _parsed(content: bytes, what: str) -> Any:
+    try:
+        return json.loads(content.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        raise CheckpointError(
+            f"{what}: is not valid JSON; fetch it again, or mend it"
+        ) from None
 
 
 def read_side_file(
@@ -209,12 +224,7 @@ def _imported(folder: Location, found: set[str], present: set[str]) -> set[str]:
 def _modules(folder: Location) -> list[str]:
     """The folders of sentence-transformers' modules."""
     content = read_side_file(folder, MODULES, _MAX_CONFIG) or b"[]"
-    try:
-        modules = json.loads(content)
-    except (ValueError, RecursionError):
-        raise CheckpointError(
-            f"{folder / MODULES}: is not valid JSON; fetch it again, or mend it"
-        ) from None
+    modules = _parsed(content, str(folder / MODULES))
     listed = modules if isinstance(modules, list) else []
     paths: list[Any] = [m.get("path") for m in listed if isinstance(m, dict)][:_FEW]
     return [path for path in paths if is_plain_name(path)]

@@ -32,6 +32,7 @@ _FORMS = {
     GGUF: ("model.gguf", (".gguf",)),
 }
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_INDEX_END = ".index.json"
 _PIPELINE = "model_index.json"
 _FEW = 100  # folders that are looked into
 _OTHER_FORMATS = (".ggml", ".h5", ".npz", ".onnx", ".tflite")
@@ -96,6 +97,24 @@ def any_of(folder: Location) -> bool:
         for name in names
         for _, suffixes in _FORMS.values()
     )
+
+
+def of_file(path: Location, *, whole: bool) -> Weights:
+    """What a single file stands for: an index, the shards that it names.
+
+    Raises:
+      CheckpointError: it is one shard of several, where it has to be a `whole` model.
+    """
+    if path.name.endswith(_INDEX_END):
+        model = path.parent / path.name.removesuffix(_INDEX_END)
+        return _by_index(path.parent, format_of(model), path.name)
+    form, shard = format_of(path), _SHARD.fullmatch(path.name)
+    if whole and form != GGUF and shard is not None and int(shard["count"]) > 1:
+        raise CheckpointError(
+            f"{path}: is one of {int(shard['count'])} shards of a model; give the "
+            f"folder, {path.parent}"
+        )
+    return Weights(form, (path,))
 
 
 def format_of(path: Location) -> str:

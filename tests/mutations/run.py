@@ -28,6 +28,7 @@ def run(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
     command += ["-p", "no:cacheprovider", "--hypothesis-profile=first failure"]
     command += [f"tests/{test}" for test in tests]
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    env.setdefault("M3JAX_TEST_PROGRAMS", str(ROOT / ".pytest_cache" / "programs"))
     done = subprocess.run(
         command, cwd=tree, env=env, capture_output=True, text=True, check=False
     )

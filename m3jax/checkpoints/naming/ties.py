@@ -164,11 +164,16 @@ def _known(
     lacking = every.difference(set(tables[0]).intersection(*tables)) - told
     for config in configs if lacking else ():
         known = registry.of(config)
-        for alias, original in known.tied.items() if known else ():
-            pair = {alias, original}
-            if pair & lacking and pair <= every and alias not in told:
-                told.add(alias)
-                yield alias, original, True
+        if known is None:
+            continue
+        for names in known.tied.items():
+            # The base model's prefix may be off.
+            bare = [name.removeprefix(f"{known.prefix}.") for name in names]
+            for alias, original in (names, bare):
+                pair = {alias, original}
+                if pair & lacking and pair <= every and alias not in told:
+                    told.add(alias)
+                    yield alias, original, True
 
 
 def _may_be_tied(
