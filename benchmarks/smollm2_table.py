@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import bench
 
-from m3jax.exploration.report import bootstrap
 from m3jax.exploration.search.result import Exploration, Row
 from m3jax.exploration.search.scoring import Scored
+from m3jax.runs import bootstrap
 
 Scores = Mapping[str, float]
 LISTS = ("validation", "test")

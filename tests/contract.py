@@ -31,6 +31,7 @@ SHAPES = {
 }
 # Of K equal models these make something else than that model, and say so.
 NOT_IDEMPOTENT: dict[str, str] = {
+    "arcee_fusion": "takes the entries that matter most",
     "tsv_m": "keeps a K-th of the singular values",
     "balanced_tsv": "keeps the triples that weigh",
     "wudi_closed_form": "its equations square what a direction weighs",

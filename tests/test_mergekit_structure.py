@@ -168,6 +168,21 @@ def test_gradients_of_booleans_go_by_steps(tmp_path: Path, run: Run) -> None:
     assert "normalize=0.3 needs true or false" in ran.error
 
 
+def test_keys_without_an_effect() -> None:
+    """Those that mergekit reads, and that nothing here depends on."""
+    model = "{model: {path: a, revision: main}, override_architecture: BertModel}"
+    text = f"""
+merge_method: passthrough
+slices:
+- sources: [{{model: {model}, layer_range: [0, 1]}}]
+  residual_weight: 0.25
+"""
+    found = mergekit.parse(text)
+    assert found.result.models == ("a@main",)
+    wanted = "passthrough has no parameter 'residual_weight' there: no effect"
+    assert found.notes == (f"parameters: {wanted}",)
+
+
 def test_slices_refuse_what_is_not_there(tmp_path: Path, run: Run) -> None:
     _write(tmp_path / "a", 0)
     _write(tmp_path / "b", 1)

@@ -334,6 +334,7 @@ def test_device_memory_holds_base_models_and_one_child():
     assert max(held[5:]) < 1000  # numbers of the search
 
 
+@pytest.mark.slow
 def test_a_search_of_tasks_exports_what_it_scored(evaluator, tmp_path):
     folders = []
     for seed, name in enumerate(("base", "maths", "code")):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,6 +226,9 @@ def _say_what_next(output: Path, name: str) -> None:
     learned = shlex.quote(str(output / "learned" / "recipe.json"))
     tasks = shlex.quote(str(output / _MODELS / "tasks" / "test.json"))
     print(f"\nEverything is in {output}, the models in {output / _MODELS}.")
+    activate = Path(sys.executable).parent / "activate"
+    if shutil.which("m3jax") is None and activate.exists():
+        print(f"To have m3jax on the path:\n    . {shlex.quote(str(activate))}")
     print("Look at a merge, and make the winner:")
     for command in (
         f"m3jax inspect {folder}",

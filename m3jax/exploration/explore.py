@@ -19,17 +19,9 @@ from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
 from m3jax.evaluation.tasks.apart import check_apart
 from m3jax.exploration.groups import layer_groups
-from m3jax.exploration.inputs import (
-    described,
-    is_path,
-    local,
-    names_of,
-    tensor_names,
-)
 from m3jax.exploration.presets import registry
 from m3jax.exploration.presets.setting import Plan, Setting
 from m3jax.exploration.report import folder as files
-from m3jax.exploration.report.log import Log
 from m3jax.exploration.run import Run, Say, nothing
 from m3jax.exploration.search import searches
 from m3jax.exploration.search.make import check_sampler, make_search, tasks_of
@@ -39,6 +31,15 @@ from m3jax.exploration.search.scoring import Objective, answering, describe, los
 from m3jax.exploration.sharing.joining import shared
 from m3jax.exploration.space import WHOLE, Space
 from m3jax.recipe import Recipe, RecipeError
+from m3jax.runs.folder import claimed
+from m3jax.runs.inputs import (
+    described,
+    is_path,
+    local,
+    names_of,
+    tensor_names,
+)
+from m3jax.runs.log import Log
 
 
 def explore(
@@ -251,7 +252,14 @@ def explore(
         team = stack.enter_context(joined())
         say = say if team.first else nothing
         if path is not None and team.first:
-            claim = files.claimed(path, overwrite=overwrite, resume=resume)
+            claim = claimed(
+                path,
+                overwrite=overwrite,
+                resume=resume,
+                what="exploration",
+                files=files.FILES,
+                first=files.TRIALS,
+            )
             stack.enter_context(claim)
         worker = stack.enter_context(shared(study, path, team, say))
         if worker is not None:

@@ -20,7 +20,6 @@ from m3jax.checkpoints.places import durable
 from m3jax.evaluation.evaluator import Evaluator
 from m3jax.exploration.merger import Merger
 from m3jax.exploration.progress import Progress
-from m3jax.exploration.report.log import Log
 from m3jax.exploration.search.places import choose_places, in_order, make_mergers
 from m3jax.exploration.search.result import Exploration, Row
 from m3jax.exploration.search.scoring import Objective, Scored, score
@@ -35,6 +34,7 @@ from m3jax.exploration.sharing.worker import Worker
 from m3jax.models.layers import Parameters
 from m3jax.programs import Block
 from m3jax.recipe import Mixup, Recipe
+from m3jax.runs.log import Log
 
 Say = Callable[[str], None]
 T = TypeVar("T")

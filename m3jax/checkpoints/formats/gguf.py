@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from m3jax.checkpoints.errors import CheckpointError, shown
-from m3jax.checkpoints.formats.dtypes import BFLOAT16, DTYPES, FLOAT32, Dtype
+from m3jax.checkpoints.formats.dtypes import DTYPES
 from m3jax.checkpoints.formats.gguf_config import Metadata
 from m3jax.checkpoints.formats.safetensors import TensorEntry
 from m3jax.checkpoints.places.files import InputFile
-from m3jax.checkpoints.source import Derived, FileTensor, Stored, read
+from m3jax.checkpoints.source import Decoded, Derived, FileTensor, Stored, read
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -81,7 +81,7 @@ _CUT_OFF = "ends in the middle of its header; fetch it again, or"
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class Quantised(Decoded):
     """A tensor in blocks of one of GGML's types, dequantised by the package `gguf`.
 
     Attributes:
@@ -94,14 +94,6 @@ class Quantised:
     kind: Any
     size: int
     shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> Dtype:
-        return FLOAT32
-
-    @property
-    def output_dtype(self) -> Dtype:
-        return BFLOAT16
 
     @property
     def place(self) -> str:

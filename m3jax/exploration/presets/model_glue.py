@@ -21,12 +21,12 @@ from collections.abc import Generator, Sequence
 import numpy as np
 
 from m3jax.exploration.groups import layer_groups, num_layers
-from m3jax.exploration.inputs import is_path
 from m3jax.exploration.presets.setting import Plan, Setting
 from m3jax.exploration.search.evolution import evolve, import_cmaes
 from m3jax.exploration.search.searches import Search
 from m3jax.exploration.search.trials import Proposal, Trial
 from m3jax.exploration.space import WHOLE, Space
+from m3jax.runs.inputs import is_path
 from m3jax.search import clusters, similarity_matrix
 from m3jax.search.soup import best_first
 

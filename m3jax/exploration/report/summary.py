@@ -10,10 +10,10 @@ from typing import Any
 
 from m3jax import programs
 from m3jax.evaluation.results import as_json
-from m3jax.exploration.report import bootstrap
-from m3jax.exploration.report.bootstrap import Interval
 from m3jax.exploration.search.result import Exploration, Row
 from m3jax.exploration.search.trials import Scores
+from m3jax.runs import bootstrap
+from m3jax.runs.bootstrap import Interval
 
 OBJECTIVE = "objective"
 _TITLES = {

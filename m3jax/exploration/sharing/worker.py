@@ -18,10 +18,10 @@ import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from m3jax.exploration.report.log import Line, compare
 from m3jax.exploration.search.places import in_order
 from m3jax.exploration.sharing.ledger import CLAIM, DONE, LOST, RELEASED, Entry, Ledger
 from m3jax.exploration.sharing.storage import Storage
+from m3jax.runs.log import Line, compare
 
 T = TypeVar("T")
 L = TypeVar("L")

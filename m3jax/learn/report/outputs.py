@@ -10,8 +10,8 @@ from typing import Any
 
 from m3jax.checkpoints.places import durable
 from m3jax.evaluation.results import as_json
-from m3jax.exploration.report.folder import write
 from m3jax.learn.report.result import Comparison, Learning
+from m3jax.runs.folder import write
 
 STATE = "state.msgpack"  # where the run stands
 RECIPE, SUMMARY, CURVES = "recipe.json", "summary.json", "curves.png"

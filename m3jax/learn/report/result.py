@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from m3jax.evaluation.results import Result
-from m3jax.exploration.report import bootstrap
 from m3jax.recipe import Recipe
+from m3jax.runs import bootstrap
 
 
 @dataclasses.dataclass(frozen=True)

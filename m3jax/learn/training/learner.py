@@ -18,8 +18,6 @@ from m3jax.engine.sharding_rules import over_devices
 from m3jax.evaluation.evaluator import TaskEvaluator, fingerprint
 from m3jax.evaluation.tasks.apart import check_apart
 from m3jax.evaluation.tasks.task import Task
-from m3jax.exploration.inputs import described, is_path, local, names_of
-from m3jax.exploration.report.folder import claimed
 from m3jax.learn.coefficients import replay as replays
 from m3jax.learn.gradient import tensors as stores
 from m3jax.learn.gradient.pullback import Merge, learnable
@@ -33,6 +31,8 @@ from m3jax.learn.training.sources import Texts, experts_of, read_tasks
 from m3jax.learn.training.state import State
 from m3jax.learn.training.texts import Speaker
 from m3jax.recipe import Recipe
+from m3jax.runs.folder import claimed
+from m3jax.runs.inputs import described, is_path, local, names_of
 
 Say = Callable[[str], None]
 Specs = Sequence[str | Path | Task]

@@ -76,7 +76,7 @@ def load(like: State, header: dict[str, Any], path: Path) -> State:
     """
     from flax import serialization
 
-    from m3jax.exploration.report.log import compare
+    from m3jax.runs.log import compare
 
     try:
         found = serialization.msgpack_restore(path.read_bytes())

@@ -1,0 +1,1 @@
+"""What explorations and learning have in common: inputs, a folder, logs, intervals."""
