@@ -379,7 +379,7 @@ def _note_width(tensors: list[TensorInputs], notes: list[str]) -> None:
     more = sum(
         math.prod(tensor.shape) * (tensor.dtype.itemsize - widest) for tensor in wider
     )
-    if not merged or more < sum(elements) * widest // 2:
+    if not more or more < sum(elements) * widest // 2:
         return
     ours = ", ".join(sorted({tensor.dtype.numpy.name for tensor in wider}))
     names = sorted(dtype.numpy.name for dtype in theirs)
