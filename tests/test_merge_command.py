@@ -134,6 +134,7 @@ class TestRecipes:
                 "missing": "base",
                 "pad_to_multiple_of": None,
                 "chat_template": "chatml",
+                "config": None,
                 "copy": True,
             },
             "rename": [],
@@ -178,7 +179,7 @@ class TestAgain:
     )
     def test_same_bytes(self, arguments: list[str], merge, run: Run, models: Path):
         for name in "ab":
-            (models / name / "tokenizer.json").write_text(name)
+            (models / name / "tokenizer.json").write_text(f'"{name}"')
         assert merge(*arguments).code == 0
         ran = run("merge", "--config=merged/m3jax.json", "--output=again")
         assert ran.code == 0, ran.err
