@@ -1,6 +1,6 @@
 """A task's model, made of what EMR-Merging wrote: one model, and masks and scales.
 
-    m3jax merge --config.method=emr --config.mixup.alpha=None ... --output=unified
+    m3jax merge --config.method=emr ... --output=unified
     m3jax modulate unified --task=maths
 
 In memory, a task is a number of the same program, so that changing it compiles nothing:
@@ -194,8 +194,7 @@ def _opened(folder: str, base: Any) -> Any:
         record = read_record(unified.folder)
         if record is None or record.recipe.get("method") != "emr" or not record.base:
             raise CheckpointError(
-                f"{folder}: is no output of method emr; merge with --config.method=emr "
-                "--config.mixup.alpha=None"
+                f"{folder}: is no output of method emr; merge with --config.method=emr"
             )
         scales = record.measured.get("scales", ())
         if len(scales) != len(record.models):

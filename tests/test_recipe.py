@@ -26,6 +26,7 @@ DEFAULTS = {
         "missing": "base",
         "pad_to_multiple_of": None,
         "chat_template": None,
+        "config": None,
         "copy": True,
     },
     "dtype": "input",

@@ -174,4 +174,6 @@ def test_m3_draws_for_the_methods_that_have_ratios() -> None:
     only = Recipe(method="model_stock", rules=(("a", (TIES,)),))
     only.check(num_models=2, has_base=True)
     with pytest.raises(RecipeError, match="method model_stock has no ratios"):
-        Recipe(method="model_stock").check(num_models=2, has_base=True)
+        drawn = Recipe(method="model_stock", mixup=Mixup(alpha=0.4))
+        drawn.check(num_models=2, has_base=True)
+    Recipe(method="model_stock").check(num_models=2, has_base=True)  # M3 is off

@@ -46,7 +46,7 @@ class Recipe:
       method: a method with its parameters, such as ``m3jax.Ties(trim_rate=0.5)``, or
         its name: then with its defaults.
       transforms: what is done to the models before, in this order.
-      mixup: how the ratios are found.
+      mixup: how the ratios are found; off by default where no method has any.
       exclude: regular expressions (``re.match``) of tensors taken from the base.
       vocabulary: what to do about different vocabularies. By rows: ``error``,
         ``mean`` (append mean rows) or ``truncate``; by tokens: ``union``, ``base``, or
@@ -114,6 +114,10 @@ class Recipe:
         self._check_fields(problems, (*steps, self.method), flat)
         self._check_rules(problems)
         problems.raise_if_any()
+        methods = [self.method, *(steps[-1] for _, steps in self.rules)]
+        weighted = [isinstance(m.fields().get("weights"), Weights) for m in methods]
+        if self.mixup == Mixup() and not any(weighted):
+            self._set("mixup", Mixup(alpha=None))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
