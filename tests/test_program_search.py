@@ -41,6 +41,7 @@ def setting(preset: str, layers: int, models: int, **options: Any) -> Setting:
         "has_base": True,
         "models": [None] * models,
         "tensors": [f"layers.{i}.w" for i in range(layers)],
+        "evaluator": None,
         "objective": Objective({}),
         "tasks": [],
         "draws": 100,

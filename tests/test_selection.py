@@ -12,7 +12,7 @@ from grids import thin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3jax.engine.kernel import Numbers, Program, reduce
+from m3jax.engine.kernel import Numbers, Program, Reducing, reduce
 from m3jax.methods import METHODS, selection, sums
 from m3jax.methods.step import Operands, Problem, Reduction, run_statistics
 
@@ -129,19 +129,11 @@ def test_padding_is_not_counted():
     x = Operands(None, jax.numpy.asarray(np.float32([[5, 6, 0, 0]])))
     window = {"low": np.zeros((1, 1), np.int32), "shift": np.full((1, 1), 16, np.int32)}
     program = Program((), METHODS["average"]())
+    codes = selection.Codes(sums.weights)
     for count in (True, False):
-        (found,) = reduce(
-            x,
-            Numbers((), ()),
-            None,
-            window,
-            np.arange(1024)[None] < 2,
-            program=program,
-            depth=0,
-            function=selection.Codes(sums.weights),
-            combine=("histogram",),
-            count=count,
-        )
+        how = Reducing(program, codes, ("histogram",), count)
+        real = np.arange(1024)[None] < 2
+        (found,) = reduce(x, Numbers((), ()), None, window, real, how)
         if not count:
             found = selection.count_codes_on_host(np.asarray(found)[0])
         assert int(np.asarray(found).sum()) == 2
