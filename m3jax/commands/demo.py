@@ -8,9 +8,11 @@ All that it makes is normal output: look at it with `m3jax inspect`, `m3jax diff
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,8 @@ _EXPLORED = m3jax.Recipe(
 
 
 _LEARNED_STEPS = 40
+_PRESETS = ("greedy_soup", "lfs")  # published searches, beside M3's draws
+_PRESET_DRAWS = 16
 
 
 def main(positional: list[str]) -> int:
@@ -51,8 +55,18 @@ def main(positional: list[str]) -> int:
     copy = shutil.copyfile  # without the permissions of an installed package
     shutil.copytree(_DATA, output / _MODELS, copy_function=copy, dirs_exist_ok=True)
     last = _merge_all(output, seed)
-    found = _explore(output, seed, _DRAWS.value)
-    _say_what_was_found(found, output / "explored")
+    draws = _DRAWS.value
+    print(f"""\
+2. Explore. Three experts, a skill each: {draws} draws of the ratios of
+   their task vectors are merged and scored in memory. The winner has the
+   best mean accuracy on validation; what it is worth, other questions tell.
+   Beside it, two published searches: a greedy soup, and a method for each
+   layer (LFS, {min(draws, _PRESET_DRAWS)} draws).
+""")
+    found = _explore(output, seed, draws)
+    few = min(draws, _PRESET_DRAWS)
+    searched = {preset: _explore(output, seed, few, preset) for preset in _PRESETS}
+    _say_what_was_found(found, searched, output / "explored")
     _say_what_was_learned(_learn(output, seed))
     _say_what_next(output, last)
     return 0
@@ -117,13 +131,8 @@ def _distance(a: Path, b: Path) -> float:
         return compare(one, other).total.distance
 
 
-def _explore(output: Path, seed: int, draws: int) -> Exploration:
-    """Draws ratios of all experts, and keeps what is best on the validation tasks."""
-    print(f"""\
-2. Explore. Three experts, a skill each: {draws} draws of the ratios of
-   their task vectors are merged and scored in memory. The winner has the
-   best mean accuracy on validation; what it is worth, other questions tell.
-""")
+def _explore(output: Path, seed: int, draws: int, preset: str = "m3") -> Exploration:
+    """Searches merges of all experts; the best on the validation tasks wins."""
     models = output / _MODELS
     base = str(models / "base")
     evaluators = [
@@ -133,21 +142,27 @@ def _explore(output: Path, seed: int, draws: int) -> Exploration:
     return m3jax.explore(
         base,
         [str(models / expert) for expert in _EXPERTS],
-        _EXPLORED,
+        _EXPLORED if preset == "m3" else m3jax.Recipe(),
         evaluator=evaluators[0],
         test=evaluators[1],
         draws=draws,
         seed=seed,
         at_once=min(available_cores(), _MOST_AT_ONCE),
-        output=output / "explored",
+        output=output / ("explored" if preset == "m3" else preset),
         overwrite=True,
+        preset=preset,
     )
 
 
-def _say_what_was_found(found: Exploration, output: Path) -> None:
+def _say_what_was_found(
+    found: Exploration, searched: Mapping[str, Exploration], output: Path
+) -> None:
     header = ("accuracy on test", *_EXPERTS, "mean", "validation")
     # The plain method gives three task vectors a weight of 1 each: no fair comparison.
     shown = [row for row in found.rows if not row.name.startswith("plain")]
+    for preset, own in searched.items():
+        (best,) = (row for row in own.rows if row.kind == "winner")
+        shown.append(dataclasses.replace(best, name=preset))
     print("\n".join(table(header, map(_row, shown), "<>>>>>")))
     objectives = [trial.objective for trial in found.draws]
     mean = sum(objectives) / len(objectives)
