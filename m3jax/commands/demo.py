@@ -61,7 +61,7 @@ def main(positional: list[str]) -> int:
    their task vectors are merged and scored in memory. The winner has the
    best mean accuracy on validation; what it is worth, other questions tell.
    Beside it, two published searches: a greedy soup, and a method for each
-   layer (LFS, {min(draws, _PRESET_DRAWS)} draws).
+   layer (LFS, {min(draws, _PRESET_DRAWS)} random draws).
 """)
     found = _explore(output, seed, draws)
     few = min(draws, _PRESET_DRAWS)
@@ -151,6 +151,7 @@ def _explore(output: Path, seed: int, draws: int, preset: str = "m3") -> Explora
         output=output / ("explored" if preset == "m3" else preset),
         overwrite=True,
         preset=preset,
+        sampler="random" if preset == "lfs" else None,  # TPE needs optuna
     )
 
 
