@@ -17,13 +17,14 @@ _OUTPUT = flags.DEFINE_string("output", "docs/architecture.png", "The picture.")
 _PACKAGE = Path(__file__).parent.parent / "m3jax"
 _WHAT = {
     "commands": "flags in, lines out",
-    "lora": "adapters out of models and adapters",
+    "lora": "adapters out of models",
     "moe": "mixtures of experts",
     "align": "units in another's order",
     "measuring": "Fisher, Gram, on tasks",
     "exploration": "many draws, the best one",
     "learn": "coefficients by gradient",
     "search": "other systems' searches",
+    "runs": "what long runs have in common",
     "evaluation": "tasks and scores",
     "models": "forward passes",
     "engine": "plan, measure, kernel, write",
@@ -71,6 +72,11 @@ def levels(arrows: dict[str, set[str]]) -> dict[str, int]:
 def main(arguments: list[str]) -> None:
     del arguments
     arrows = imports()
+    missing = {
+        path.parent.name for path in _PACKAGE.glob("*/__init__.py")
+    } - _WHAT.keys()
+    if missing:
+        sys.exit(f"say what these folders are for: {', '.join(sorted(missing))}")
     height = levels(arrows)
     rows: dict[int, list[str]] = {}
     for name, level in height.items():
@@ -84,7 +90,7 @@ def main(arguments: list[str]) -> None:
         for level, own in rows.items()
         for i, name in enumerate(own)
     }
-    figure, axes = plt.subplots(figsize=(9, 1.5 * len(rows) + 0.5))
+    figure, axes = plt.subplots(figsize=(12, 1.5 * len(rows) + 0.5))
     for name, others in arrows.items():
         for other in others:
             axes.annotate(
