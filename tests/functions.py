@@ -119,6 +119,7 @@ def count(reduction: Reduction, base: Any, stack: Any) -> Any:
     shape = np.shape(stack)[1:]
 
     def combined(part: Any, how: str) -> Any:
+        part = np.stack(part) if isinstance(part, list) else part
         lead = part.shape[: part.ndim - len(shape)]
         rows = np.asarray(part).reshape(*lead, -1)
         if how == "histogram":

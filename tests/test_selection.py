@@ -90,6 +90,24 @@ def test_a_good_sample_saves_a_pass():
     assert_same(found[0], kth(values[0], rank[0]))
 
 
+@pytest.mark.parametrize("name", DATA)
+def test_a_guess_that_is_checked_changes_no_result(name: str):
+    values = DATA[name]
+    for sample in (values, MISLEADING["another spread"]):
+        for rank in (1, max(1, values.size // 2), values.size):
+            found, _ = find(values[None], [rank], sample=sample[None], at_hand=True)
+            assert_same(found[0], kth(values, rank))
+
+
+@pytest.mark.parametrize("name", ["like bfloat16", "mostly zeros", "equal"])
+def test_a_right_guess_needs_no_histogram(name: str):
+    values, asked = np.stack([DATA[name]] * 2), []
+    ranks = [values.shape[1] // 2] * 2
+    found, passes = find(values, ranks, sample=values, at_hand=True, asked=asked)
+    assert (passes, asked) == (1, [("sum", "sum")])
+    assert_same(found[1], kth(values[1], ranks[1]))
+
+
 def test_models_have_their_own_threshold():
     values = np.stack([_normal, _normal * 1e6, np.zeros_like(_normal)])
     ranks = [1, 700, 1001]
@@ -177,8 +195,13 @@ def find(
     *,
     sample: np.ndarray | None = None,
     pieces: int = 1,
+    at_hand: bool = False,
+    asked: list[tuple[str, ...]] | None = None,
 ) -> tuple[np.ndarray, int]:
-    """The thresholds of (K, n) values, and the number of whole passes it took."""
+    """The thresholds of (K, n) values, and the number of whole passes it took.
+
+    `asked` receives what each of them counts.
+    """
     passes = 0
 
     def answer(reduction: Reduction) -> Any:
@@ -186,20 +209,25 @@ def find(
         if reduction.sample:
             return None if sample is None else functions.count(reduction, None, sample)
         passes += 1
+        if asked is not None:
+            asked.append(reduction.combine)
         parts = np.array_split(values, pieces, axis=1)
         counts = [functions.count(reduction, None, part) for part in parts]
         return jax.tree.map(lambda *own: sum(own), *counts)
 
-    generator = kth_smallest(sums.weights, ranks, values.shape[1])
+    generator = kth_smallest(sums.weights, ranks, values.shape[1], at_hand)
     return run_statistics(generator, answer), passes
 
 
-def kth_smallest(function: Any, ranks: list[int], size: int) -> Any:
+def kth_smallest(
+    function: Any, ranks: list[int], size: int, at_hand: bool = False
+) -> Any:
     """The generator for ranks instead of rates: rates that give those ranks."""
     rates = np.array([(rank + 0.5) / size for rank in ranks])
     rates = np.minimum(rates, 1.0)
     assert (rates * size).astype(np.int64).tolist() == ranks
-    return selection.kth_smallest(function, rates, Problem(len(ranks), size, {}))
+    problem = Problem(len(ranks), size, {}, at_hand=at_hand)
+    return selection.kth_smallest(function, rates, problem)
 
 
 def kth(values: np.ndarray, rank: int) -> np.float32:
