@@ -149,10 +149,8 @@ LAYOUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(Derived):
-    """A tensor times a number, rounded once to float32."""
-
-    factor: float
+class _Float32(Derived):
+    """What is made of a tensor in float32, lying where that one does."""
 
     @property
     def dtype(self) -> Dtype:
@@ -161,6 +159,13 @@ class Scaled(Derived):
     @property
     def place(self) -> str:
         return str(getattr(self.source, "place", ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(_Float32):
+    """A tensor times a number, rounded once to float32."""
+
+    factor: float
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         values = read(self.source, start, len(out))
@@ -169,21 +174,13 @@ class Scaled(Derived):
 
 
 @dataclasses.dataclass(frozen=True)
-class Noisy(Derived):
+class Noisy(_Float32):
     """A tensor plus normal noise, float32: of each block of elements from the key
     fold_in(fold_in(key(seed), 5), the words of the name, the block)."""
 
     deviation: float
     seed: int
     name: str
-
-    @property
-    def dtype(self) -> Dtype:
-        return FLOAT32
-
-    @property
-    def place(self) -> str:
-        return str(getattr(self.source, "place", ""))
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         values = np.empty(len(out), self.source.dtype.numpy)
