@@ -166,8 +166,8 @@ def main(positional: list[str]) -> int:
     # Only now JAX, which takes a second to import.
     prints = distributed.start(survive=True)
     from m3jax.checkpoints.output.folder import check_free
+    from m3jax.engine.execution import Execution
     from m3jax.engine.merge import merge
-    from m3jax.engine.prepare import Execution
     from m3jax.exploration.explore import explore
 
     if _EXPORT.value is not None:
