@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from m3jax.commands import process, signals
+from m3jax.commands import process, signals, tables
 
 DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 
@@ -131,6 +131,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         print(_help(name, module))
         return 0
     logging.captureWarnings(True)
+    tables.say_logged("m3jax")
     debug = "--debug" in arguments
     try:
         _check_once(arguments)

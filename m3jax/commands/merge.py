@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.commands import allocator, config, distributed, mesh, process, reporting
+from m3jax.commands import (
+    allocator,
+    config,
+    distributed,
+    mesh,
+    process,
+    pushing,
+    reporting,
+)
 from m3jax.commands.cli import UsageError, define, define_names, names, need
 from m3jax.recipe import Recipe
 from m3jax.recipe.documents import Document, renamed
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
     from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
-SHARED = [distributed]
+SHARED = [pushing, distributed]
 MORE_HELP = [
     "",
     "  --config=FILE          recipe: a .py file, an m3jax.json, a name in configs/,",
@@ -135,6 +143,10 @@ def main(positional: list[str]) -> int:
     if not distributed.started():  # several take leave of each other
         process.keep_programs()
         process.leave_at_once()
+    to = None
+    if prints:
+        again = _OVERWRITE.value or _RESUME.value
+        to = pushing.asked(output, overwrite=again)
     from m3jax.engine.execution import Execution
     from m3jax.engine.inputs import MismatchError
     from m3jax.engine.prepare import prepare
@@ -220,6 +232,8 @@ def main(positional: list[str]) -> int:
     if prints:
         reporting.notes(asked.notes)
         print(reporting.summary(result, profile=_PROFILE.value is not None))
+    if to is not None:
+        print(f"{'pushed':11}{pushing.push(Path(result.output), to)}")
     return 0
 
 

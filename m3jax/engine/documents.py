@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
@@ -147,7 +148,7 @@ def check_inputs(documents: Sequence[Document]) -> None:
                     ) from None
 
 
-def _is_finished(output: Path, digest_file: Path, digest: dict[str, str]) -> bool:
+def _is_finished(output: Path, digest_file: Path, digest: dict[str, Any]) -> bool:
     if not (output / MANIFEST).is_file() or not digest_file.is_file():
         return False
     try:
