@@ -276,7 +276,7 @@ def test_tasks_of_the_harness_choose(folder, tmp_path, run):
     (tmp_path / "tiny.yaml").write_text(json.dumps(yaml))
     tasks = f"tiny,{folder}/test.json"
     flags = {"validation_tasks": tasks, "harness_tasks_path": tmp_path, "limit": 4}
-    flags["test_tasks"] = folder / "ood.json"
+    flags |= {"test_tasks": folder / "ood.json", "selector": "answers"}
     ran = run(*command(folder, tmp_path / "out", **flags))
     assert ran.code == 0, ran.err
     lines = (tmp_path / "out/trials.jsonl").read_text().splitlines()[1:]
@@ -285,6 +285,10 @@ def test_tasks_of_the_harness_choose(folder, tmp_path, run):
         assert trial["scores"]["tiny"] in (0, 0.25, 0.5, 0.75, 1)
         tiny, copy, pick = (trial["scores"][n] for n in ("tiny", "copy", "pick"))
         assert trial["objective"] == pytest.approx((tiny - copy + pick) / 3)
+        answers = trial["answers"]
+        assert {name: len(own) for name, own in answers.items()} == dict(tiny=4, pick=4)
+        assert set(answers["tiny"]) <= {"0", "1"}
+    assert "chosen by its answers on validation" in ran.out
 
 
 @pytest.mark.parametrize(

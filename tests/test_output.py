@@ -13,7 +13,7 @@ import xxhash
 
 import m3jax
 from m3jax import CheckpointError, Recipe
-from m3jax.engine.prepare import Execution
+from m3jax.engine.execution import Execution
 from m3jax.engine.progress import Progress
 
 KEEP_BASE = Recipe(method="task_arithmetic", scaling=0.0, mixup=m3jax.Mixup(alpha=None))

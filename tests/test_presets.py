@@ -296,6 +296,21 @@ def test_adamms_chooses_by_answers_and_not_by_scores():
     assert found.winner.objective < max(trial.objective for trial in found.trials)
 
 
+@pytest.mark.parametrize("sampler", [None, "grid"])
+def test_draws_may_be_chosen_by_answers_too(sampler: str | None):
+    base, *models = trees(2)
+    evaluator = Answering(models, [[0.1, 0.9], [0.15, 0.4], [0.8, 0.95]])
+    options = {"evaluator": evaluator, "draws": 9, "sampler": sampler}
+    found = m3jax.explore(base, models, selector="answers", **options)
+    ratios = [trial.mean_ratios[0] for trial in found.trials]
+    place = search.most_stable([t.answers["qa"] for t in found.trials], ratios)
+    assert found.winner == found.trials[place]
+    assert 0.3 < ratios[place] < 0.7  # where the answers stay the same
+    by_scores = m3jax.explore(base, models, **options)
+    assert by_scores.winner.objective > found.winner.objective
+    assert [t.proposal for t in by_scores.trials] == [t.proposal for t in found.trials]
+
+
 def test_m3_is_what_explore_does_without_a_preset():
     base, *models = trees(2)
     options = {"evaluator": near(models[0]), "draws": 5, "seed": 3}
@@ -491,6 +506,26 @@ def test_a_model_that_overflows_never_wins(preset: str):
         ({"preset": "model_glue", "groups": 9}, "groups=9 needs 1 to 4"),
         ({"preset": "safety_aware", "draws": 2}, "needs 3 or more"),
         ({"preset": "adamms"}, "the evaluator tells none"),
+        ({"selector": "best"}, "selector='best' needs to be scores or answers"),
+        ({"selector": "answers"}, "selector='answers' looks at answers, and the"),
+        ({"selector": "answers", "sampler": "tpe"}, "tpe goes by scores"),
+        (
+            {
+                "selector": "answers",
+                "sampler": "random",
+                "search": ["ratios", "scaling"],
+                "recipe": m3jax.Recipe(method="task_arithmetic"),
+            },
+            "needs search=['ratios'] and no more",
+        ),
+        (
+            {
+                "selector": "answers",
+                "recipe": m3jax.Recipe(mixup=m3jax.Mixup(alpha=None)),
+            },
+            "set mixup.alpha",
+        ),
+        ({"selector": "answers", "preset": "lfs"}, "takes no selector='answers'"),
         ({"preset": "df_merge"}, "measures the Fisher information, and the evaluator"),
         ({"preset": "df_merge", "sampler": "grid"}, "(takes gp or tpe)"),
         (
@@ -509,6 +544,8 @@ def test_presets_that_need_more_or_fewer_models_say_so():
     base, *models = trees(3)
     with pytest.raises(m3jax.RecipeError, match="needs 2 models"):
         m3jax.explore(base, models, evaluator=Answering(models, []), preset="adamms")
+    with pytest.raises(m3jax.RecipeError, match="needs 2 models, and 3 are given"):
+        m3jax.explore(base, models, evaluator=near(base), selector="answers")
     with pytest.raises(m3jax.RecipeError, match="needs two models or more"):
         m3jax.explore(base, models[:1], evaluator=near(base), preset="greedy_soup")
     with pytest.raises(m3jax.RecipeError, match="needs a base"):

@@ -26,6 +26,9 @@ best third of them on three times as many, and so on; the last one is evaluated 
 Several machines share the trials if each has an --output of its own and all name one
 --study: a file on a disk that all see, or a database's URL.
 
+--selector=answers needs no labels: of M3's draws of two models the winner is the one
+whose answers differ least from those of its neighbours in λ.
+
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
 model_glue, safety_aware, lfs (a method for each group of layers), dis and rmm (whole
 layers in a row, of any model, left out and repeated), adamms (chosen by answers,
@@ -120,6 +123,12 @@ _HALVING = define(
 _HYPERBAND = define(
     "hyperband", int, "Halving at this rate, from several numbers of draws."
 )
+_SELECTOR = define(
+    "selector",
+    ["scores", "answers"],
+    "What decides: scores, or where answers change least, without labels.",
+    "scores",
+)
 _TEST_ALL = define(
     "test_all_draws", bool, "Report mean and deviation over draws on test, too."
 )
@@ -168,8 +177,8 @@ def main(positional: list[str]) -> int:
     # Only now JAX, which takes a second to import.
     prints = distributed.start(survive=True)
     from m3jax.checkpoints.output.folder import check_free
+    from m3jax.engine.execution import Execution
     from m3jax.engine.merge import merge
-    from m3jax.engine.prepare import Execution
     from m3jax.exploration.explore import explore
 
     if _EXPORT.value is not None:
@@ -197,6 +206,7 @@ def main(positional: list[str]) -> int:
         halving=_HALVING.value,
         hyperband=_HYPERBAND.value,
         fraction=_FRACTION.value,
+        selector=_SELECTOR.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),

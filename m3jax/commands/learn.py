@@ -72,8 +72,8 @@ def main(positional: list[str]) -> int:
 
     # Only now JAX, which takes a second to import.
     from m3jax.checkpoints.output.folder import check_free
+    from m3jax.engine.execution import Execution
     from m3jax.engine.merge import merge
-    from m3jax.engine.prepare import Execution
     from m3jax.learn.report.outputs import RECIPE, rows
     from m3jax.learn.training.learner import learn
     from m3jax.learn.training.memory import needed

@@ -30,7 +30,7 @@ from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
-    from m3jax.engine.prepare import Execution
+    from m3jax.engine.execution import Execution
     from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
@@ -154,8 +154,9 @@ def main(positional: list[str]) -> int:
     if prints:
         again = _OVERWRITE.value or _RESUME.value
         to = pushing.asked(output, overwrite=again)
+    from m3jax.engine.execution import Execution
     from m3jax.engine.inputs import MismatchError
-    from m3jax.engine.prepare import Execution, prepare
+    from m3jax.engine.prepare import prepare
 
     execution = Execution(
         threads=_THREADS.value,

@@ -14,9 +14,11 @@ from m3jax.checkpoints.output.destination import open_output, open_writer
 from m3jax.checkpoints.output.folder import MANIFEST, work_folder
 from m3jax.checkpoints.output.shards import write_index
 from m3jax.checkpoints.record import provenance
+from m3jax.engine.execution import Execution
 from m3jax.engine.journal import fingerprint
 from m3jax.engine.merge import merge
-from m3jax.engine.prepare import Execution, Prepared, prepare
+from m3jax.engine.prepare import prepare
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.recipe.documents import Document
 

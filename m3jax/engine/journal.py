@@ -14,7 +14,7 @@ import numpy as np
 import m3jax
 from m3jax.checkpoints.output.folder import OutputError, OutputFolder
 from m3jax.checkpoints.output.part import OutputPart
-from m3jax.engine.prepare import Prepared
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.methods.step import Info
 

@@ -29,11 +29,13 @@ from m3jax.checkpoints.record import provenance
 from m3jax.engine import agreement, finished
 from m3jax.engine.arguments import path, paths, recipe_of
 from m3jax.engine.draws import early
+from m3jax.engine.execution import Execution
 from m3jax.engine.jobs import Job
 from m3jax.engine.journal import Journal
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.measure import completed, measured_by
-from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
+from m3jax.engine.prepare import check_apart, prepare
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.processes import ProcessError, Processes, joined
 from m3jax.engine.progress import Progress
 from m3jax.engine.recorder import Recorder

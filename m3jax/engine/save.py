@@ -24,9 +24,9 @@ from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards, write_index
 from m3jax.checkpoints.places import hub, store
 from m3jax.checkpoints.places.files import Location
+from m3jax.engine.execution import FORMATS
 from m3jax.engine.load import PIECE, num_threads
 from m3jax.engine.plan import natural_order, split_shards
-from m3jax.engine.prepare import FORMATS
 from m3jax.recipe import parse_size
 
 

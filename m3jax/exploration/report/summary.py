@@ -149,15 +149,15 @@ def notes(found: Exploration) -> list[str]:
             f"{found.draws[0].budget}; the best of them went on to larger ones."
         )
     if found.rows[0].scored["validation"].examples is not None:
-        lines.append(
-            "In brackets: 95 % of the means when the examples are resampled. The "
-            "winner was chosen by its "
-            + (
-                "score on validation, which therefore flatters it."
-                if winner.answers is None
-                else "answers on validation, whatever these score."
-            )
+        lines.append("In brackets: 95 % of the means when the examples are resampled.")
+    lines.append(
+        "The winner was chosen by its "
+        + (
+            "score on validation, which therefore flatters it."
+            if winner.answers is None
+            else "answers on validation, whatever these score."
         )
+    )
     return lines
 
 
