@@ -286,7 +286,10 @@ def test_tasks_of_the_harness_choose(folder, tmp_path, run):
         tiny, copy, pick = (trial["scores"][n] for n in ("tiny", "copy", "pick"))
         assert trial["objective"] == pytest.approx((tiny - copy + pick) / 3)
         answers = trial["answers"]
-        assert {name: len(own) for name, own in answers.items()} == dict(tiny=4, pick=4)
+        assert {name: len(own) for name, own in answers.items()} == {
+            "tiny": 4,
+            "pick": 4,
+        }
         assert set(answers["tiny"]) <= {"0", "1"}
     assert "chosen by its answers on validation" in ran.out
 

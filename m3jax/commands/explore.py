@@ -76,7 +76,9 @@ GROUPS = {
         *("preset", "sampler", "search", "groups", "weights", "generation"),
         *("halving", "hyperband", "fraction"),
     ),
-    "What it is judged by": ("evaluator_command", "ood_tasks", "test_all_draws"),
+    "What it is judged by": (
+        *("selector", "evaluator_command", "ood_tasks", "test_all_draws"),
+    ),
     "Output": ("export", "resume", "overwrite", "tokenizer_from"),
     "Running": ("at_once", "study"),
 }

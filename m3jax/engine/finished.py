@@ -13,7 +13,7 @@ from m3jax.checkpoints.output.folder import MANIFEST, OutputError
 from m3jax.checkpoints.places.files import Location, exists
 from m3jax.checkpoints.record import provenance
 from m3jax.checkpoints.record.record import Record, TensorRecord, read_record
-from m3jax.engine.prepare import Prepared
+from m3jax.engine.prepared import Prepared
 
 
 def is_complete(final: Location) -> bool:
