@@ -1,6 +1,7 @@
 """Merges a base and fine-tuned models into a checkpoint that transformers loads.
 
-The recipe is --config; everything else is a flag. See configs/ and the README.
+The recipe is --config; everything else is a flag. `--dry_run` first prints the plan and
+all that does not fit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from m3jax.commands import (
     allocator,
     config,
     distributed,
+    help,
     mesh,
     process,
     pushing,
@@ -33,12 +35,17 @@ if TYPE_CHECKING:
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
 SHARED = [pushing, distributed]
+GROUPS = {
+    "Inputs": ("statistics", "rename", "strict", "allow_nonfinite"),
+    "Tokenizer": ("tokenizer_from", "chat_template", "copy_tokenizer"),
+    "Output": ("output_format", "documents", "fsync"),
+    "Running": ("threads", "chunk_size", "executor", "mesh", "profile"),
+}
+ROWS = config.ROWS
 MORE_HELP = [
     "",
-    "  --config=FILE          recipe: a .py file, an m3jax.json, a name in configs/,",
-    "                         or a mergekit YAML, which names its models itself",
-    "  --config.FIELD=VALUE   one field of the recipe:",
-    *[f"                           {name}" for name in config.field_names()],
+    "Fields of the recipe; `m3jax methods NAME` says what those of a method mean:",
+    *help.words(config.field_names()),
 ]
 
 _BASE = define(

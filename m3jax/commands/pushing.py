@@ -11,6 +11,7 @@ from m3jax.commands.tables import say
 if TYPE_CHECKING:
     from m3jax.checkpoints.output.push import Repository
 
+GROUPS = {"Hugging Face hub": ("push_to", "private")}
 _PUSH_TO = define(
     "push_to",
     str,
