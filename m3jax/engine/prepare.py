@@ -17,7 +17,7 @@ from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import Checkpoint, open_checkpoint
 from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards, stem_of
-from m3jax.checkpoints.places import caching, direct
+from m3jax.checkpoints.places import behind, caching, direct
 from m3jax.checkpoints.places.files import InputFile, Location
 from m3jax.checkpoints.record import companions
 from m3jax.checkpoints.side_files import check_side_files
@@ -237,11 +237,13 @@ class Prepared:
         threads = self.execution.num_threads
         result = self.tiles * plan.TILE * 4
         written = any(shard.largest >= direct.LEAST_FILE for shard in self.shards)
-        past_cache = direct.BUFFER * (written + (not caching.fit(self.files)))
+        past_cache = direct.BUFFER * (
+            behind.BUFFERS * written + threads * (not caching.fit(self.files))
+        )
         held = threads
         if resident.possible(self.devices):
             held = resident.held(self.jobs, self.items, self.tiles, sum(own), threads)
-        return held * sum(own) + threads * (result + past_cache) + caches
+        return held * sum(own) + threads * result + past_cache + caches
 
     def numbers(self, job: Job) -> Numbers:
         """The tables of a job's numbers over all tensors."""
