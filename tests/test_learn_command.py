@@ -172,7 +172,12 @@ def test_the_plan_says_what_it_takes(folder: Path, run: Run):
         ({"output": None}, 2, "--output is missing"),
         ({"tasks": "{folder}/no.json"}, 2, "no.json: No such file"),
         ({"base": "{folder}/no"}, 3, "no"),
-        ({"test_tasks": "{folder}/train.json"}, 2, "have the same data"),
+        ({"test_tasks": "{folder}/train.json"}, 2, "training task 'copy' and test"),
+        (
+            {"models": "{folder}/a", "config.experts": None},
+            2,
+            "experts={'copy': 0, 'pick': 0} (--config.experts=\"(('copy', 0),",
+        ),
         ({"config.space.granularty": "model"}, 2, "did you mean space.granularity"),
         ({"config.inputs": "'x'"}, 2, "inputs='x' needs one of prompt"),
         ({"config.objective": "3"}, 2, "needs pairs"),
@@ -197,7 +202,7 @@ def test_what_is_wrong_is_one_line(
     }
     ran = run(*arguments(folder, tmp_path / "out", "distil", **flags))
     assert ran.code == code and message in ran.error
-    assert not (tmp_path / "out" / "recipe.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_configs_of_merge_are_refused(folder: Path, tmp_path: Path, run: Run):

@@ -509,6 +509,7 @@ def test_a_model_that_overflows_never_wins(preset: str):
         ({"selector": "best"}, "selector='best' needs to be scores or answers"),
         ({"selector": "answers"}, "selector='answers' looks at answers, and the"),
         ({"selector": "answers", "sampler": "tpe"}, "tpe goes by scores"),
+        ({"selector": "answers", "draws": 2}, "needs 3 draws or more, not 2"),
         (
             {
                 "selector": "answers",
