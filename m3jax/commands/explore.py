@@ -14,8 +14,8 @@ Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
 `random`, `tpe`, `cmaes`, `gp` and `nsga2` (which weighs no task against another) set
 what --search names, each with a range, or words, where it has some:
 
-    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9
-    method=ties|slerp|task_arithmetic  dare.strategy=random|magnitude  seed
+  ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9
+  seed  method=ties|slerp|task_arithmetic  dare.strategy=random|magnitude
 
 (drop_rate is one for all models, drop_rates one for each, seed a new one a draw; a
 method's numbers count where it is chosen). With --groups=4 each quarter of the layers
@@ -71,14 +71,18 @@ LESS_MEMORY = (
     "splits the models over devices"
 )
 SHARED = [scoring, distributed]
-MORE_HELP = [
-    "",
-    "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
-    "  --config.FIELD=VALUE   one field of the recipe, as for `m3jax merge`",
-    "",
-    *(__doc__ or "").split("\n")[2:-1],
-]
-
+GROUPS = {
+    "What is searched, and how": (
+        *("preset", "sampler", "search", "groups", "weights", "generation"),
+        *("halving", "hyperband", "fraction"),
+    ),
+    "What it is judged by": (
+        *("selector", "evaluator_command", "ood_tasks", "test_all_draws"),
+    ),
+    "Output": ("export", "resume", "overwrite", "tokenizer_from"),
+    "Running": ("at_once", "study"),
+}
+ROWS = config.ROWS
 
 _BASE = define("base", str, "The base model: folder, file or org/name.")
 _MODELS = define_names("models", "The fine-tuned models, comma-separated.")
@@ -175,8 +179,8 @@ def main(positional: list[str]) -> int:
     # Only now JAX, which takes a second to import.
     prints = distributed.start(survive=True)
     from m3jax.checkpoints.output.folder import check_free
+    from m3jax.engine.execution import Execution
     from m3jax.engine.merge import merge
-    from m3jax.engine.prepare import Execution
     from m3jax.exploration.explore import explore
 
     if _EXPORT.value is not None:

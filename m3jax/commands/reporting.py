@@ -14,7 +14,7 @@ from m3jax.engine.progress import Progress, size
 if TYPE_CHECKING:
     from m3jax.engine.jobs import Job
     from m3jax.engine.merge import MergeResult
-    from m3jax.engine.prepare import Prepared
+    from m3jax.engine.prepared import Prepared
     from m3jax.recipe.documents import Document
 
 _SECONDS_BETWEEN_LINES = 10.0

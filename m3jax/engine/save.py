@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import math
 from collections.abc import Mapping
@@ -24,9 +23,9 @@ from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards, write_index
 from m3jax.checkpoints.places import hub, store
 from m3jax.checkpoints.places.files import Location
+from m3jax.engine.execution import FORMATS
 from m3jax.engine.load import PIECE, num_threads
 from m3jax.engine.plan import natural_order, split_shards
-from m3jax.engine.prepare import FORMATS
 from m3jax.recipe import parse_size
 
 
@@ -119,11 +118,7 @@ def write(folder: OutputFolder, shards: list[Shard], leaves: Mapping[str, Any]) 
 
         places = [(i, name) for i, s in enumerate(shards) for name in s.entries]
         with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
-            left = collections.Counter(shard for shard, _ in places)
-            for (shard, _), _ in zip(places, pool.map(write_one, places), strict=True):
-                left[shard] -= 1
-                if not left[shard]:
-                    writer.complete(shard)
+            list(pool.map(write_one, places))  # raises what a thread has raised
     finally:
         writer.close()
     write_index(folder, shards)
