@@ -22,8 +22,8 @@ from m3jax.learn.training.objectives import Objective
 from m3jax.learn.training.state import State
 
 Apply = Callable[[Any, Any], jax.Array]
-# step done, steps, loss, learning rate, seconds left
-Progress = Callable[[int, int, float, float, float], None]
+# step done, steps, loss, learning rate, seconds left if that can be told
+Progress = Callable[[int, int, float, float, float | None], None]
 
 
 SCALE = "scale of the logits"  # among the raw numbers; no tensor has spaces
@@ -229,6 +229,7 @@ def run(
     elif path is not None:
         states.save(state, facts, path)
     began, first = time.perf_counter(), state.step
+    left: float | None
     while True:
         looked = state.looks and state.looks[-1][0] == state.step
         ended = state.step >= config.steps or _patience_is_out(state, config)
@@ -241,10 +242,11 @@ def run(
             return state
         state = descent.step(state)
         done, now = state.step - first, time.perf_counter()
-        # The first step compiles.
-        each = (now - began) / max(done - 1, 1)
-        began = now if done == 1 else began
-        left, rate = each * (config.steps - state.step), descent.rate(state.step - 1)
+        if done == 1:  # it has compiled, so it tells nothing of the others
+            began, left = now, None
+        else:
+            left = (now - began) / (done - 1) * (config.steps - state.step)
+        rate = descent.rate(state.step - 1)
         progress(state.step, config.steps, state.losses[-1], rate, left)
 
 
