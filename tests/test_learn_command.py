@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +123,46 @@ def test_a_run_is_replayed_bit_for_bit(
     )
     assert chunked.code == 0 and checkpoints.digest(tmp_path / "chunked") == digest
     assert run("verify", tmp_path / "again").code == 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_resumed(folder: Path, tmp_path: Path):
+    """By SIGKILL, between any two steps or in one: the same files as without."""
+    steps = 30
+
+    def start(output: Path, *more: str) -> subprocess.Popen:
+        flags = {"config.steps": steps, "config.save_every": 3}
+        flags["validation_tasks"] = folder / "validation.json"
+        flags["config.validate_every"] = 5
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "m3jax"),
+                *arguments(folder, output, "learned_soup", **flags),
+                *more,
+            ],
+            env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def files(output: Path) -> dict[str, str]:
+        names = ("recipe.json", "summary.json")
+        texts = {name: (output / name).read_text() for name in names}
+        return {n: own.replace(str(output), "OUTPUT") for n, own in texts.items()}
+
+    assert start(tmp_path / "whole").wait() == 0
+    expected = files(tmp_path / "whole")
+    generator = np.random.default_rng()
+    for attempt in range(2):
+        output = tmp_path / str(attempt)
+        process, state = start(output), output / "state.msgpack"
+        while not state.exists():
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 3))
+        process.kill()
+        assert process.wait(timeout=10) in (-9, 0)
+        assert start(output, "--resume").wait() == 0
+        assert files(output) == expected
 
 
 @pytest.mark.slow
