@@ -319,11 +319,11 @@ class TestMisuse:
             ),
             (
                 ["--base=-", "--config.method=ties"],
-                "method='ties' needs a base: give --base",
+                "method='ties' needs a base (--base)",
             ),
             (
                 ["--base=-", "--config.dare.drop_rate=0.1"],
-                "transforms='dare' needs a base: give --base",
+                "transforms='dare' needs a base (--base)",
             ),
             (["--threads=0"], "threads=0 needs 1 to 256"),
             (["--chunk_size=1"], "chunk_size=1 needs 1024 to 67108864 elements"),
