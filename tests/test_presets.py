@@ -321,29 +321,34 @@ def test_m3_is_what_explore_does_without_a_preset():
 
 # Each finds a planted optimum.
 
+seeds = pytest.mark.parametrize("seeds", [3, pytest.param(10, marks=pytest.mark.slow)])
 
-def test_greedy_soup_finds_the_subset_that_random_ratios_miss():
+
+@seeds
+def test_greedy_soup_finds_the_subset_that_random_ratios_miss(seeds: int):
     base, *models = trees(6)
     evaluator = near(mixed(models, [(1 / 3, 0, 1 / 3, 0, 1 / 3, 0)] * LAYERS))
     found = m3jax.explore(base, models, evaluator=evaluator, preset="greedy_soup")
     assert found.winner.objective > -1e-5
-    better_than_random(base, models, evaluator, range(3), preset="greedy_soup")
+    better_than_random(base, models, evaluator, range(seeds), preset="greedy_soup")
 
 
-def test_model_glue_finds_ratios_by_layers():
+@seeds
+def test_model_glue_finds_ratios_by_layers(seeds: int):
     pytest.importorskip("cmaes")
     base, *models = trees(3, spread=0.1)
     evaluator = near(mixed(models, [(0.7, 0.2, 0.1)] * 2 + [(0.5, 0.1, 0.4)] * 2))
     options = {"preset": "model_glue", "groups": 2, "draws": 96}
-    better_than_random(base, models, evaluator, range(3), **options)
+    better_than_random(base, models, evaluator, range(seeds), **options)
 
 
-def test_safety_aware_finds_the_ratios():
+@seeds
+def test_safety_aware_finds_the_ratios(seeds: int):
     pytest.importorskip("cmaes")
     base, *models = trees(4)
     evaluator = near(mixed(models, [(0.6, 0.25, 0.15, 0)] * LAYERS))
     options = {"preset": "safety_aware", "weights": {"near": 1.0}}
-    better_than_random(base, models, evaluator, range(3), **options)
+    better_than_random(base, models, evaluator, range(seeds), **options)
 
 
 class Informed:
@@ -419,7 +424,8 @@ def test_df_merge_finds_the_coefficients(sampler: str, seeds: int):
     assert np.mean(ours) > np.mean(theirs), (ours, theirs)
 
 
-def test_lfs_finds_the_methods():
+@seeds
+def test_lfs_finds_the_methods(seeds: int):
     pytest.importorskip("optuna")
     base, *models = trees(3)
     ties = m3jax.Recipe(method="ties", mixup=m3jax.Mixup(alpha=None))
@@ -428,7 +434,7 @@ def test_lfs_finds_the_methods():
     evaluator = near({n: np.asarray(own) for n, own in target.items()})
     options = {"preset": "lfs", "groups": 2, "draws": 48}
     ours, theirs = [], []
-    for seed in range(3):
+    for seed in range(seeds):
         for found, own in ((ours, {}), (theirs, {"sampler": "random"})):
             result = m3jax.explore(
                 base, models, evaluator=evaluator, seed=seed, **options, **own
@@ -509,6 +515,7 @@ def test_a_model_that_overflows_never_wins(preset: str):
         ({"selector": "best"}, "selector='best' needs to be scores or answers"),
         ({"selector": "answers"}, "selector='answers' looks at answers, and the"),
         ({"selector": "answers", "sampler": "tpe"}, "tpe goes by scores"),
+        ({"selector": "answers", "draws": 2}, "needs 3 draws or more, not 2"),
         (
             {
                 "selector": "answers",

@@ -147,17 +147,16 @@ class Line:
         self._last = 0.0
 
     def __call__(
-        self, step: int, steps: int, loss: float, rate: float, left: float
+        self, step: int, steps: int, loss: float, rate: float, left: float | None
     ) -> None:
         now, ended = time.monotonic(), step == steps
         if not ended and now - self._last < (0.1 if self._live else self._SECONDS):
             return
         self._last = now
-        minutes, seconds = divmod(round(left), 60)
-        text = (
-            f"step {step} of {steps}, loss {loss:.5f}, rate {rate:.2g}, "
-            f"{minutes}:{seconds:02} left"
-        )
+        text = f"step {step} of {steps}, loss {loss:.5f}, rate {rate:.2g}"
+        if left is not None:
+            minutes, seconds = divmod(round(left), 60)
+            text += f", {minutes}:{seconds:02} left"
         if not self._live:
             say(text)
             return

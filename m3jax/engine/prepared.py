@@ -11,7 +11,7 @@ import jax
 
 from m3jax.checkpoints.folder import Checkpoint
 from m3jax.checkpoints.output.shards import Shard
-from m3jax.checkpoints.places import caching, direct
+from m3jax.checkpoints.places import behind, caching, direct
 from m3jax.checkpoints.places.files import InputFile, Location
 from m3jax.engine import draws, plan, resident
 from m3jax.engine.buffers import buffer_bytes
@@ -157,11 +157,13 @@ class Prepared:
         threads = self.execution.num_threads
         result = self.tiles * plan.TILE * 4
         written = any(shard.largest >= direct.LEAST_FILE for shard in self.shards)
-        past_cache = direct.BUFFER * (written + (not caching.fit(self.files)))
+        past_cache = direct.BUFFER * (
+            behind.BUFFERS * written + threads * (not caching.fit(self.files))
+        )
         held = threads
         if resident.possible(self.devices):
             held = resident.held(self.jobs, self.items, self.tiles, sum(own), threads)
-        return held * sum(own) + threads * (result + past_cache) + caches
+        return held * sum(own) + threads * result + past_cache + caches
 
     def numbers(self, job: Job) -> Numbers:
         """The tables of a job's numbers over all tensors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import math
 from collections.abc import Mapping
@@ -120,11 +119,7 @@ def write(folder: OutputFolder, shards: list[Shard], leaves: Mapping[str, Any]) 
 
         places = [(i, name) for i, s in enumerate(shards) for name in s.entries]
         with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
-            left = collections.Counter(shard for shard, _ in places)
-            for (shard, _), _ in zip(places, pool.map(write_one, places), strict=True):
-                left[shard] -= 1
-                if not left[shard]:
-                    writer.complete(shard)
+            list(pool.map(write_one, places))  # raises what a thread has raised
     finally:
         writer.close()
     write_index(folder, shards)

@@ -108,7 +108,7 @@ class Stream:
         self._buffers = [Buffers(*sizes) for _ in range(count)]
         # For tensors that are measured and merged at one reading.
         most = resident.buffer_count(sum(sizes), threads)
-        self._pool = Pool(lambda: Buffers(*sizes), most)
+        self._pool = Pool(lambda: Buffers(*sizes), most, self._buffers)
 
     @property
     def few(self) -> int:

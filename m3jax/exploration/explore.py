@@ -164,9 +164,10 @@ def explore(
     objective = Objective(dict(weights or {}), losses(evaluator))
     if isinstance(evaluator, TaskEvaluator):
         objective.check([task.name for task in evaluator.tasks])
-        for other in (test, ood):
+        for name, other in (("test", test), ("ood", ood)):
             if isinstance(other, TaskEvaluator):
-                for note in check_apart(evaluator.tasks, other.tasks):
+                named = "validation", name
+                for note in check_apart(evaluator.tasks, other.tasks, named):
                     say(f"note: {note}")
     if selector not in by_answers.SELECTORS:
         names = " or ".join(by_answers.SELECTORS)
@@ -228,6 +229,7 @@ def explore(
             search=search or (),
             recipe=recipe,
             num_models=len(models),
+            draws=draws,
             halves=bool(halving or hyperband),
         )
         plan = plan._replace(search=by_answers.by_answers(plan.search), answers=True)

@@ -20,6 +20,7 @@ def check(
     search: Sequence[str],
     recipe: Recipe,
     num_models: int,
+    draws: int,
     halves: bool,
 ) -> None:
     """Raises RecipeError unless the draws have an order, and one alone: λ's."""
@@ -28,6 +29,8 @@ def check(
         raise RecipeError(f"{needs} 2 models, and {num_models} are given")
     if not recipe.mixup.on:
         raise RecipeError(f"{needs} draws of λ; set mixup.alpha")
+    if draws < 3:
+        raise RecipeError(f"{needs} 3 draws or more, not {draws}")
     if sampler not in LISTED:
         raise RecipeError(
             f"{needs} one of the samplers {', '.join(LISTED)}; {sampler} goes by scores"
