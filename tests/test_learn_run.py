@@ -170,6 +170,7 @@ def test_killed_and_resumed_is_the_same_as_not(tmp_path: Path):
         recipe=ARITHMETIC,
         space=Space(granularity="element", initial=0.3),
         objective=away,
+        scale_logits=True,
         optimizer=Optimizer(name="adamw", rate=0.02, schedule="linear", warmup=3),
         steps=17,
         save_every=4,
@@ -308,6 +309,37 @@ def test_adamerging_goldens(case: dict[str, Any]):
     merged = m3jax.merge_params(base, models, found.recipe, 0)
     allowed = tolerance["merged"] + 2 * tolerance["absolute"] * largest
     near(merged, tensors(case["outputs"]["merged"]), allowed)
+
+
+@pytest.mark.parametrize("case", cases("learned_soup"))
+def test_learned_soup_goldens(case: dict[str, Any]):
+    models = list(map(tensors, case["inputs"]["models"]))
+    held, options = arrays(case["inputs"]["batches"]), case["options"]
+    batches = [
+        {"x": x, "labels": y} for x, y in zip(held["x"], held["y"], strict=True)
+    ][: options["steps"]]
+    config = Config(
+        recipe=m3jax.Recipe(),
+        space=Space(constraint="simplex"),
+        objective={"cross_entropy": 1.0},
+        scale_logits=True,
+        optimizer=Optimizer(
+            name="adamw",
+            rate=options["learning_rate"],
+            options={"weight_decay": 0.0},
+        ),
+        steps=options["steps"],
+        shuffle=False,
+    )
+
+    def apply(params: Any, batch: Any) -> jax.Array:
+        return mlp(params, batch["x"])
+
+    found = learn(None, models, config, apply=apply, batches=batches)
+    expected, tolerance = arrays(case["outputs"]["result"]), case["tolerance"]
+    near(np.array(found.losses, np.float32), expected["losses"], tolerance["absolute"])
+    merged = m3jax.merge_params(None, models, found.recipe, 0)
+    near(merged, tensors(case["outputs"]["merged"]), tolerance["merged"])
 
 
 @pytest.mark.parametrize("case", cases("np_merge"))

@@ -33,6 +33,18 @@ def all_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 RECIPE_FIELDS = all_fields(Recipe())
+ROWS = [  # of --help
+    (
+        "--config=FILE",
+        "The recipe: a .py file, an m3jax.json, a name in configs/, or a mergekit "
+        "YAML, which names its models itself.",
+    ),
+    (
+        "--config.FIELD=VALUE",
+        "One field of it, such as --config.method=ties or --config.mixup.alpha=0.4. "
+        "docs/RECIPE.md has them all.",
+    ),
+]
 
 
 def default() -> config_dict.ConfigDict:

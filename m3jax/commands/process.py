@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import os
 import stat
 import sys
@@ -40,6 +41,8 @@ def begin(command: str = "") -> None:
     own = True
     if command not in ("lora", "align"):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # for whoever follows a log file
     gc.set_threshold(100_000, 50, 100)  # a tenth of all imports is a search for garbage
 
 

@@ -11,7 +11,8 @@ import xxhash
 
 from m3jax.checkpoints.output.shards import ShardWriter
 from m3jax.engine.journal import Journal
-from m3jax.engine.prepare import Prepared, written_name
+from m3jax.engine.output_files import written_name
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.engine.streamed import Emit, Made
 

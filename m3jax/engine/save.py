@@ -23,9 +23,9 @@ from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards, write_index
 from m3jax.checkpoints.places import hub, store
 from m3jax.checkpoints.places.files import Location
+from m3jax.engine.execution import FORMATS
 from m3jax.engine.load import PIECE, num_threads
 from m3jax.engine.plan import natural_order, split_shards
-from m3jax.engine.prepare import FORMATS
 from m3jax.recipe import parse_size
 
 
@@ -41,7 +41,8 @@ def save(
     """Saves a pytree as a checkpoint folder that transformers and safetensors read.
 
     Tensors are named by their paths, joined by ".", and keep their dtypes. The folder
-    appears under its name when it is complete.
+    appears under its name when it is complete. It has no m3jax.json: how arrays came
+    about is not known here; `m3jax.merge` records what it makes.
 
         >>> import jax.numpy as jnp, m3jax
         >>> _ = m3jax.save({"norm": {"weight": jnp.ones(4, jnp.bfloat16)}}, folder)

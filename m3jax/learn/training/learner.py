@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -236,10 +237,10 @@ def checked(given: Given, streamed: bool) -> Recipe:
 
 
 def _notes(given: Given) -> Iterator[str]:
-    lists: list[Any] = [given.tasks, given.validation, given.test]
-    for i, own in enumerate(lists):
-        for other in lists[i + 1 :]:
-            yield from check_apart(own, other)
+    lists = {"training": given.tasks, "validation": given.validation}
+    lists["test"] = given.test
+    for one, other in itertools.combinations(lists, 2):
+        yield from check_apart(lists[one], lists[other], (one, other))
 
 
 @contextlib.contextmanager
