@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.learn.coefficients.space import penalty
+from m3jax.learn.distillation import column_weights, is_linear
 from m3jax.learn.gradient.pullback import Merge
 from m3jax.learn.training import state as states
 from m3jax.learn.training.config import Config
@@ -78,6 +80,18 @@ class Descent:
         self._coefficients = jax.jit(self.coefficients)
         self._move = jax.jit(self._moved)
 
+    @functools.cached_property
+    def _columns(self) -> dict[str, jax.Array]:
+        """The weights of ``weighted_overlap``, by tensor."""
+        if "weighted_overlap" not in self.space.regularisers:
+            return {}
+        weights = jax.jit(column_weights)
+        return {
+            name: weights(self.merge.task_vectors(name))
+            for name in self.space.learned(self.shapes)
+            if is_linear(name, self.shapes[name])
+        }
+
     def loss(self, merged: Any, fixed: Any, batch: Any) -> jax.Array:
         """The objective of a merged model at a batch; float32."""
         params = self.merge.tensors.params(_without_scale(merged), fixed)
@@ -140,7 +154,7 @@ class Descent:
         """
         loss, gradient = self.gradient(state.raw, state.step)
         raw, optimizer, penalised = self._move(
-            state.raw, state.optimizer, gradient, loss
+            state.raw, state.optimizer, gradient, loss, self._columns
         )
         value = float(penalised)
         if not math.isfinite(value):
@@ -178,13 +192,17 @@ class Descent:
         """The learning rate of a step."""
         return float(self._rates(step) if callable(self._rates) else self._rates)
 
-    def _moved(self, raw: Any, optimizer: Any, gradient: Any, loss: jax.Array) -> Any:
+    def _moved(
+        self, raw: Any, optimizer: Any, gradient: Any, loss: jax.Array, columns: Any
+    ) -> Any:
         """∂L/∂c pulled back to the raw numbers, with the regularisers' own; a step."""
         import optax
 
         groups = _without_scale(raw)
         _, back = jax.vjp(self.coefficients, groups)
-        value, own = jax.value_and_grad(lambda r: penalty(self.space, r))(groups)
+        value, own = jax.value_and_grad(lambda own: penalty(self.space, own, columns))(
+            groups
+        )
         total = jax.tree.map(jnp.add, back(_without_scale(gradient))[0], own)
         total |= {SCALE: gradient[SCALE]} if SCALE in gradient else {}
         with jax.numpy_dtype_promotion("standard"):
