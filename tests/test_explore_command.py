@@ -147,9 +147,11 @@ def test_table_and_parents(folder, explored, run):
         assert low <= cell["mean"] <= high
         assert (high - low) / error == pytest.approx(2 * 1.96, rel=0.3)
     text = (output / "summary.md").read_text()
-    for line in ("out of distribution", "4 draws, mean ± deviation", "plain ties"):
+    for line in ("out of distribution", "4 draws, mean", "plain ties"):
         assert line in printed
         assert line in text
+    assert all(len(line) <= 80 for line in printed.splitlines() if "/" not in line)
+    assert "4 draws, mean ± deviation" in text
     assert text.startswith("# 4 draws of ties, a + b\n")
     page = (output / "report.html").read_text()
     intervals = re.findall(r"\[-?\d\.\d{4}, -?\d\.\d{4}\]", text)

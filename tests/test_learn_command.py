@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 import tiny_tokenizer
 from command_line import Run
+from grids import slow
 
 import m3jax
 
@@ -88,9 +89,7 @@ def test_every_system_has_a_preset():
     assert sorted((*systems, "distil", "safety_align", "uld_fusion")) == NAMES
 
 
-@pytest.mark.parametrize(
-    "preset", [pytest.param("adamerging_pp", marks=pytest.mark.slow), "dam"]
-)
+@pytest.mark.parametrize("preset", ["adamerging", slow("adamerging_pp"), slow("dam")])
 def test_a_run_is_replayed_bit_for_bit(
     preset: str, folder: Path, tmp_path: Path, run: Run
 ):

@@ -305,6 +305,7 @@ def test_another_recipe_or_seed(merge, references, output):
 def test_a_finished_merge_leaves_nothing_to_do(merge, references, output):
     """The same merge again; whatever it would make otherwise is refused."""
     first = merge(output, TIES)
+    assert "checksums" not in repr(first)  # a line of it for each tensor
     before = checkpoints.digest(output), output.stat().st_ino
     observer = Observer()
     again = merge(output, TIES, observer, resume=True)
@@ -345,7 +346,7 @@ def test_inputs_may_move_with_their_link(merge, references, output, tmp_path):
 
 
 class TestNonfinite:
-    """A NaN found late costs what was not yet merged, not everything."""
+    """A NaN is found where it is read first; late, it costs what was not yet merged."""
 
     @pytest.fixture
     def merge(self, tmp_path):
@@ -361,15 +362,25 @@ class TestNonfinite:
         merge(tmp_path / "expected", TIES, allow_nonfinite=True)
         return checkpoints.digest(tmp_path / "expected")
 
-    def test_resumed_with_leave_to_hold_nan(self, merge, expected, output):
+    def test_it_is_refused_before_anything_is_known(self, merge, output):
+        observer = Observer()
+        with pytest.raises(CheckpointError, match="holds nan"):
+            merge(output, TIES, observer)
+        assert observer.stages == ["measuring, pass 1"]
+        assert not partial_of(output).exists()
+
+    def test_resumed_with_leave_to_hold_nan(self, merge, output):
+        average = RECIPES["average"]
         with pytest.raises(CheckpointError, match="holds nan") as caught:
-            merge(output, TIES)
+            merge(output, average)
         (note,) = caught.value.__notes__
         assert note == (
             f"what is done so far is kept in {partial_of(output)} for --resume"
         )
-        assert merge(output, TIES, resume=True, allow_nonfinite=True).resumed > 0
-        assert checkpoints.digest(output) == expected
+        assert merge(output, average, resume=True, allow_nonfinite=True).resumed > 0
+        whole = output.with_name("whole")
+        merge(whole, average, allow_nonfinite=True)
+        assert checkpoints.digest(output) == checkpoints.digest(whole)
 
     def test_tensors_that_nobody_looked_through_are_merged_again(
         self, merge, expected, output

@@ -222,6 +222,7 @@ def main(positional: list[str]) -> int:
     )
     if prints:
         print("\n".join(_report(found)))
+        print(f"\nwith all intervals: {local(_OUTPUT.value or '') / 'summary.md'}")
     if _EXPORT.value is not None:
         execution = Execution(
             overwrite=_OVERWRITE.value,
@@ -326,7 +327,7 @@ def _report(found: Exploration) -> list[str]:
 
     lines = summary.notes(found)
     for one in summary.tables(found):
-        header, rows = one.texts()
+        header, rows = one.texts(brief=True)
         rows = [list(map(clean, row)) for row in rows]
         align = "<" + ">" * (len(header) - 1)
         lines += ["", one.title, *table(list(map(clean, header)), rows, align)]

@@ -111,8 +111,8 @@ def main(positional: list[str]) -> int:
         progress=Line(),
     )
     print(
-        f"step {found.step} of {len(found.losses)}"
-        + (" (the best on validation)" if found.looks else "")
+        f"kept: step {found.step} of {len(found.losses)}, "
+        + ("the best on validation" if found.looks else "the last one")
     )
     if found.comparisons:
         header, lines = rows(found.comparisons)

@@ -82,7 +82,7 @@ def main(positional: list[str]) -> int:
     output = _OUTPUT.value
     need(USAGE, output=output)
     fits = _extract(output) if positional == ["extract"] else _merge(output)
-    print("\n".join([*_report(fits), f"adapter: {output}"]))
+    print("\n".join([*_report(fits), f"{'output':11}{output}"]))
     return 0
 
 

@@ -22,6 +22,7 @@ from m3jax.commands import (
     mesh,
     process,
     pushing,
+    replay,
     reporting,
 )
 from m3jax.commands.cli import UsageError, define, define_names, names, need
@@ -237,7 +238,8 @@ def main(positional: list[str]) -> int:
                 documents=named,
             )
     if prints:
-        reporting.notes(asked.notes)
+        other = replay.differing(asked.record, result.checksums)
+        reporting.notes([*asked.notes, *([other] if other else [])])
         print(reporting.summary(result, profile=_PROFILE.value is not None))
     if to is not None:
         print(f"{'pushed':11}{pushing.push(Path(result.output), to)}")

@@ -64,7 +64,7 @@ class MergeResult:
 
     output: Location
     ratios: dict[str, tuple[float, ...]] | None
-    checksums: dict[str, str]
+    checksums: dict[str, str] = dataclasses.field(repr=False)
     seconds: dict[str, float]
     wall: dict[str, float]
     resumed: int
@@ -221,6 +221,7 @@ def _execute(
         threads=prepared.execution.num_threads,
         units=prepared.units,
         devices=prepared.devices,
+        check_finite=not prepared.execution.allow_nonfinite,
         advance=advance,
         stage=lambda label, own: progress.stage(label, prepared.read_bytes(own)),
     )
@@ -315,9 +316,8 @@ def _merge_share(
             counts = prepared.num_models, len(prepared.items)
             return completed(job.program, own if drawn else early(own, *counts))
 
-        finite = not prepared.execution.allow_nonfinite
         whole = prepared.whole(job)
-        stream.merge(job, order, whole, numbers, own, recorder, check_finite=finite)
+        stream.merge(job, order, whole, numbers, own, recorder)
 
     jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
     others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))

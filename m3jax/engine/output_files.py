@@ -26,23 +26,22 @@ def output_files(
     first: Checkpoint,
 ) -> list[Shard]:
     """The files of the output: the model's, then one for each other part of it."""
-    described = [(t.name, t.parts[""].dtype, t.parts[""].shape) for t in tensors]
-    others: dict[str, list[Any]] = {}
+    files: dict[str, list[Any]] = {"": []}
     for tensor in tensors:
         for part, own in tensor.parts.items():
-            if part:
-                name = written_name(tensor.name, part)
-                others.setdefault(part, []).append((name, own.dtype, own.stored_shape))
+            entry = written_name(tensor.name, part), own.dtype, own.stored_shape
+            files.setdefault(part or tensor.file, []).append(entry)
+    described = files.pop("")
     if (output_format or first.format) == "orbax":
-        if others:
+        if files:
             raise RecipeError(
                 f"method={recipe.method.name!r} writes files beside the model: give "
                 "--output_format=safetensors"
             )
         return [OrbaxShard(described, first.paths)]
     groups = plan.split_shards(sizes, parse_size(recipe.max_shard_size))
-    files = [file.path.name for file in first.files]
+    stem = stem_of([file.path.name for file in first.files])
     return [
-        *make_shards([[described[i] for i in g] for g in groups], stem_of(files)),
-        *(Shard(f"{part}.safetensors", own) for part, own in others.items()),
+        *make_shards([[described[i] for i in g] for g in groups], stem),
+        *(Shard(f"{file}.safetensors", own) for file, own in files.items()),
     ]

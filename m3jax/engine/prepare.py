@@ -105,7 +105,8 @@ def _plan(
     if lines and execution.strict:
         raise MismatchError(lines, "refused, since --strict is set")
     tensors = sorted(inputs.tensors, key=lambda t: plan.natural_order(t.name))
-    sizes = [math.prod(t.shape) * t.dtype.itemsize for t in tensors]
+    own = [tensor for tensor in tensors if not tensor.file]
+    sizes = [math.prod(t.shape) * t.dtype.itemsize for t in own]
     beside = tokenizer_files(
         recipe,
         [first, *models],

@@ -41,7 +41,8 @@ def save(
     """Saves a pytree as a checkpoint folder that transformers and safetensors read.
 
     Tensors are named by their paths, joined by ".", and keep their dtypes. The folder
-    appears under its name when it is complete.
+    appears under its name when it is complete. It has no m3jax.json: how arrays came
+    about is not known here; `m3jax.merge` records what it makes.
 
         >>> import jax.numpy as jnp, m3jax
         >>> _ = m3jax.save({"norm": {"weight": jnp.ones(4, jnp.bfloat16)}}, folder)

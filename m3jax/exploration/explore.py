@@ -166,8 +166,8 @@ def explore(
         objective.check([task.name for task in evaluator.tasks])
         for name, other in (("test", test), ("ood", ood)):
             if isinstance(other, TaskEvaluator):
-                lists = "validation", name
-                for note in check_apart(evaluator.tasks, other.tasks, lists):
+                named = "validation", name
+                for note in check_apart(evaluator.tasks, other.tasks, named):
                     say(f"note: {note}")
     if selector not in by_answers.SELECTORS:
         names = " or ".join(by_answers.SELECTORS)

@@ -32,9 +32,9 @@ def check_models(recipe: Recipe, num_models: int, has_base: bool) -> None:
     if mixup.on and not problems:
         _check_ratios(recipe, problems)
     if not has_base and recipe.exclude:
-        problems.add("exclude", recipe.exclude, "a base: give --base")
+        problems.add("exclude", recipe.exclude, "a base (--base)")
     if not has_base and recipe.unmatched == "base":
-        problems.add("unmatched", recipe.unmatched, "a base: give --base")
+        problems.add("unmatched", recipe.unmatched, "a base (--base)")
     problems.raise_if_any()
 
 
@@ -76,7 +76,7 @@ def _check_steps(
                 problems.add(f"{step.name}.{name}", value, _each(num_models))
         if step.needs_base and not has_base:
             what = "method" if step is recipe.method else "transforms"
-            problems.add(what, step.name, "a base: give --base")
+            problems.add(what, step.name, "a base (--base)")
 
 
 def _check_ratios(recipe: Recipe, problems: Problems) -> None:
