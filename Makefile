@@ -2,6 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+TESTS ?= tests
+
+# Where it is set, each process of the tests would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long mutations lint types docs notebook fuzz bench clean
 
@@ -10,10 +14,10 @@ demo: .venv/installed ## merge the built-in models, and explore their merges
 
 # A file goes to one worker: its tests share what they compile.
 test: .venv/installed-dev ## the tests, minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -rs
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -rs $(TESTS)
 
 test-long: .venv/installed-dev ## what takes long: dense grids, kill, resume, soak
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -rs
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -rs $(TESTS)
 
 mutations: .venv/installed-dev ## faults are planted, and `make test` has to see each
 	$(BIN)/python tests/mutations/run.py
@@ -45,11 +49,13 @@ clean:
 	rm -rf .venv build dist site *.egg-info m3jax-demo
 
 .venv/installed: pyproject.toml
+	@echo "installing m3jax into .venv: some minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[plot]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
+	@echo "installing what the tests need"
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

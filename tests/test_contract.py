@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import contract
 import numpy as np
 import pytest
 from command_line import Run
+from grids import slow
 
 from m3jax.commands import config
 from m3jax.commands.methods import markdown
@@ -60,32 +64,30 @@ class Longest(Method):
 '''
 
 
-# One method of each kind; `make test-long` runs every check over every method.
-KINDS = ("average", "ties", "slerp", "model_stock", "tsv_m", "emr", "fisher")
-ALWAYS = (contract.check_executors, contract.check_replay)
+def shaped() -> Iterator[Any]:
+    """Each check over each method: with two tensors, and slow with all."""
+    for check, method in itertools.product(contract.SHAPED, METHODS):
+        name = f"{method}-{check.__name__}"
+        yield pytest.param(method, check, contract.THIN, id=name)
+        yield slow(pytest.param(method, check, contract.SHAPES, id=f"{name}-all"))
 
 
-def pairs(checks: tuple[contract.Check, ...]) -> list[Any]:
-    return [
-        pytest.param(
-            method,
-            check,
-            id=f"{method}-{check.__name__}",
-            marks=() if method in KINDS or check in ALWAYS else pytest.mark.slow,
-        )
-        for method in METHODS
-        for check in checks
-    ]
-
-
-@pytest.mark.parametrize(("method", "check"), pairs(contract.FILES))
-def test_contract(method: str, check: contract.Check, tmp_path: Path):
+@pytest.mark.parametrize(("method", "check", "shapes"), list(shaped()))
+def test_contract(
+    method: str, check: contract.Check, shapes: checkpoints.Shapes, tmp_path: Path
+):
     if check is contract.check_equal_models and method in contract.NOT_IDEMPOTENT:
         pytest.skip(contract.NOT_IDEMPOTENT[method])
-    check(method, tmp_path)
+    check(method, tmp_path, shapes)
 
 
-@pytest.mark.parametrize(("method", "check"), pairs(contract.COMMANDS))
+@pytest.mark.parametrize("method", METHODS)
+def test_resume(method: str, tmp_path: Path):
+    contract.check_resume(method, tmp_path)
+
+
+@pytest.mark.parametrize("check", contract.COMMANDS)
+@pytest.mark.parametrize("method", METHODS)
 def test_commands(method: str, check: contract.Check, tmp_path: Path, run: Run):
     check(method, tmp_path, run)
 
@@ -111,7 +113,7 @@ def test_statistics_of_layers_and_of_the_model(
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.import_module(name)
     try:
-        contract.check_executors(name, tmp_path)
+        contract.check_executors(name, tmp_path, contract.THIN)
         base, models = contract.inputs(name)
         own = contract.Recipe(method=name, mixup=contract.Mixup(alpha=None))
         merged = contract.in_memory(name, own)
@@ -140,8 +142,9 @@ def test_a_new_method_is_one_file(
     try:
         fields = config.all_fields(contract.Recipe())
         monkeypatch.setattr(config, "RECIPE_FIELDS", fields)
-        for check in contract.FILES:
-            check("longest", tmp_path / check.__name__)
+        for check in contract.SHAPED:
+            check("longest", tmp_path / check.__name__, contract.THIN)
+        contract.check_resume("longest", tmp_path / "resume")
         for check in contract.COMMANDS:
             check("longest", tmp_path / check.__name__, run)
         contract.check_docs_row("longest")

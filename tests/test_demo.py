@@ -18,6 +18,7 @@ def rows_of(text: str, header: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
+@pytest.mark.slow  # CI runs the demo itself as well
 def test_the_demo_tells_the_truth(run, tmp_path, monkeypatch):
     # Each of the tests' eight devices would compile everything.
     monkeypatch.setattr("m3jax.commands.demo._MOST_AT_ONCE", 1)

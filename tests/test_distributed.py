@@ -9,7 +9,6 @@ import distributed
 import ml_dtypes
 import numpy as np
 import pytest
-from grids import slow
 from interruptions import Merge, partial_of
 
 import m3jax
@@ -169,7 +168,8 @@ def test_failures_are_told_to_all(merge):
     assert sorted(p.name for p in folder.glob("*out*")) == ["out"]
 
 
-@pytest.mark.parametrize("victim", [slow(0), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process(victim, merge, expected, tmp_path):
     output = tmp_path / "merged"
     arguments = merge.arguments(output, ["--config.method=ties"])

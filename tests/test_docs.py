@@ -3,6 +3,7 @@
 The blocks of a page run from top to bottom, in a folder with the demo's models under
 the names that the pages use. `<!-- not run: WHY -->` before a block leaves it out,
 `<!-- slow: WHY -->` leaves it to `make test-long`; a block with a title is a file.
+`make test` runs the pages that are read first, CI all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import pytest
+from grids import thinned
 
 import m3jax
 from m3jax import Dare, Recipe
@@ -68,6 +70,15 @@ def blocks(page: str) -> list[Block]:
 RUNS = [
     page for page in PAGES if any(b.language in ("sh", "python") for b in blocks(page))
 ]
+FIRST = {
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/QUICKSTART.md",
+    "docs/MERGEKIT.md",
+    "docs/METHODS.md",
+    "docs/RECIPE.md",
+    "docs/REPRODUCIBILITY.md",
+}
 SLOW = [(page, b) for page in PAGES for b in blocks(page) if b.mark == "slow"]
 
 
@@ -133,7 +144,7 @@ def shell(text: str, run: Any) -> None:
     assert ended.returncode == 0, (text, ended.stderr)
 
 
-@pytest.mark.parametrize("page", RUNS)
+@pytest.mark.parametrize("page", thinned(RUNS, FIRST.__contains__))
 def test_blocks_run(page: str, folder: Path, run: Any):
     found = [own for own in blocks(page) if not own.mark]
     furnish("\n".join(own.text for own in found), run)

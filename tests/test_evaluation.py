@@ -128,15 +128,21 @@ def test_log_likelihoods_equal_transformers():
         assert score.greedy == (scores.argmax(-1).tolist() == completion)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [slow(1), 40, 100_000])
-def test_batches_change_no_score(
-    tokens_per_batch, loss_task, choice_task, written_task
-):
+@pytest.mark.parametrize("tokens_per_batch", [1, 40, 100_000])
+@pytest.mark.slow  # a program for each shape of a batch
+def test_batches_change_no_output(tokens_per_batch, written_task):
+    batches_change_nothing(tokens_per_batch, written_task)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [slow(1), 40, slow(100_000)])
+def test_batches_change_no_score(tokens_per_batch, loss_task, choice_task):
+    batches_change_nothing(tokens_per_batch, loss_task, choice_task)
+
+
+def batches_change_nothing(tokens_per_batch: int, *tasks: Path) -> None:
     parameters = tiny_models.parameters(FAMILY)
-    plain = evaluator(loss_task, choice_task, written_task).evaluate(parameters)
-    other = evaluator(
-        loss_task, choice_task, written_task, tokens_per_batch=tokens_per_batch
-    ).evaluate(parameters)
+    plain = evaluator(*tasks).evaluate(parameters)
+    other = evaluator(*tasks, tokens_per_batch=tokens_per_batch).evaluate(parameters)
     for one, two in zip(plain, other, strict=True):
         np.testing.assert_allclose(one.scores, two.scores, atol=1e-5)
         for a, b in zip(one.records, two.records, strict=True):

@@ -90,10 +90,13 @@ def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 # Programs by row take seconds to compile; others of these stay.
 BY_ROW = (
     "della_empty",
+    "della_linear_empty",
     "model_stock_rows_three",
     "model_stock_opposed_rows",
     "nuslerp_whole_first",
+    "nuslerp_task_first",
     "nuslerp_task_last",
+    "nuslerp_weights_cancel",
     "nuslerp_task_flat_row",
     "nuslerp_edges_last",
 )
@@ -135,7 +138,7 @@ SOME = (
 
 
 # A gradient, dtypes, slices and float64; test_contract has all methods.
-FEW = ("gradient_ties", "none_mixed", "mixed_slices", "float64_linear")
+FEW = ("slice_gradient", "none_mixed", "mixed_slices", "float64_linear")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from grids import slow, thinned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -126,15 +127,9 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndar
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        *(
-            pytest.param(
-                name, slice(None), marks=() if name == "grid" else pytest.mark.slow
-            )
-            for name in LAYOUTS
-            if name != "explicit"
-        ),
+        *(slow(pytest.param(name, slice(None))) for name in LAYOUTS),
+        ("grid", slice(0, 2)),
         ("rows", slice(3, 4)),
-        ("explicit", slice(3, 4)),
     ],
 )
 def test_bits_are_those_of_the_streamed_merge(name: str, which: slice, streamed):
@@ -150,10 +145,10 @@ def test_bits_are_those_of_the_streamed_merge(name: str, which: slice, streamed)
 def test_models_that_lie_elsewhere_follow_the_base(streamed):
     base, a, b = random_trio()
     trees = [placed(base, "grid"), placed(a, "rows"), nest(b)]
-    merged, _ = flatten(m3jax.merge_params(trees[0], trees[1:], RECIPES[3], SEED))
+    merged, _ = flatten(m3jax.merge_params(trees[0], trees[1:], RECIPES[1], SEED))
     for key, array in merged.items():
         assert array.sharding == layout("grid", array.shape)
-        assert np.asarray(array).tobytes() == streamed[3][key].tobytes()
+        assert np.asarray(array).tobytes() == streamed[1][key].tobytes()
 
 
 def test_a_layout_that_is_no_mesh(streamed):
@@ -162,10 +157,10 @@ def test_a_layout_that_is_no_mesh(streamed):
         nest({key: jax.device_put(t, DEVICES[3]) for key, t in tensors.items()})
         for tensors in random_trio()
     )
-    merged, _ = flatten(m3jax.merge_params(base, [a, b], RECIPES[3], SEED))
+    merged, _ = flatten(m3jax.merge_params(base, [a, b], RECIPES[1], SEED))
     for key, array in merged.items():
         assert array.devices() == {DEVICES[3]}
-        assert np.asarray(array).tobytes() == streamed[3][key].tobytes()
+        assert np.asarray(array).tobytes() == streamed[1][key].tobytes()
 
 
 def test_donated_shards():
@@ -181,22 +176,22 @@ def test_donated_shards():
 @pytest.mark.parametrize(
     ("shape", "mesh", "spec"),
     [
-        ((3, 1), LINE, P()),
-        ((1,), LINE, P()),
         ((4099,), LINE, P()),
-        ((8 * 37,), LINE, P("x")),
         ((8, 1), LINE, P("x")),
-        ((16, 29), LINE, P("x")),
-        ((5, 8), LINE, P(None, "x")),
         ((5, 24), LINE, P(None, "x")),
-        ((5, 64), LINE, P(None, "x")),
-        ((6, 36), GRID, P("x", "y")),
-        ((8, 36), GRID, P("y", "x")),
         ((16, 3), GRID, P(("y", "x"))),
-        ((5, 16, 3), GRID, P(None, ("x", "y"))),
-        ((2, 5, 8), GRID, P("x", None, "y")),
-        ((4, 6, 7), GRID, P("y", "x", None)),
         ((2, 3, 1, 4, 3), GRID, P("x", None, None, "y")),
+        slow(pytest.param((3, 1), LINE, P())),
+        slow(pytest.param((1,), LINE, P())),
+        slow(pytest.param((8 * 37,), LINE, P("x"))),
+        slow(pytest.param((16, 29), LINE, P("x"))),
+        slow(pytest.param((5, 8), LINE, P(None, "x"))),
+        slow(pytest.param((5, 64), LINE, P(None, "x"))),
+        slow(pytest.param((6, 36), GRID, P("x", "y"))),
+        slow(pytest.param((8, 36), GRID, P("y", "x"))),
+        slow(pytest.param((5, 16, 3), GRID, P(None, ("x", "y")))),
+        slow(pytest.param((2, 5, 8), GRID, P("x", None, "y"))),
+        slow(pytest.param((4, 6, 7), GRID, P("y", "x", None))),
     ],
 )
 def test_masks(shape: tuple[int, ...], mesh: Mesh, spec: P):
@@ -256,7 +251,7 @@ def test_masks_across_the_32_bit_boundary_of_blocks():
     np.testing.assert_array_equal(found[0], np.concatenate(parts)[:, 0])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", thinned(LAYOUTS, {"turned_grid"}.__contains__))
 def test_nothing_is_gathered(name: str):
     """The compiled kernels hold no exchange between devices, and no whole tensor."""
     trees = [placed(tensors, name) for tensors in random_trio()]

@@ -89,7 +89,7 @@ def merge(
 @pytest.mark.parametrize(
     ("method", "dare"),
     [
-        pytest.param(*pair, marks=pytest.mark.slow if i in (1, 2) else ())
+        pytest.param(*pair, marks=pytest.mark.slow if i in (1, 2, 3) else ())
         for i, pair in enumerate(PAIRS)
     ],
 )
@@ -127,7 +127,7 @@ def test_same_folder_on_every_mesh(method: str, dare: str, trio: Path, tmp_path:
 
 
 def test_orbax_output(trio: Path, tmp_path: Path):
-    recipe = m3jax.Recipe(method="ties")
+    recipe = m3jax.Recipe()
     folders = []
     for executor in ("streamed", "sharded"):
         out = tmp_path / executor

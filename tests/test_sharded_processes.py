@@ -68,10 +68,10 @@ print(read[0])
 @pytest.mark.parametrize(
     ("names", "layouts", "timeout"),
     [
-        (["ties random", "by layer"], ["rows", "grid"], distributed.TIMEOUT),
+        (["ties random"], ["grid"], distributed.TIMEOUT),
         pytest.param([*RECIPES], [*MESHES], 1200, marks=pytest.mark.slow),
     ],
-    ids=["two recipes", "all recipes"],
+    ids=["one recipe", "all recipes"],
 )
 def test_same_folder(
     tmp_path: Path, names: list[str], layouts: list[str], timeout: float

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import thinned
 
 import m3jax
 from m3jax.methods import ranks, spectral
@@ -67,6 +68,17 @@ def tsv(tasks: list[np.ndarray], rule: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rule", ranks.RANKS)
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_rules(rule, name):
+    (base, (model,)), shape = inputs(1), SHAPES[name]
+    task = model[name].astype(np.float64) - base[name]
+    values = np.linalg.svd(task, compute_uv=False)
+    known = {"num_models": 3, "shape": shape, "energy": 0.4}
+    found = int(ranks.RANKS[rule](jnp.asarray(values, jnp.float32), **known))
+    assert max(found, 1) == kept(values, rule, shape, 3)
+
+
+@pytest.mark.parametrize("rule", thinned(ranks.RANKS, {"energy"}.__contains__))
 def test_tsv_m_keeps_as_many_triples_as_its_rule_says(rule):
     base, models = inputs(3)
     models[2]["tall"] = base["tall"]  # a task with nothing to say

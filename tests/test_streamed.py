@@ -20,7 +20,7 @@ from grids import thin
 
 import m3jax
 from m3jax.engine import streamed
-from m3jax.engine.prepare import Execution
+from m3jax.engine.execution import Execution
 from m3jax.methods import TRANSFORMS
 
 SHAPES = {
@@ -152,9 +152,7 @@ def test_shards_do_not_change_a_tensor(models: Path, outputs):
         assert several[name].tobytes() == tensor.tobytes()
 
 
-@pytest.mark.parametrize("dare", DARE)
-@pytest.mark.parametrize("m3", M3)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "m3", "dare"), thin(METHODS, M3, DARE))
 def test_equals_the_reference(method: str, m3: str, dare: str, models: Path, outputs):
     """In float32, so that nothing hides in the rounding of the output."""
     output = next(outputs)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from grids import thin
+from grids import slow, thin, thinned
 
 import m3jax
 from m3jax.checkpoints.formats.tree import flatten
@@ -20,7 +20,7 @@ from m3jax.engine.trees import align_trees
 
 SEED = 7
 METHODS = ("average", "task_arithmetic", "ties")
-SHAPES = {"layers.0.w": (33, 31), "layers.1.w": (7, 3, 5), "scale": (), "norm": (301,)}
+SHAPES = {"layers.0.w": (33, 31), "layers.1.scale": (), "norm": (301,)}
 DARE = {
     "off": m3jax.Dare(),
     "random": m3jax.Dare(drop_rate=(0.3, 0.6)),
@@ -66,7 +66,7 @@ def test_jit_over_arrays(method: str, dare: str, mixup: str):
     same(jax.jit(merge)(base, models), merge(base, models))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", thinned(METHODS, {"task_arithmetic"}.__contains__))
 def test_jit_over_bfloat16(method: str):
     base, models = trees(checkpoints.BFLOAT16)
     recipe = m3jax.Recipe(method=method, dare=DARE["random"])
@@ -75,7 +75,11 @@ def test_jit_over_bfloat16(method: str):
 
 
 @pytest.mark.parametrize(
-    ("method", "granularity"), thin(METHODS, ["model", "layer", "tensor"])
+    ("method", "granularity"),
+    thinned(
+        thin(METHODS, ["model", "layer", "tensor"]),
+        lambda case: case.values[0] != "ties",  # twelve seconds of compilation
+    ),
 )
 def test_jit_and_vmap_over_seeds(method: str, granularity: str):
     """The ratios and masks of a traced key are those of its seed."""
@@ -110,7 +114,7 @@ def test_vmap_over_ratios(method: str, dare: str):
     same(jax.jit(jax.vmap(merge))(rows), found)
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("method", ["task_arithmetic", slow("ties")])
 def test_vmap_over_scaling(method: str):
     base, models = trees()
 
@@ -129,7 +133,7 @@ def test_vmap_over_scaling(method: str):
 def test_grad_through_ratios_and_scaling(method: str, way: str):
     """Against the closed form of the linear methods, and differences of TIES."""
     base, models = trees()
-    weights = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size * 1.0)), base)
+    weights = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size) / 9), base)
 
     def merge(ratios: Any, scaling: Any) -> Any:
         own = {} if method == "average" else {"scaling": scaling}
