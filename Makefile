@@ -49,11 +49,13 @@ clean:
 	rm -rf .venv build dist site *.egg-info m3jax-demo
 
 .venv/installed: pyproject.toml
+	@echo "installing m3jax into .venv: some minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[plot]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
+	@echo "installing what the tests need"
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

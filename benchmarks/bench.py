@@ -63,7 +63,8 @@ def run(
             [str(part) for part in command],
             stdout=output,
             stderr=errors,
-            env={**os.environ, **(environment or {})},
+            # Modules are compiled once, as pip leaves a package that it installs.
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(environment or {})},
         )
         with _AnonymousMemory(child.pid) as memory:
             _, status, usage = os.wait4(child.pid, 0)

@@ -3,8 +3,9 @@
 Maths: GSM8K (OpenAI, MIT licence), lines of {"question", "answer"}. Code: MBPP (Google,
 CC BY 4.0), lines of {"text", "code", "test_list"}. Only the files of their test splits
 are needed: of 1,319 and 500 problems. Which part an example belongs to follows from its
-own prompt: the SHA-256, modulo 10, sends 0 to 5 to training, 6 and 7 to validation, 8
-and 9 to test. So the parts are disjoint, and the same with every seed, size and order.
+own prompt: the SHA-256, modulo 10, sends 0 to 5 to the training of experts, 6 to the
+learning of coefficients, 7 to validation, 8 and 9 to test. So the parts are disjoint,
+and the same with every seed, size and order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-PARTS = ("train", "validation", "test")
+PARTS = ("train", "learning", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ SKILLS = (
 def part_of(prompt: str) -> str:
     """The part that an example with this prompt belongs to."""
     place = int.from_bytes(hashlib.sha256(prompt.encode()).digest(), "big") % 10
-    return PARTS[0] if place < 6 else PARTS[1] if place < 8 else PARTS[2]
+    return PARTS[0] if place < 6 else PARTS[min(place - 5, 3)]
 
 
 def split(examples: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
@@ -103,10 +104,10 @@ def write_tasks(
     generate: bool = False,
     execute: bool = False,
 ) -> dict[str, Path]:
-    """Writes the tasks of validation and of test, as `m3jax explore` takes them.
+    """Writes the tasks of all parts but the first, as `m3jax explore` takes them.
 
     Args:
-      folder: for the specs, ``validation.json`` and ``test.json``, and their data.
+      folder: for the specs, ``PART.json``, and their data.
       parts: examples of each part of each skill.
       generate: let models write answers to the test problems, too, and mark them.
       execute: code is marked as well, by running it.

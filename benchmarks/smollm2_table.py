@@ -1,129 +1,148 @@
-"""docs/SMOLLM2.md: what the explorations found, in two tables."""
+"""docs/SMOLLM2.md: what was drawn, searched and learned, in three tables."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
 import bench
+import numpy as np
 
 from m3jax.exploration.search.result import Exploration, Row
 from m3jax.exploration.search.scoring import Scored
+from m3jax.learn import Learning
 from m3jax.runs import bootstrap
 
 Scores = Mapping[str, float]
 LISTS = ("validation", "test")
-LABELS = {"average": "average", "task_arithmetic": "task arithmetic", "ties": "TIES"}
-KINDS = {"m3": " + M3", "dare": " + DARE", "m3_dare": " + DARE + M3"}
 MEAN = "mean"
 
 
-def main_table(found: Mapping[str, Exploration], skills: Sequence[str]) -> str:
-    """Parents, methods without M3, draws and winners, on both lists of tasks.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A way to merge, and what it found.
+
+    Attributes:
+      label: of its rows.
+      found: one draw, or several and the winner.
+      without: the label of its like without M3, or without masks, if there is one.
+    """
+
+    label: str
+    found: Exploration
+    without: str | None = None
+
+    @property
+    def winner(self) -> Row:
+        return self.found.rows[-1]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether all its trials are draws of one recipe."""
+        return self.without is not None
+
+
+def main_table(entries: Sequence[Entry], skills: Sequence[str]) -> str:
+    """Parents, draws and winners, on both lists of tasks; draws on validation alone.
 
     The best of each column is bold; a score that is no loss is better if greater.
 
     Args:
-      found: of recipes ``METHOD_m3``, ``METHOD_dare`` and ``METHOD_m3_dare``.
+      entries: of the same parents.
       skills: the tasks whose mean loss is the objective.
     """
-    first = next(iter(found.values()))
+    parents = [row for row in entries[0].found.rows if row.kind == "parent"]
     columns = {
         name: [*skills, MEAN, *(t for t in own.scores if t not in skills)]
-        for name, own in first.rows[0].scored.items()
+        for name, own in parents[0].scored.items()
     }
-
-    rows: list[tuple[str, list[dict[str, Scores]]]] = [
-        (row.name, [_scores(row)]) for row in first.rows if row.kind == "parent"
+    rows: list[tuple[str, dict[str, list[Scores]]]] = [
+        (row.name, _scores(row)) for row in parents
     ]
-    for method, label in LABELS.items():
-        own = found[f"{method}_m3"]
-        plain, equal = (
-            _scores(_row(own, name)) for name in (f"plain {method}", "equal ratios")
-        )
-        rows.append((label, [plain]))
-        if equal != plain:
-            rows.append((f"{label}, equal ratios", [equal]))
-        for kind, suffix in KINDS.items():
-            own, name = found[f"{method}_{kind}"], label + suffix
-            rows.append((f"{name}, {len(own.draws)} draws", _scores_of_draws(own)))
-            if own.winner.mean_ratios is not None:
-                winner = f"{name}, winner (λ = {own.winner.mean_ratios[0]:.2f})"
-                rows.append((winner, [_scores(own.rows[-1])]))
+    for entry in entries:
+        label, draws = entry.label, entry.found.draws
+        if entry.drawn:
+            several = {"validation": [trial.scores for trial in draws]}
+            rows.append((f"{label}, {len(draws)} draws", several))
+            ratios = entry.found.winner.mean_ratios
+            label += ", winner" + (f" (λ = {ratios[0]:.2f})" if ratios else "")
+        rows.append((label, _scores(entry.winner)))
     places = [(name, column) for name in LISTS for column in columns[name]]
-    texts = [[name] for name, _ in rows]
+    texts = [[label] for label, _ in rows]
     for name, column in places:
         values = [
-            [_value(scores[name], column, skills) for scores in sets]
-            for _, sets in rows
+            [_value(scores, column, skills) for scores in own.get(name, ())]
+            for _, own in rows
         ]
-        means = [round(statistics.fmean(own), 4) for own in values]
-        best = min(means) if column in (*skills, MEAN) else max(means)
+        means = [round(statistics.fmean(own), 4) if own else None for own in values]
+        told = [mean for mean in means if mean is not None]
+        best = min(told) if column in (*skills, MEAN) else max(told)
         for text, own, mean in zip(texts, values, means, strict=True):
-            cell = f"{mean:.4f}"
+            cell = "" if mean is None else f"{mean:.4f}"
             if len(own) > 1:
                 cell += f" ± {statistics.stdev(own):.4f}"
             text.append(f"**{cell}**" if mean == best else cell)
     return bench.table(["", *(f"{n}: {c}" for n, c in places)], texts)
 
 
-def comparison(
-    found: Mapping[str, Exploration], skills: Sequence[str]
-) -> tuple[str, str]:
-    """A table of M3 against none on test, and a sentence that counts its rows.
+def comparison(entries: Sequence[Entry], skills: Sequence[str]) -> tuple[str, str]:
+    """A table of all entries against the first one on test, and a sentence that counts.
 
-    M3 is also held against equal ratios, which are one more way to have ratios that
-    sum to 1.
+    Args:
+      entries: the first one is the average with equal ratios.
+      skills: as for `main_table`.
     """
-    rows = []
-    better_draws = 0
-    better, worse = [0, 0], [0, 0]  # than without M3, than equal ratios
-    for method, dare in itertools.product(LABELS, (False, True)):
-        own = found[f"{method}_m3_dare" if dare else f"{method}_m3"]
-        if dare:
-            without = _scores_of_draws(found[f"{method}_dare"])
-        else:
-            without = [_scores(_row(own, f"plain {method}"))]
-        plain, drawn = (
-            [_value(scores["test"], MEAN, skills) for scores in sets]
-            for sets in (without, _scores_of_draws(own))
-        )
-        better_draws += statistics.fmean(drawn) < statistics.fmean(plain)
-        winner, changes = own.rows[-1], []
-        for i, name in enumerate((f"plain {method}", "equal ratios")):
-            change, low, high = difference(
-                winner.scored["test"], _row(own, name).scored["test"], skills, own.seed
-            )
-            better[i] += high < 0
-            worse[i] += low > 0
-            changes.append(f"{change:+.4f} [{low:+.4f}, {high:+.4f}]")
-        rows.append(
-            [
-                LABELS[method] + (" + DARE" if dare else ""),
-                f"{statistics.fmean(plain):.4f}",
-                f"{statistics.fmean(drawn):.4f}",
-                f"{min(drawn):.4f}–{max(drawn):.4f}",
-                f"{_value(winner.scored['test'].scores, MEAN, skills):.4f}",
-                *changes,
-            ]
-        )
-    header = [
-        "",
-        "without M3",
-        "M3, mean",
-        "M3, range",
-        "M3, winner",
-        "winner − without",
-        "winner − equal ratios",
-    ]
+    first, named = entries[0], {entry.label: entry for entry in entries}
+    rows, better, worse = [], [], []
+    for entry in entries[1:]:
+        ours, seed = entry.winner.scored["test"], entry.found.seed
+        others = first, named.get(entry.without or "")
+        changes = [
+            difference(ours, own.winner.scored["test"], skills, seed) if own else ()
+            for own in others
+        ]
+        better += [entry.label] if changes[0][2] < 0 else []
+        worse += [entry.label] if changes[0][1] > 0 else []
+        texts = [
+            "{:+.4f} [{:+.4f}, {:+.4f}]".format(*own) if own else "" for own in changes
+        ]
+        loss = _value(ours.scores, MEAN, skills)
+        rows.append([entry.label, f"{loss:.4f}", *texts])
+    header = ["", "test: mean", f"− {first.label}", "− without M3 or DARE"]
     sentence = (
-        f"Of {len(rows)} recipes, M3's mean over draws is below the loss without M3 in "
-        f"{better_draws}; the winner is better than the recipe without M3 in "
-        f"{better[0]} and worse in {worse[0]}, better than equal ratios in {better[1]} "
-        f"and worse in {worse[1]}, as far as an interval that excludes 0 can tell."
+        f"Of {len(rows)} ways to merge, {_listed(better)} better than "
+        f"{first.label} and {_listed(worse)} worse, as far as an interval that "
+        "excludes 0 can tell."
     )
     return bench.table(header, rows), sentence
+
+
+def learned(found: Mapping[str, Learning], skills: Sequence[str]) -> str:
+    """A table of losses on validation and of coefficients: mean, least and greatest.
+
+    Args:
+      found: by label.
+      skills: whose experts the coefficients are of, in their order.
+    """
+    rows = []
+    for label, own in found.items():
+        looks = dict(own.looks)
+        coefficients = np.stack([c.reshape(-1) for c in own.coefficients.values()])
+        rows.append(
+            [
+                label,
+                f"{looks[0]:.4f}",
+                f"{looks[max(looks)]:.4f}",
+                f"{own.step} of {max(looks)}",
+                *(
+                    f"{row.mean():.3f} ({row.min():.3f} to {row.max():.3f})"
+                    for row in coefficients.T
+                ),
+            ]
+        )
+    header = ["", "loss at the start", "at the end", "step that counts", *skills]
+    return bench.table(header, rows)
 
 
 def difference(
@@ -150,13 +169,12 @@ def _value(scores: Scores, column: str, skills: Sequence[str]) -> float:
     return scores[column]
 
 
-def _row(found: Exploration, name: str) -> Row:
-    return next(row for row in found.rows if row.name == name)
+def _scores(row: Row) -> dict[str, list[Scores]]:
+    return {name: [own.scores] for name, own in row.scored.items()}
 
 
-def _scores(row: Row) -> dict[str, Scores]:
-    return {name: own.scores for name, own in row.scored.items()}
-
-
-def _scores_of_draws(found: Exploration) -> list[dict[str, Scores]]:
-    return [{"validation": trial.scores, **trial.other} for trial in found.draws]
+def _listed(labels: Sequence[str]) -> str:
+    if not labels:
+        return "none is"
+    verb = "is" if len(labels) == 1 else "are"
+    return f"{len(labels)} ({'; '.join(labels)}) {verb}"

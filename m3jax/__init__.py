@@ -14,7 +14,7 @@ _HOMES = {
     "CheckpointError": "m3jax.checkpoints.errors",
     "Decoder": "m3jax.models.module",
     "Evaluator": "m3jax.evaluation.evaluator",
-    "Execution": "m3jax.engine.prepare",
+    "Execution": "m3jax.engine.execution",
     "Exploration": "m3jax.exploration.search.result",
     "MergeResult": "m3jax.engine.merge",
     "Mixup": "m3jax.recipe",
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     # ruff: noqa: F401
     from m3jax import align, keymap, learn, modulation, multitask, programs, search
     from m3jax.checkpoints.errors import CheckpointError
+    from m3jax.engine.execution import Execution
     from m3jax.engine.in_memory import merge_params
     from m3jax.engine.load import load
     from m3jax.engine.merge import MergeResult, merge
-    from m3jax.engine.prepare import Execution
     from m3jax.engine.save import save
     from m3jax.engine.verify import verify
     from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator

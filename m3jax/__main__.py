@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from m3jax.commands import process, signals
+from m3jax.commands import signals  # before all that takes a while to import
 
 COMMANDS = {
     "merge": "merge a base and fine-tuned models into a new checkpoint",
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         with signals.handled_by(signals.leave):
+            from m3jax.commands import process
+
             process.begin(sys.argv[1] if len(sys.argv) > 1 else "")
             return process.end(main(sys.argv[1:]))
     name = argv[0] if argv else "--help"

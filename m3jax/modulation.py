@@ -44,6 +44,8 @@ class Unified:
       masks: M_k by the tensor's name, (K, ⌈n / 8⌉) uint8: bits of `numpy.packbits`.
         Tensors without masks were not merged.
       scales: λ_k, (K,) float32.
+      heads: what was excluded from the merge, of each task's own model, by name and
+        place of the task.
       tasks: their names; no leaf.
     """
 
@@ -51,12 +53,13 @@ class Unified:
     unified: Any
     masks: dict[str, jax.Array]
     scales: jax.Array
+    heads: dict[str, dict[int, jax.Array]]
     tasks: tuple[str, ...]
 
 
 jax.tree_util.register_dataclass(
     Unified,
-    data_fields=["base", "unified", "masks", "scales"],
+    data_fields=["base", "unified", "masks", "scales", "heads"],
     meta_fields=["tasks"],
 )
 
@@ -70,9 +73,11 @@ def modulate(params: Unified, task: Any) -> Any:
         around this; one that is out of range then counts from the end, or is the last.
 
     Raises:
-      CheckpointError: there is no such task.
+      CheckpointError: there is no such task, or tasks have heads of their own shapes
+        and the task is an argument of a `jit`.
     """
-    if isinstance(task, str) or not isinstance(task, jax.core.Tracer):
+    known = isinstance(task, str) or not isinstance(task, jax.core.Tracer)
+    if known:
         task = place_of(task, params.tasks)
     leaves, structure = tree.flatten(params.unified)
     base, _ = tree.flatten(params.base)
@@ -85,8 +90,25 @@ def modulate(params: Unified, task: Any) -> Any:
             mask = bits.reshape(leaf.shape).astype(bool)
             found = task_model(own, wide - own, mask, scale.astype(dtype))
             leaf = found.astype(leaf.dtype)
+        elif name in params.heads:
+            heads = params.heads[name]
+            if known:
+                leaf = heads.get(task, leaf)
+            else:
+                each = [heads.get(k, leaf) for k in range(len(params.tasks))]
+                leaf = _stacked(each, name)[task]
         made.append(leaf)
     return structure(made)
+
+
+def _stacked(heads: list[jax.Array], name: str) -> jax.Array:
+    if len({(own.shape, own.dtype) for own in heads}) > 1:
+        shapes = ", ".join(f"{own.dtype} {list(own.shape)}" for own in heads)
+        raise CheckpointError(
+            f"tensor {shown(name)} differs between the tasks ({shapes}): give the task "
+            "by name, not as an argument of jit"
+        )
+    return jnp.stack(heads)
 
 
 def load(
@@ -111,6 +133,10 @@ def load(
             unified=load_params(fspath(folder)),
             masks=masks,
             scales=jnp.asarray(emr.scales, jnp.float32),
+            heads={
+                name: {k: jnp.asarray(read_whole(own[k])) for k in own}
+                for name, own in emr.heads.items()
+            },
             tasks=emr.tasks,
         )
 
@@ -132,8 +158,9 @@ def write(
       task: a name or a number from 0.
       output: the folder to make.
       base: the base model; None: that of the folder's record.
-      unmerged_from: a model that gives the tensors of floats which were not merged,
-        such as a head of its own shape; None: the folder has them, from the base.
+      unmerged_from: a model that gives the tensors of floats which were not merged;
+        None: the folder has them, those that were excluded from the task's own model,
+        such as its head, and others from the base.
 
     Raises:
       CheckpointError: as for `load`, or there is no such task, or the place is taken.
@@ -142,7 +169,7 @@ def write(
     with contextlib.ExitStack() as stack:
         emr = stack.enter_context(_opened(fspath(folder), base))
         k = place_of(task, emr.tasks)
-        heads: Mapping[str, Source] = {}
+        heads = {name: own[k] for name, own in emr.heads.items() if k in own}
         if unmerged_from is not None:
             own = stack.enter_context(open_checkpoint(fspath(unmerged_from)))
             heads = {n: s for n, s in own.tensors.items() if n not in emr.masks}
@@ -183,6 +210,7 @@ class _Emr:
     base: Checkpoint
     unified: Checkpoint
     masks: Mapping[str, tuple[Source, ...]]  # of each task, by the tensor's name
+    heads: Mapping[str, Mapping[int, Source]]  # likewise, by the task's place
     scales: tuple[float, ...]
     tasks: tuple[str, ...]
 
@@ -219,6 +247,7 @@ def _opened(folder: str, base: Any) -> Any:
             opened,
             unified,
             _masks(unified, opened, len(scales), stack),
+            _heads(unified, len(scales), stack),
             scales,
             tuple(short if len({*short}) == len(short) else paths),
         )
@@ -255,6 +284,20 @@ def _masks(
                 f"{count} tasks; merge again"
             )
     return {name: tuple(masks) for name, masks in found.items()}
+
+
+def _heads(
+    unified: Checkpoint, count: int, stack: contextlib.ExitStack
+) -> dict[str, dict[int, Source]]:
+    """What was excluded, of each task's model, by its name in the unified one."""
+    found: dict[str, dict[int, Source]] = {}
+    for k in range(count):
+        path = unified.folder / f"head-{k}.safetensors"
+        if path.is_file():
+            heads = stack.enter_context(open_checkpoint(str(path), mergeable=False))
+            for name, own in heads.stored.items():
+                found.setdefault(name.removesuffix(f".head-{k}"), {})[k] = own
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ import checkpoints
 import jax
 
 import m3jax
+from m3jax.engine.execution import Execution
 from m3jax.engine.merge import MergeResult
-from m3jax.engine.prepare import Execution
 from m3jax.engine.progress import Progress
 
 SHAPES = {

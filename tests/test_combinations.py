@@ -14,7 +14,7 @@ import pytest
 import reference
 
 import m3jax
-from m3jax.engine.prepare import Execution
+from m3jax.engine.execution import Execution
 from m3jax.mixup import group_of
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)

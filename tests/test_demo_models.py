@@ -135,3 +135,28 @@ def test_the_record_says_how_they_were_made():
     assert set(record["validation_accuracy"]) == {"base", *EXPERTS}
     size = sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file())
     assert size < 3_000_000
+
+
+@pytest.mark.slow
+def test_learning_without_labels_beats_equal_ratios(run, tmp_path):
+    """By tensor, on held-out tests, with a 95 % interval that excludes 0."""
+    models = ",".join(str(DATA / name) for name in EXPERTS)
+    lists = {
+        f"--{flag}={DATA}/tasks/{part}.json"
+        for flag, part in (
+            *(("tasks", "train"), ("validation_tasks", "validation")),
+            ("test_tasks", "test"),
+        )
+    }
+    ran = run(
+        *("learn", "--config=distil", f"--base={DATA}/base", f"--models={models}"),
+        *(*lists, f"--output={tmp_path}/out"),
+    )
+    assert ran.code == 0, ran.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    mean = summary["test"][-1]
+    assert mean["task"] == "mean"
+    assert mean["start"] == pytest.approx(0.768, abs=0.005)  # equal ratios
+    assert mean["interval"][0] > 0
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["recipe"]
+    assert len(recipe["task_arithmetic"]["weights"]["rules"]) > 10  # by tensor

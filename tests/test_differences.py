@@ -15,7 +15,7 @@ import pytest
 import m3jax
 from m3jax import CheckpointError, Mixup, Recipe
 from m3jax.engine.differences import effective
-from m3jax.engine.prepare import Execution
+from m3jax.engine.execution import Execution
 
 SHAPES = {f"model.layers.{i}.up_proj.weight": (32, 32) for i in range(4)}
 CONFIG: dict[str, Any] = {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +25,11 @@ from hypothesis import strategies as st
 from interruptions import RECIPES, Observer, partial_of, write_models
 
 import m3jax
+from m3jax.checkpoints.folder import open_checkpoint
 from m3jax.checkpoints.formats.dtypes import of_numpy
 from m3jax.checkpoints.output.shards import Shard, ShardWriter
-from m3jax.checkpoints.places import direct
+from m3jax.checkpoints.places import direct, durable
+from m3jax.checkpoints.source import checksum
 
 BLOCK = direct.BLOCK
 UINT8 = of_numpy(np.dtype(np.uint8))
@@ -102,6 +105,8 @@ def write_all(folder: Path, content: np.ndarray, cuts: list[int], count: int = 1
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(write, range(len(runs))))
+        for writer in own:
+            writer.close()
         back = np.empty_like(content)
         own[0].read(0, start, back)
     np.testing.assert_array_equal(back, content)
@@ -249,8 +254,8 @@ def test_an_error_of_the_disk_names_the_file(number, tmp_path, monkeypatch):
         pytest.skip("no direct writes here")
     monkeypatch.setattr(os, "pwrite", failing_pwrite(number, after=1))
     with (
-        writers(tmp_path, 50 * BLOCK) as (shard, (writer,)),
         pytest.raises(OSError) as caught,
+        writers(tmp_path, 50 * BLOCK) as (shard, (writer,)),
     ):
         writer.write(0, shard.entries["tensor"].start, content_of(50 * BLOCK))
     assert caught.value.errno == number
@@ -331,6 +336,30 @@ class TestMerges:
         assert not output.exists()
         assert merge(output, recipe, resume=True, **SMALL).resumed > 0
         assert checkpoints.digest(output) == expected
+
+    def test_journalled_is_written(self, merge, tmp_path, monkeypatch):
+        """Whatever the journal says of a tensor, its file holds those bytes by then."""
+        output, seen = tmp_path / "merged", []
+        append, files = durable.append_lines, partial_of(output) / "checkpoint"
+
+        def slow(fd, view, offset):
+            time.sleep(0.002 * is_direct(fd))
+            return PWRITE(fd, view, offset)
+
+        def checked(path, entries):
+            for entry in entries:
+                if "tensor" in entry:
+                    (file,) = files.glob("*.safetensors")
+                    with open_checkpoint(str(file)) as written:
+                        found = checksum(written.tensors[entry["tensor"]])
+                    assert found == entry["checksums"][""]
+                    seen.append(entry["tensor"])
+            append(path, entries)
+
+        monkeypatch.setattr(os, "pwrite", slow)
+        monkeypatch.setattr(durable, "append_lines", checked)
+        merge(output, RECIPES["ties after DARE"], **SMALL)
+        assert sorted(seen) == sorted(SHAPES)
 
     @pytest.mark.parametrize("first", [True, False])
     def test_either_way_goes_on_with_the_other(

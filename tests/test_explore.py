@@ -405,6 +405,14 @@ def test_picture(count, tmp_path):
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_recipe_without_ratios_has_a_picture_too(tmp_path):
+    pytest.importorskip("matplotlib")
+    masks = m3jax.Recipe(mixup=m3jax.Mixup(alpha=None), dare=m3jax.Dare(drop_rate=0.5))
+    found = explore(recipe=masks, draws=2, output=tmp_path)
+    assert [row.name for row in found.rows[3:-1]] == ["plain average"]
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
 # Several draws at once.
 
 

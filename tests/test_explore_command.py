@@ -147,9 +147,11 @@ def test_table_and_parents(folder, explored, run):
         assert low <= cell["mean"] <= high
         assert (high - low) / error == pytest.approx(2 * 1.96, rel=0.3)
     text = (output / "summary.md").read_text()
-    for line in ("out of distribution", "4 draws, mean ± deviation", "plain ties"):
+    for line in ("out of distribution", "4 draws, mean", "plain ties"):
         assert line in printed
         assert line in text
+    assert all(len(line) <= 80 for line in printed.splitlines() if "/" not in line)
+    assert "4 draws, mean ± deviation" in text
     assert text.startswith("# 4 draws of ties, a + b\n")
     page = (output / "report.html").read_text()
     intervals = re.findall(r"\[-?\d\.\d{4}, -?\d\.\d{4}\]", text)
@@ -276,7 +278,7 @@ def test_tasks_of_the_harness_choose(folder, tmp_path, run):
     (tmp_path / "tiny.yaml").write_text(json.dumps(yaml))
     tasks = f"tiny,{folder}/test.json"
     flags = {"validation_tasks": tasks, "harness_tasks_path": tmp_path, "limit": 4}
-    flags["test_tasks"] = folder / "ood.json"
+    flags |= {"test_tasks": folder / "ood.json", "selector": "answers"}
     ran = run(*command(folder, tmp_path / "out", **flags))
     assert ran.code == 0, ran.err
     lines = (tmp_path / "out/trials.jsonl").read_text().splitlines()[1:]
@@ -285,6 +287,13 @@ def test_tasks_of_the_harness_choose(folder, tmp_path, run):
         assert trial["scores"]["tiny"] in (0, 0.25, 0.5, 0.75, 1)
         tiny, copy, pick = (trial["scores"][n] for n in ("tiny", "copy", "pick"))
         assert trial["objective"] == pytest.approx((tiny - copy + pick) / 3)
+        answers = trial["answers"]
+        assert {name: len(own) for name, own in answers.items()} == {
+            "tiny": 4,
+            "pick": 4,
+        }
+        assert set(answers["tiny"]) <= {"0", "1"}
+    assert "chosen by its answers on validation" in ran.out
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,14 @@ def test_settings_that_are_not_supported_are_refused(ours):
         ours.generate_until(request)
 
 
+def test_what_is_an_answer():
+    answer = pytest.importorskip("m3jax.evaluation.harness.evaluator")._answer
+    assert answer(["42"]) == "42"
+    assert answer([(-2.5, False), (-1.5, False), (-3.0, True)]) == 1
+    assert answer([(-2.5, True)]) is None  # a log-likelihood alone
+    assert answer([(-2.5,)]) is None
+
+
 def test_local_tasks_and_our_own_scores(ours, theirs, tokenizer, tmp_path, monkeypatch):
     """A whole evaluation by the harness; our tasks give the same numbers."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")

@@ -210,7 +210,7 @@ def test_each_refusal_of_the_hub_has_a_way_out(home, kind, hint, monkeypatch):
 SCRIPT = """
 import sys
 from m3jax.checkpoints.places import hub
-hub._TIMEOUT = 0.5
+hub.TIMEOUT = 0.5
 try:
     print(*hub.locate(sys.argv[1]))
 except hub.CheckpointError as error:

@@ -58,7 +58,7 @@ def merge(tmp_path: Path) -> Merge:
             [tmp_path / name for name in written if name != "base"],
             output,
             recipe or Recipe(mixup=PLAIN),
-            execution=m3jax.engine.prepare.Execution(**execution),
+            execution=m3jax.engine.execution.Execution(**execution),
         )
         return checkpoints.read(output)
 

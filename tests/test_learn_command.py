@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +125,46 @@ def test_a_run_is_replayed_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_killed_at_random_and_resumed(folder: Path, tmp_path: Path):
+    """By SIGKILL, between any two steps or in one: the same files as without."""
+    steps = 30
+
+    def start(output: Path, *more: str) -> subprocess.Popen:
+        flags = {"config.steps": steps, "config.save_every": 3}
+        flags["validation_tasks"] = folder / "validation.json"
+        flags["config.validate_every"] = 5
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "m3jax"),
+                *arguments(folder, output, "learned_soup", **flags),
+                *more,
+            ],
+            env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def files(output: Path) -> dict[str, str]:
+        names = ("recipe.json", "summary.json")
+        texts = {name: (output / name).read_text() for name in names}
+        return {n: own.replace(str(output), "OUTPUT") for n, own in texts.items()}
+
+    assert start(tmp_path / "whole").wait() == 0
+    expected = files(tmp_path / "whole")
+    generator = np.random.default_rng()
+    for attempt in range(2):
+        output = tmp_path / str(attempt)
+        process, state = start(output), output / "state.msgpack"
+        while not state.exists():
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 3))
+        process.kill()
+        assert process.wait(timeout=10) in (-9, 0)
+        assert start(output, "--resume").wait() == 0
+        assert files(output) == expected
+
+
+@pytest.mark.slow
 def test_from_files_it_is_the_same_run(folder: Path, tmp_path: Path, run: Run):
     found = []
     for flags in ((), ("--streamed",), ("--mesh=rows=2,columns=2",)):
@@ -171,7 +215,12 @@ def test_the_plan_says_what_it_takes(folder: Path, run: Run):
         ({"output": None}, 2, "--output is missing"),
         ({"tasks": "{folder}/no.json"}, 2, "no.json: No such file"),
         ({"base": "{folder}/no"}, 3, "no"),
-        ({"test_tasks": "{folder}/train.json"}, 2, "have the same data"),
+        ({"test_tasks": "{folder}/train.json"}, 2, "training task 'copy' and test"),
+        (
+            {"models": "{folder}/a", "config.experts": None},
+            2,
+            "experts={'copy': 0, 'pick': 0} (--config.experts=\"(('copy', 0),",
+        ),
         ({"config.space.granularty": "model"}, 2, "did you mean space.granularity"),
         ({"config.inputs": "'x'"}, 2, "inputs='x' needs one of prompt"),
         ({"config.objective": "3"}, 2, "needs pairs"),
@@ -196,7 +245,7 @@ def test_what_is_wrong_is_one_line(
     }
     ran = run(*arguments(folder, tmp_path / "out", "distil", **flags))
     assert ran.code == code and message in ran.error
-    assert not (tmp_path / "out" / "recipe.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_configs_of_merge_are_refused(folder: Path, tmp_path: Path, run: Run):

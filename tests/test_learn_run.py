@@ -170,6 +170,7 @@ def test_killed_and_resumed_is_the_same_as_not(tmp_path: Path):
         recipe=ARITHMETIC,
         space=Space(granularity="element", initial=0.3),
         objective=away,
+        scale_logits=True,
         optimizer=Optimizer(name="adamw", rate=0.02, schedule="linear", warmup=3),
         steps=17,
         save_every=4,
@@ -310,6 +311,37 @@ def test_adamerging_goldens(case: dict[str, Any]):
     near(merged, tensors(case["outputs"]["merged"]), allowed)
 
 
+@pytest.mark.parametrize("case", cases("learned_soup"))
+def test_learned_soup_goldens(case: dict[str, Any]):
+    models = list(map(tensors, case["inputs"]["models"]))
+    held, options = arrays(case["inputs"]["batches"]), case["options"]
+    batches = [
+        {"x": x, "labels": y} for x, y in zip(held["x"], held["y"], strict=True)
+    ][: options["steps"]]
+    config = Config(
+        recipe=m3jax.Recipe(),
+        space=Space(constraint="simplex"),
+        objective={"cross_entropy": 1.0},
+        scale_logits=True,
+        optimizer=Optimizer(
+            name="adamw",
+            rate=options["learning_rate"],
+            options={"weight_decay": 0.0},
+        ),
+        steps=options["steps"],
+        shuffle=False,
+    )
+
+    def apply(params: Any, batch: Any) -> jax.Array:
+        return mlp(params, batch["x"])
+
+    found = learn(None, models, config, apply=apply, batches=batches)
+    expected, tolerance = arrays(case["outputs"]["result"]), case["tolerance"]
+    near(np.array(found.losses, np.float32), expected["losses"], tolerance["absolute"])
+    merged = m3jax.merge_params(None, models, found.recipe, 0)
+    near(merged, tensors(case["outputs"]["merged"]), tolerance["merged"])
+
+
 @pytest.mark.parametrize("case", cases("np_merge"))
 def test_np_goldens(case: dict[str, Any]):
     a, b, target, curvature = (
@@ -344,10 +376,11 @@ def test_np_goldens(case: dict[str, Any]):
     near(merged, tensors(case["outputs"]["merged"]), tolerance)
 
 
-def test_dam_gradients_are_those_of_its_own_loss():
-    """KL to each expert and the cosine of coefficients, by column; `dam_loss` has its
-    own goldens."""
-    case = next(c for c in CASES if c["call"] == "dam")
+@pytest.mark.parametrize("term", ["similarity", "weighted_overlap"])
+def test_dam_gradients_are_those_of_its_own_loss(term: str):
+    """KL to each expert, and a regulariser by column; `dam_loss` has goldens."""
+    case = next(c for c in CASES if c["call"] == "dam" and "base" in c["inputs"])
+    base = tensors(case["inputs"]["base"])
     models = [tensors(own) for own in case["inputs"]["models"]]
     held = arrays(case["inputs"]["tokens"])
     tasks = {
@@ -357,14 +390,12 @@ def test_dam_gradients_are_those_of_its_own_loss():
     columns = ("up.weight", "head.weight")
     config = Config(
         recipe=m3jax.Recipe(),
-        space=Space(
-            granularity="column", include=columns, regularisers={"similarity": 0.01}
-        ),
+        space=Space(granularity="column", include=columns, regularisers={term: 0.01}),
         objective={"kl": 1.0},
         optimizer=Optimizer(name="sgd", rate=1.0),
         steps=1,
     )
-    found = learn(None, models, config, apply=language_model, batches=tasks)
+    found = learn(base, models, config, apply=language_model, batches=tasks)
     start = {
         name: jnp.full((3, *(1,) * (own.ndim - 1), own.shape[-1]), 1 / 3)
         if name in columns
@@ -374,8 +405,16 @@ def test_dam_gradients_are_those_of_its_own_loss():
     inputs = [own[0] for own in tasks.values()]
 
     def loss(trained: Any) -> jax.Array:
-        own = {**start, **trained}
-        return dam_loss(own, models, language_model, inputs, regularized=columns)[0]
+        terms = {"kl": 1.0, term: 0.01}
+        return dam_loss(
+            {**start, **trained},
+            models,
+            language_model,
+            inputs,
+            base=base,
+            terms=terms,
+            regularized=columns,
+        )[0]
 
     value, gradient = jax.value_and_grad(loss)({n: start[n] for n in columns})
     assert abs(found.losses[0] - float(value)) < 1e-5
@@ -396,6 +435,11 @@ def test_dam_gradients_are_those_of_its_own_loss():
         ({"optimizer": {"options": {"x": 1}}}, "options of adam='x' needs one of"),
         ({"objective": {"x": 1}}, "objective='x' needs one of entropy"),
         ({"top_k": 3}, "top_k=3 needs None: entropy has none"),
+        ({"scale_logits": 1}, "scale_logits=1 needs True or False"),
+        (
+            {"space": {"regularisers": {"weighted_overlap": 1.0}}},
+            "space.regularisers='weighted_overlap' needs space.granularity=column",
+        ),
         ({"steps": -1}, "steps=-1 needs an integer, 0 or more"),
         ({"recipe": {"method": "emr", "mixup": {"alpha": None}}}, "emr cannot be"),
         ({"space": {"constraint": "simplex"}}, "space.initial=.* sum 1"),

@@ -204,7 +204,7 @@ class TestDryRun:
         elements = sum(int(np.prod(shape)) for shape in SHAPES.values())
         assert f"4 merged, 0 copied), {elements} elements" in facts["tensors"]
         assert facts["method"] == "ties after dare"
-        assert facts["passes"] == "2: what ties measures, whole model; merge"
+        assert facts["passes"] == "at least 2: what ties measures, whole model; merge"
         assert f"{3 * 2 * elements} B in the last pass" in facts["read"]
         assert "in 1 file" in facts["written"]
         assert sorted(models.rglob("*")) == before
@@ -319,11 +319,11 @@ class TestMisuse:
             ),
             (
                 ["--base=-", "--config.method=ties"],
-                "method='ties' needs a base: give --base",
+                "method='ties' needs a base (--base)",
             ),
             (
                 ["--base=-", "--config.dare.drop_rate=0.1"],
-                "transforms='dare' needs a base: give --base",
+                "transforms='dare' needs a base (--base)",
             ),
             (["--threads=0"], "threads=0 needs 1 to 256"),
             (["--chunk_size=1"], "chunk_size=1 needs 1024 to 67108864 elements"),

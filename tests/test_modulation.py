@@ -79,8 +79,8 @@ def test_the_command_writes_the_papers_model_and_jit_makes_the_same_bits(
             np.testing.assert_allclose(
                 found[name].astype(float), expected, rtol=relative, atol=1e-7
             )
-        for name in ("head.weight", "ids"):
-            np.testing.assert_array_equal(found[name].astype(float), base[name])
+        for name, own in (("head.weight", models[k]), ("ids", base)):
+            np.testing.assert_array_equal(found[name].astype(float), own[name])
         # By number, as an argument: one program for all tasks.
         leaves, _ = tree.flatten(made(params, np.int32(k)))
         programs.append(made._cache_size())
@@ -160,3 +160,48 @@ def test_what_cannot_be_modulated_is_said_in_a_line(run, folder, tmp_path):
             safetensors.numpy.save_file(flaw, path)
         with pytest.raises((CheckpointError, OSError), match=said):
             m3jax.modulation.load(broken)
+
+
+def test_heads_of_their_own_shapes_are_kept_and_put_back(run, tmp_path):
+    shapes = {"model.norm.weight": (8,), "score.weight": (2, 8), "score.bias": (2,)}
+    base = checkpoints.random_model(0, shapes)
+    checkpoints.write(tmp_path / "base", base, {"model_type": "any"})
+    models = []
+    for k, name in enumerate(("two", "five")):
+        own = checkpoints.random_model(
+            k + 1, {**shapes, "score.weight": (2 + 3 * k, 8)}
+        )
+        models.append(own)
+        checkpoints.write(tmp_path / name, own, {})
+    output = tmp_path / "unified"
+    ran = run(
+        *(
+            "merge",
+            f"--base={tmp_path}/base",
+            f"--models={tmp_path}/two,{tmp_path}/five",
+        ),
+        *("--config.method=emr", "--config.exclude=('score',)", f"--output={output}"),
+        "--config.mixup.alpha=None",
+    )
+    assert ran.code == 0, ran.err
+    assert run("verify", output).code == 0
+    assert {*m3jax.load(output)} == {"model", "score"}
+    params = m3jax.modulation.load(output)
+    for k, task in enumerate(("two", "five")):
+        made = tmp_path / f"made-{k}"
+        ran = run("modulate", output, f"--task={task}", f"--output={made}")
+        assert ran.code == 0, ran.err
+        found = checkpoints.read(made)
+        leaves, _ = tree.flatten(m3jax.modulate(params, task))
+        for name in ("score.weight", "score.bias"):
+            np.testing.assert_array_equal(found[name], models[k][name])
+            np.testing.assert_array_equal(np.asarray(leaves[name]), models[k][name])
+    ran = run(
+        *("modulate", output, "--task=two", f"--output={tmp_path}/plain"),
+        f"--unmerged_from={tmp_path}/base",
+    )
+    assert ran.code == 0, ran.err
+    found = checkpoints.read(tmp_path / "plain")["score.weight"]
+    np.testing.assert_array_equal(found, base["score.weight"])
+    with pytest.raises(CheckpointError, match="differs between the tasks"):
+        jax.jit(m3jax.modulate)(params, np.int32(0))

@@ -20,7 +20,7 @@ from m3jax.checkpoints.formats.dtypes import of_numpy
 from m3jax.checkpoints.naming import common, layouts, prefixes, wrappers
 from m3jax.checkpoints.source import Array, read_whole
 from m3jax.checkpoints.sources import views
-from m3jax.engine.prepare import Execution
+from m3jax.engine.execution import Execution
 
 Tensors = checkpoints.Tensors
 PLAIN = Recipe(mixup=Mixup(alpha=None))

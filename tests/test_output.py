@@ -13,7 +13,7 @@ import xxhash
 
 import m3jax
 from m3jax import CheckpointError, Recipe
-from m3jax.engine.prepare import Execution
+from m3jax.engine.execution import Execution
 from m3jax.engine.progress import Progress
 
 KEEP_BASE = Recipe(method="task_arithmetic", scaling=0.0, mixup=m3jax.Mixup(alpha=None))
@@ -207,7 +207,7 @@ def test_model_card(model: Path, other: Path, tmp_path: Path):
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
-        "tags": ["merge", "m3jax"],
+        "tags": ["merge", "m3jax", "average"],
     }
     record = json.loads((tmp_path / "merged" / "m3jax.json").read_text())
     for ratio in record["ratios"][""]:

@@ -296,6 +296,21 @@ def test_adamms_chooses_by_answers_and_not_by_scores():
     assert found.winner.objective < max(trial.objective for trial in found.trials)
 
 
+@pytest.mark.parametrize("sampler", [None, "grid"])
+def test_draws_may_be_chosen_by_answers_too(sampler: str | None):
+    base, *models = trees(2)
+    evaluator = Answering(models, [[0.1, 0.9], [0.15, 0.4], [0.8, 0.95]])
+    options = {"evaluator": evaluator, "draws": 9, "sampler": sampler}
+    found = m3jax.explore(base, models, selector="answers", **options)
+    ratios = [trial.mean_ratios[0] for trial in found.trials]
+    place = search.most_stable([t.answers["qa"] for t in found.trials], ratios)
+    assert found.winner == found.trials[place]
+    assert 0.3 < ratios[place] < 0.7  # where the answers stay the same
+    by_scores = m3jax.explore(base, models, **options)
+    assert by_scores.winner.objective > found.winner.objective
+    assert [t.proposal for t in by_scores.trials] == [t.proposal for t in found.trials]
+
+
 def test_m3_is_what_explore_does_without_a_preset():
     base, *models = trees(2)
     options = {"evaluator": near(models[0]), "draws": 5, "seed": 3}
@@ -306,29 +321,34 @@ def test_m3_is_what_explore_does_without_a_preset():
 
 # Each finds a planted optimum.
 
+seeds = pytest.mark.parametrize("seeds", [3, pytest.param(10, marks=pytest.mark.slow)])
 
-def test_greedy_soup_finds_the_subset_that_random_ratios_miss():
+
+@seeds
+def test_greedy_soup_finds_the_subset_that_random_ratios_miss(seeds: int):
     base, *models = trees(6)
     evaluator = near(mixed(models, [(1 / 3, 0, 1 / 3, 0, 1 / 3, 0)] * LAYERS))
     found = m3jax.explore(base, models, evaluator=evaluator, preset="greedy_soup")
     assert found.winner.objective > -1e-5
-    better_than_random(base, models, evaluator, range(3), preset="greedy_soup")
+    better_than_random(base, models, evaluator, range(seeds), preset="greedy_soup")
 
 
-def test_model_glue_finds_ratios_by_layers():
+@seeds
+def test_model_glue_finds_ratios_by_layers(seeds: int):
     pytest.importorskip("cmaes")
     base, *models = trees(3, spread=0.1)
     evaluator = near(mixed(models, [(0.7, 0.2, 0.1)] * 2 + [(0.5, 0.1, 0.4)] * 2))
     options = {"preset": "model_glue", "groups": 2, "draws": 96}
-    better_than_random(base, models, evaluator, range(3), **options)
+    better_than_random(base, models, evaluator, range(seeds), **options)
 
 
-def test_safety_aware_finds_the_ratios():
+@seeds
+def test_safety_aware_finds_the_ratios(seeds: int):
     pytest.importorskip("cmaes")
     base, *models = trees(4)
     evaluator = near(mixed(models, [(0.6, 0.25, 0.15, 0)] * LAYERS))
     options = {"preset": "safety_aware", "weights": {"near": 1.0}}
-    better_than_random(base, models, evaluator, range(3), **options)
+    better_than_random(base, models, evaluator, range(seeds), **options)
 
 
 class Informed:
@@ -404,7 +424,8 @@ def test_df_merge_finds_the_coefficients(sampler: str, seeds: int):
     assert np.mean(ours) > np.mean(theirs), (ours, theirs)
 
 
-def test_lfs_finds_the_methods():
+@seeds
+def test_lfs_finds_the_methods(seeds: int):
     pytest.importorskip("optuna")
     base, *models = trees(3)
     ties = m3jax.Recipe(method="ties", mixup=m3jax.Mixup(alpha=None))
@@ -413,7 +434,7 @@ def test_lfs_finds_the_methods():
     evaluator = near({n: np.asarray(own) for n, own in target.items()})
     options = {"preset": "lfs", "groups": 2, "draws": 48}
     ours, theirs = [], []
-    for seed in range(3):
+    for seed in range(seeds):
         for found, own in ((ours, {}), (theirs, {"sampler": "random"})):
             result = m3jax.explore(
                 base, models, evaluator=evaluator, seed=seed, **options, **own
@@ -491,6 +512,27 @@ def test_a_model_that_overflows_never_wins(preset: str):
         ({"preset": "model_glue", "groups": 9}, "groups=9 needs 1 to 4"),
         ({"preset": "safety_aware", "draws": 2}, "needs 3 or more"),
         ({"preset": "adamms"}, "the evaluator tells none"),
+        ({"selector": "best"}, "selector='best' needs to be scores or answers"),
+        ({"selector": "answers"}, "selector='answers' looks at answers, and the"),
+        ({"selector": "answers", "sampler": "tpe"}, "tpe goes by scores"),
+        ({"selector": "answers", "draws": 2}, "needs 3 draws or more, not 2"),
+        (
+            {
+                "selector": "answers",
+                "sampler": "random",
+                "search": ["ratios", "scaling"],
+                "recipe": m3jax.Recipe(method="task_arithmetic"),
+            },
+            "needs search=['ratios'] and no more",
+        ),
+        (
+            {
+                "selector": "answers",
+                "recipe": m3jax.Recipe(mixup=m3jax.Mixup(alpha=None)),
+            },
+            "set mixup.alpha",
+        ),
+        ({"selector": "answers", "preset": "lfs"}, "takes no selector='answers'"),
         ({"preset": "df_merge"}, "measures the Fisher information, and the evaluator"),
         ({"preset": "df_merge", "sampler": "grid"}, "(takes gp or tpe)"),
         (
@@ -509,6 +551,8 @@ def test_presets_that_need_more_or_fewer_models_say_so():
     base, *models = trees(3)
     with pytest.raises(m3jax.RecipeError, match="needs 2 models"):
         m3jax.explore(base, models, evaluator=Answering(models, []), preset="adamms")
+    with pytest.raises(m3jax.RecipeError, match="needs 2 models, and 3 are given"):
+        m3jax.explore(base, models, evaluator=near(base), selector="answers")
     with pytest.raises(m3jax.RecipeError, match="needs two models or more"):
         m3jax.explore(base, models[:1], evaluator=near(base), preset="greedy_soup")
     with pytest.raises(m3jax.RecipeError, match="needs a base"):

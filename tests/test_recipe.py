@@ -343,7 +343,7 @@ def test_with_number():
             Recipe(dare=Dare(drop_rate=0.1)),
             2,
             False,
-            "transforms='dare' needs a base: give --base",
+            "transforms='dare' needs a base (--base)",
         ),
         (
             Recipe(method=Ties(weights=(1.0, 2.0, 3.0)), mixup=Mixup(alpha=None)),

@@ -188,7 +188,7 @@ def test_several_sums_write_out_little():
 
 def test_buffers_are_shared():
     """Threads that want more than is left wait; none starves, and all come back."""
-    pool = Pool(lambda: Buffers(1, 1, 1), 5)
+    pool = Pool(lambda: Buffers(1, 1, 1), 5, [Buffers(1, 1, 1)])
     held, most, lock = 0, 0, threading.Lock()
 
     def work(count: int) -> None:

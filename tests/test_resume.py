@@ -176,7 +176,8 @@ def test_resume_with_overwrite(merge, references, output):
     note = interrupt(merge, output, TIES, at, overwrite=True)
     assert "--resume" in note
     assert checkpoints.digest(output) == before
-    with pytest.raises(CheckpointError, match="exists already; pass --overwrite"):
+    other = "exists already, and is not what this merge would make: its recipe is anot"
+    with pytest.raises(CheckpointError, match=other):
         merge(output, TIES, resume=True)
     assert merge(output, TIES, resume=True, overwrite=True).resumed > 0
     assert checkpoints.digest(output) == references["ties"][0]
@@ -279,14 +280,59 @@ def test_another_version_or_input(change, tmp_path, references, output, monkeypa
 
 
 def test_another_recipe_or_seed(merge, references, output):
-    at = almost_all(references, "ties")
-    interrupt(merge, output, TIES, at)
+    """What may be hours of work goes away only if that is said."""
+    interrupt(merge, output, TIES, almost_all(references, "ties"))
+    average = RECIPES["average"]
+    turned = Merge(merge.base, merge.models[::-1])
+    for other, recipe, seed, what in (
+        (merge, average, 7, "recipe"),
+        (merge, TIES, 8, "seed"),
+        (turned, TIES, 7, "set of inputs"),
+    ):
+        with pytest.raises(CheckpointError, match=f"had another {what}; --o") as e:
+            other(output, recipe, seed=seed, resume=True)
+        assert "kept in" in e.value.__notes__[0]
+        assert partial_of(output).exists()
+    assert merge(output, TIES, resume=True).resumed > 0
+    interrupt(merge, output, TIES, almost_all(references, "ties"), overwrite=True)
     observer = Observer()
-    assert merge(output, RECIPES["average"], observer, resume=True).resumed == 0
-    assert checkpoints.digest(output) == references["average"][0]
-    assert "another recipe" in observer.notes[0]
-    interrupt(merge, output, TIES, at, overwrite=True)
-    assert merge(output, TIES, seed=8, resume=True, overwrite=True).resumed == 0
+    again = merge(output, TIES, observer, seed=8, resume=True, overwrite=True)
+    assert again.resumed == 0
+    assert "another seed; starting from the beginning" in observer.notes[0]
+    assert merge(output, average, overwrite=True).resumed == 0  # without --resume
+
+
+def test_a_finished_merge_leaves_nothing_to_do(merge, references, output):
+    """The same merge again; whatever it would make otherwise is refused."""
+    first = merge(output, TIES)
+    assert "checksums" not in repr(first)  # a line of it for each tensor
+    before = checkpoints.digest(output), output.stat().st_ino
+    observer = Observer()
+    again = merge(output, TIES, observer, resume=True)
+    assert observer.notes == [f"{output}: is complete already; nothing to do"]
+    assert observer.calls == 0
+    assert (again.checksums, again.ratios) == (first.checksums, first.ratios)
+    turned = Merge(merge.base, merge.models[::-1])
+    chosen = {"tokenizer_from": str(merge.base)}
+    for other, recipe, how, what in (
+        (merge, RECIPES["average"], {}, "its recipe is another one"),
+        (merge, TIES, {"seed": 8}, "its seed is 7, not 8"),
+        (turned, TIES, {}, "its base or models are others"),
+        (merge, TIES, chosen, "it has another model's tokenizer"),
+        (merge, TIES, {"output_format": "orbax"}, "its tensors are others"),
+    ):
+        with pytest.raises(CheckpointError, match=f"would make: {what}; pass --over"):
+            other(output, recipe, resume=True, **how)
+    assert (checkpoints.digest(output), output.stat().st_ino) == before
+    (output / "README.md").write_text("a card of one's own")
+    merge(output, TIES, resume=True)
+    min(output.glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="is missing or has another size"):
+        merge(output, TIES, resume=True)
+    merge(output, TIES, overwrite=True, resume=True)
+    os.utime(merge.models[0] / "model.safetensors")
+    with pytest.raises(CheckpointError, match="may have changed since; pass --overwr"):
+        merge(output, TIES, resume=True)
 
 
 def test_inputs_may_move_with_their_link(merge, references, output, tmp_path):
@@ -300,7 +346,7 @@ def test_inputs_may_move_with_their_link(merge, references, output, tmp_path):
 
 
 class TestNonfinite:
-    """A NaN found late costs what was not yet merged, not everything."""
+    """A NaN is found where it is read first; late, it costs what was not yet merged."""
 
     @pytest.fixture
     def merge(self, tmp_path):
@@ -316,15 +362,25 @@ class TestNonfinite:
         merge(tmp_path / "expected", TIES, allow_nonfinite=True)
         return checkpoints.digest(tmp_path / "expected")
 
-    def test_resumed_with_leave_to_hold_nan(self, merge, expected, output):
+    def test_it_is_refused_before_anything_is_known(self, merge, output):
+        observer = Observer()
+        with pytest.raises(CheckpointError, match="holds nan"):
+            merge(output, TIES, observer)
+        assert observer.stages == ["measuring, pass 1"]
+        assert not partial_of(output).exists()
+
+    def test_resumed_with_leave_to_hold_nan(self, merge, output):
+        average = RECIPES["average"]
         with pytest.raises(CheckpointError, match="holds nan") as caught:
-            merge(output, TIES)
+            merge(output, average)
         (note,) = caught.value.__notes__
         assert note == (
             f"what is done so far is kept in {partial_of(output)} for --resume"
         )
-        assert merge(output, TIES, resume=True, allow_nonfinite=True).resumed > 0
-        assert checkpoints.digest(output) == expected
+        assert merge(output, average, resume=True, allow_nonfinite=True).resumed > 0
+        whole = output.with_name("whole")
+        merge(whole, average, allow_nonfinite=True)
+        assert checkpoints.digest(output) == checkpoints.digest(whole)
 
     def test_tensors_that_nobody_looked_through_are_merged_again(
         self, merge, expected, output

@@ -360,6 +360,28 @@ def test_response_stability(case: dict[str, Any]):
     assert got.best == want["best"]
 
 
+def test_of_an_even_grid_the_most_stable_is_the_papers():
+    rng = np.random.default_rng(0)
+    alphas = [a / 10 for a in range(4, 11)]
+    for _ in range(20):
+        answers = rng.integers(3, size=(7, 12)).tolist()
+        best = search.response_stability(answers, alphas).best
+        order = rng.permutation(7)
+        place = search.most_stable(
+            [answers[i] for i in order], [alphas[i] for i in order]
+        )
+        assert alphas[order[place]] in best
+
+
+def test_a_crowd_at_one_end_is_not_stable_for_being_near():
+    ratios = [0.1, 0.3, 0.5, 0.995, 0.998, 0.999]
+    answers = [["a", "b"]] * 3 + [["c", "c"]] * 3
+    assert search.most_stable(answers, ratios) == 1
+    assert search.most_stable([*answers, ["z", "z"]], [*ratios, 0.3]) == 1
+    with pytest.raises(ValueError, match="2 ratios differ; 3 or more"):
+        search.most_stable([["a"]] * 3, [0.0, 1.0, 1.0])
+
+
 def test_response_stability_needs_three_rising_alphas():
     with pytest.raises(ValueError, match="2 alphas were given; 3 or more"):
         search.response_stability([["a"], ["b"]], [0.0, 1.0])

@@ -272,7 +272,7 @@ def test_nothing_is_gathered(name: str):
             leaves._draw_words.lower(keys, thresholds, kind="mask", **at),
             leaves._unpack.lower(words, kind="mask", **at),
             leaves.all_finite.lower(leaf.base, **at),
-            leaves.merge_leaf.lower(
+            leaves._merge_leaf.lower(
                 leaf.models[0],
                 leaf.models[1:],
                 leaf.base,

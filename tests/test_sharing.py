@@ -226,6 +226,16 @@ def test_what_is_no_study_is_said(place, error, message, tmp_path):
     assert (tmp_path / "text").read_text() == "first\nsecond\n"
 
 
+def test_a_study_that_cannot_be_opened_leaves_no_output_behind(tmp_path):
+    (tmp_path / "own").mkdir()
+    for name in ("new", "own"):
+        with pytest.raises(OSError, match="No such file"):
+            test_explore.explore(
+                output=tmp_path / name, study=tmp_path / "none" / "study"
+            )
+    assert [own.name for own in tmp_path.iterdir()] == ["own"]
+
+
 # Explorations.
 
 

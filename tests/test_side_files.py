@@ -63,7 +63,7 @@ def merge(tmp_path):
             [tmp_path / "a", tmp_path / "b"],
             output,
             PLAIN,
-            execution=m3jax.engine.prepare.Execution(**execution),
+            execution=m3jax.engine.execution.Execution(**execution),
         )
         assert verify(output) == []
         return {
@@ -164,7 +164,7 @@ def test_the_modules_of_sentence_transformers_go_along(merge, tmp_path):
     more = {"additional_chat_templates/tools.jinja": "{{ x }}", "LICENSE": "Apache"}
     made = merge({**ENCODER, **more, "4_Other/config.json": "{}"})
     assert made.keys() == {*OURS, *ENCODER, *more}
-    again = m3jax.engine.prepare.Execution(overwrite=True)
+    again = m3jax.engine.execution.Execution(overwrite=True)
     models = [tmp_path / "a", tmp_path / "b"]
     out = tmp_path / "out"
     m3jax.merge(tmp_path / "base", models, out, PLAIN, execution=again)

@@ -17,6 +17,7 @@ from m3jax.evaluation.tasks.task import load_tasks
 from m3jax.exploration.search.result import Exploration, Row
 from m3jax.exploration.search.scoring import Objective, Scored
 from m3jax.exploration.search.trials import Trial
+from m3jax.learn import Learning
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -32,7 +33,8 @@ def test_parts_are_disjoint_and_complete() -> None:
     prompts = [example["prompt"] for own in parts.values() for example in own]
     assert sorted(prompts) == sorted(example["prompt"] for example in EXAMPLES)
     assert 150 < len(parts["train"]) < 210
-    assert 40 < len(parts["validation"]) < 80
+    assert 15 < len(parts["learning"]) < 45
+    assert 15 < len(parts["validation"]) < 45
     assert 40 < len(parts["test"]) < 80
 
 
@@ -42,15 +44,16 @@ def test_parts_follow_from_the_prompt_alone() -> None:
         assert backwards[part] == own[::-1]
         for example in own:
             digits = hashlib.sha256(example["prompt"].encode()).hexdigest()
-            expected = {0: "validation", 1: "test"}.get((int(digits, 16) % 10 - 6) // 2)
-            assert part == (expected or "train")
+            later = {6: "learning", 7: "validation", 8: "test", 9: "test"}
+            assert part == later.get(int(digits, 16) % 10, "train")
 
 
 @pytest.mark.parametrize(
     ("prompt", "part"),
     [
         ("Add 0 and 1.", "train"),
-        ("Add 1 and 1.", "validation"),
+        ("Add 1 and 1.", "learning"),
+        ("Add 4 and 1.", "validation"),
         ("Add 12 and 1.", "test"),
     ],
 )
@@ -98,6 +101,7 @@ def test_answers_are_asked_for_in_test_alone(lines: Path, tmp_path: Path) -> Non
     specs = data.write_tasks(tmp_path / "tasks", parts, generate=True)
     kinds = {part: [t.kind for t in load_tasks(own)] for part, own in specs.items()}
     assert kinds == {
+        "learning": ["loss", "loss"],
         "validation": ["loss", "loss"],
         "test": ["loss", "numeric", "loss"],
     }
@@ -169,9 +173,8 @@ def scored(maths: float, code: float) -> Scored:
     return Scored({"maths": maths, "code": code}, examples)
 
 
-def exploration(plain: float, draws: list[float], alpha: float | None) -> Exploration:
+def exploration(draws: list[float], ratio: float | None = None) -> Exploration:
     """Losses on test as given, on validation greater by 1, of maths less by 0.2."""
-    recipe = m3jax.Recipe(mixup=m3jax.Mixup(alpha=alpha))
 
     def lists(loss: float) -> dict[str, Scored]:
         return {
@@ -183,51 +186,69 @@ def exploration(plain: float, draws: list[float], alpha: float | None) -> Explor
         Trial(
             index=i,
             budget=None,
-            recipe=recipe,
+            recipe=m3jax.Recipe(),
             seed=i,
-            ratios=None if alpha is None else {"model": (0.25, 0.75)},
+            ratios=None if ratio is None else {"model": (ratio, 1 - ratio)},
             scores=lists(loss)["validation"].scores,
             objective=-loss - 1,
-            other={"test": lists(loss)["test"].scores},
         )
         for i, loss in enumerate(draws)
     )
     rows = [Row(name, "parent", lists(3.0)) for name in ("base", "maths", "code")]
-    for method in table.LABELS:
-        rows.append(Row(f"plain {method}", "baseline", lists(plain)))
-    rows.append(Row("equal ratios", "baseline", lists(plain)))
     rows.append(Row("winner", "winner", lists(min(draws))))
     losses = Objective({}, frozenset({"maths", "code"}))
     return Exploration(trials, trials[0], tuple(rows), losses, ("maths", "code"), 0)
 
 
-def test_tables_say_what_was_found() -> None:
-    found = {}
-    for method in table.LABELS:
-        found[f"{method}_m3"] = exploration(2.0, [1.5, 1.7, 2.2], 0.5)
-        found[f"{method}_dare"] = exploration(1.4, [1.5, 1.7], None)
-        found[f"{method}_m3_dare"] = exploration(1.4, [1.5, 1.9], 0.5)
-    main = table.main_table(found, ["maths", "code"]).splitlines()
+ENTRIES = [
+    table.Entry("average", exploration([2.0])),
+    table.Entry("average + M3", exploration([1.5, 1.7, 2.2], 0.25), "average"),
+    table.Entry("TIES", exploration([2.25])),
+    table.Entry("LFS, searched", exploration([2.4, 1.9, 2.3])),
+]
+
+
+def test_the_main_table_has_parents_draws_and_winners():
+    main = table.main_table(ENTRIES, ["maths", "code"]).splitlines()
     assert main[0] == (
         "|  | validation: maths | validation: code | validation: mean | "
         "test: maths | test: code | test: mean |"
     )
     rows = dict(line[2:-2].split(" | ", maxsplit=1) for line in main[2:])
-    assert len(rows) == 3 + 3 * 6
+    assert list(rows) == [
+        *("base", "maths", "code", "average", "average + M3, 3 draws"),
+        *("average + M3, winner (λ = 0.25)", "TIES", "LFS, searched"),
+    ]
     assert rows["base"] == "3.8000 | 4.2000 | 4.0000 | 2.8000 | 3.2000 | 3.0000"
-    assert rows["TIES + DARE, 2 draws"].endswith("| 1.6000 ± 0.1414")
-    assert rows["average + M3, 3 draws"].endswith("| 1.8000 ± 0.3606")
-    assert rows["average + M3, winner (λ = 0.25)"].endswith("| **1.5000**")
+    drawn = rows["average + M3, 3 draws"]
+    assert drawn.startswith("2.6000 ± 0.3606 | ") and drawn.endswith(" |  |  | ")
+    best = rows["average + M3, winner (λ = 0.25)"]
+    assert best.endswith("| **1.3000** | **1.7000** | **1.5000**")
 
-    against, sentence = table.comparison(found, ["maths", "code"])
-    assert (
-        "| average | 2.0000 | 1.8000 | 1.5000–2.2000 | 1.5000 | "
-        "-0.5000 [-0.5000, -0.5000] | -0.5000 [-0.5000, -0.5000] |" in against
+
+def test_what_changes_is_counted_against_the_first():
+    against, sentence = table.comparison(ENTRIES, ["maths", "code"])
+    change = "-0.5000 [-0.5000, -0.5000]"
+    assert f"| average + M3 | 1.5000 | {change} | {change} |" in against
+    assert "| TIES | 2.2500 | +0.2500 [+0.2500, +0.2500] |  |" in against
+    assert sentence.startswith(
+        "Of 3 ways to merge, 2 (average + M3; LFS, searched) are better than average "
+        "and 1 (TIES) is worse,"
     )
-    assert (
-        "| TIES + DARE | 1.6000 | 1.7000 | 1.5000–1.9000 | 1.5000 | "
-        "+0.1000 [+0.1000, +0.1000] | +0.1000 [+0.1000, +0.1000] |" in against
+
+
+def test_what_was_learned_is_told():
+    found = Learning(
+        recipe=m3jax.Recipe(),
+        seed=0,
+        statistics=(),
+        coefficients={"a": np.array([0.25, 0.75]), "b": np.array([0.5, 0.5])},
+        losses=(3.0, 2.0),
+        looks=((0, 1.5), (8, 1.25)),
+        step=8,
     )
-    assert "Of 6 recipes" in sentence
-    assert "without M3 in 3; " in sentence
-    assert sentence.count("in 3 and worse in 3") == 2
+    told = table.learned({"soup": found}, ["maths", "code"]).splitlines()
+    assert told[2] == (
+        "| soup | 1.5000 | 1.2500 | 8 of 8 | 0.375 (0.250 to 0.500) | "
+        "0.625 (0.500 to 0.750) |"
+    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import checkpoints
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from grids import thinned
 
 import m3jax
-from m3jax.methods import ranks
+from m3jax.methods import ranks, spectral
 from m3jax.recipe import RecipeError
 
 SHAPES = {"wide": (8, 12), "tall": (11, 7), "bias": (5,), "empty": (0, 4)}
@@ -157,3 +158,56 @@ def test_least_squares_on_task_vectors(method):
     nothing = merged(base, [base, base, base], given, method=method)
     for name, own in nothing.items():
         np.testing.assert_array_equal(own, base[name])
+
+
+def test_triples_by_a_gram_matrix_are_those_of_the_matrix():
+    """As exact as float32 holds them, down to the last singular value that counts."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 20)))[0] for n in (40, 20))
+    exact = np.append(10.0 ** -np.linspace(0, 4, 18), [1e-9, 0])
+    tall = ((u * exact) @ v.T).astype(np.float32)
+    with jax.enable_x64(True):
+        for matrix, own in ((tall, u), (tall.T, v)):
+            left, values, right = map(np.asarray, jax.jit(spectral.svd)(matrix))
+            assert {a.dtype for a in (left, values, right)} == {np.dtype(np.float32)}
+            true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+            np.testing.assert_allclose(values[:18], true[:18], rtol=2e-7)
+            assert not left[:, 18:].any()
+            assert not right[18:].any()
+            for side in (left.T[:18], right[:18]):
+                np.testing.assert_allclose(side @ side.T, np.eye(18), atol=5e-7)
+            np.testing.assert_allclose((left * values) @ right, matrix, atol=1e-7)
+            overlap = np.abs(left[:, 17] @ own[:, 17])  # the smallest that counts
+            np.testing.assert_allclose(overlap, 1, atol=1e-3)
+        for own in jax.jit(spectral.svd)(np.zeros((5, 3), np.float32)):
+            assert not np.any(own)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_polar_products_of_tasks_that_share_directions(count):
+    """Some alike to the bit, some nearly, some not; some that are 0."""
+    rng = np.random.default_rng(count)
+    common = rng.normal(size=(30, 12))
+    triples = []
+    for k in range(count):
+        sides = []
+        for rows in (30, 16):
+            own = rng.normal(size=(rows, 5))
+            own[:, :2] = common[:rows, :2]
+            own[:, 2] = common[:rows, 2] + 1e-2 * k * common[:rows, 3]
+            basis = np.linalg.qr(own)[0]
+            basis[:, 4] = 0
+            sides.append(basis.astype(np.float32))
+        values = np.array([5, 4, 3, 2 + k, 0], np.float32)
+        triples.append((sides[0], values, sides[1].T))
+    with jax.enable_x64(True):
+        found = jax.jit(spectral.polar_product)(triples)
+    left, values, right = (
+        np.concatenate([t[i].astype(np.float64) for t in triples], axis)
+        for i, axis in ((0, 1), (1, 0), (2, 0))
+    )
+    wanted = polar(left) * values @ polar(right.T).T
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    plain = jax.jit(spectral.polar_product)(triples)  # LAPACK's
+    np.testing.assert_allclose(plain, wanted, atol=2e-4)

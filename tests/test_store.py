@@ -231,7 +231,9 @@ def test_an_interrupted_merge_of_another_recipe(remote, expected, staging, monke
         with pytest.raises(StoreError):
             remote(URL, m3jax.Recipe(max_shard_size="6KB"))
     other = files().keys()
-    remote(URL, AVERAGE, resume=True)
+    with pytest.raises(CheckpointError, match="another recipe; --overwrite in place"):
+        remote(URL, AVERAGE, resume=True)
+    remote(URL, AVERAGE, resume=True, overwrite=True)
     assert other - expected.keys()
     check_complete(expected, staging)
 

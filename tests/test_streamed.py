@@ -20,7 +20,7 @@ from grids import thin
 
 import m3jax
 from m3jax.engine import streamed
-from m3jax.engine.prepare import Execution
+from m3jax.engine.execution import Execution
 from m3jax.methods import TRANSFORMS
 
 SHAPES = {

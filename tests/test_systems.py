@@ -42,6 +42,7 @@ SHAPES = {
     "model.layers.1.nothing.weight": (0, 4),
 }
 NAMES = [name for name, shape in SHAPES.items() if 0 not in shape]
+FEW = ("model.layers.0.q_proj.weight", "model.layers.1.norm.weight")
 # What is merged with each method; the rest of its options are the defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "consensus": {"mask_scale": 0.4},
@@ -267,14 +268,11 @@ def test_equal_models(method: str):
         np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", {**OPTIONS, **WITH_STATISTICS})
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"magmax"}))
 def test_order_of_models(method: str):
-    if method == "magmax":
-        pytest.skip("of equal magnitudes the later model's counts")
-    base, *models = random_models(3)
-    order = (2, 0, 1)
-    beside = statistics(method, 3) if method in WITH_STATISTICS else None
-    options = {**OPTIONS, **WITH_STATISTICS}[method]
+    """It tells nothing; where magnitudes are equal, MagMax takes the later model's."""
+    base, models, options, beside = inputs_of(method)
+    order = [*range(1, len(models)), 0]
     moved = {
         name: tuple(own[i] for i in order) if isinstance(own, tuple) else own
         for name, own in options.items()
@@ -290,31 +288,62 @@ def test_order_of_models(method: str):
     assert_close(merged, other, 2e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in OPTIONS if m not in ("pcb", "wudi")])
+# What merges task vectors alone is homogeneous in them and does not see the base.
+ON_SPHERES = dict.fromkeys(
+    ("slerp", "nuslerp", "multislerp", "karcher"), "the directions of whole weights"
+)
+NOT_HOMOGENEOUS: dict[str, str] = {
+    **ON_SPHERES,
+    "arcee_fusion": "a softmax of the weights",
+    "coefficients": "those of the models need not sum to 1",
+    "nearswap": "moves each entry by at most t",
+    "pcb": "the tanh of task vectors",
+    "wudi": "a learning rate",
+}
+SEES_THE_BASE: dict[str, str] = {
+    **ON_SPHERES,
+    **{name: NOT_HOMOGENEOUS[name] for name in ("arcee_fusion", "coefficients")},
+}
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {*NOT_HOMOGENEOUS}))
 def test_task_vectors_of_twice_the_size(method: str):
-    """Merging is homogeneous: PCB's tanh and WUDI's learning rate are not."""
-    base, *models = random_models(3)
-    options = dict(OPTIONS[method])
+    base, models, options, beside = inputs_of(method)
     if "epsilon" in options:
         options["epsilon"] = 0.0
-    merged = run(base, models, method, options)
+    merged = run(base, models, method, options, beside)
     doubled = [{n: 2 * m[n] - base[n] for n in base} for m in models]
-    twice = run(base, doubled, method, options)
+    twice = run(base, doubled, method, options, beside)
     expected = {name: 2 * merged[name] - base[name] for name in base}
     assert_close(twice, expected, 2e-6)
 
 
-@pytest.mark.parametrize("method", {**OPTIONS, **WITH_STATISTICS})
+@pytest.mark.parametrize("method", sorted({*METHODS} - {*SEES_THE_BASE}))
 def test_another_base(method: str):
     """What is added to the base and to all models is added to the result."""
-    base, *models = random_models(3)
-    beside = statistics(method, 3) if method in WITH_STATISTICS else None
-    options = {**OPTIONS, **WITH_STATISTICS}[method]
+    base, models, options, beside = inputs_of(method)
     merged = run(base, models, method, options, beside)
     shift = random_models(0, seed=7)[0]
     moved = [{n: own[n] + shift[n] for n in base} for own in (base, *models)]
     other = run(moved[0], moved[1:], method, options, beside)
     assert_close(other, {n: merged[n] + shift[n] for n in base}, 2e-6)
+
+
+@pytest.mark.parametrize("method", sorted({*NOT_HOMOGENEOUS, *SEES_THE_BASE}))
+def test_what_is_said_to_see_more_does(method: str):
+    base, models, options, beside = inputs_of(method)
+    merged = run(base, models, method, options, beside)
+    if method in NOT_HOMOGENEOUS:
+        doubled = [{n: 2 * m[n] - base[n] for n in base} for m in models]
+        twice = run(base, doubled, method, options, beside)
+        wanted = {name: 2 * merged[name] - base[name] for name in base}
+        assert max(np.abs(twice[n] - wanted[n]).max(initial=0) for n in base) > 2e-6
+    if method in SEES_THE_BASE:
+        shift = random_models(0, seed=7)[0]
+        moved = [{n: own[n] + shift[n] for n in base} for own in (base, *models)]
+        other = run(moved[0], moved[1:], method, options, beside)
+        wanted = {name: merged[name] + shift[name] for name in base}
+        assert max(np.abs(other[n] - wanted[n]).max(initial=0) for n in base) > 2e-6
 
 
 WEIGHED = [name for name in OPTIONS if "weights" in METHODS[name].fields()]
@@ -577,17 +606,34 @@ def random_models(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     return [{n: np.asarray(t, np.float32) for n, t in own.items()} for own in models]
 
 
+def inputs_of(method: str) -> tuple[Any, list[Any], dict[str, Any], list[Any] | None]:
+    """Base, models, options and statistics: of all shapes, or of a few for methods that
+    other files look at."""
+    known = {**OPTIONS, **WITH_STATISTICS}
+    count = METHODS[method].num_models or 3
+    base, *models = random_models(count)
+    if method not in known:
+        base, *models = [{n: own[n] for n in FEW} for own in (base, *models)]
+    beside = statistics(method, count) if METHODS[method].beside else None
+    if beside is not None:
+        beside = [{n: own[n] for n in base if n in own} for own in beside]
+    needed = {"coefficients": (0.5,) * count}
+    fields = METHODS[method].fields()
+    options = {name: own for name, own in needed.items() if name in fields}
+    return base, models, dict(known.get(method, options)), beside
+
+
 def statistics(method: str, count: int) -> list[dict[str, np.ndarray]]:
     """Fisher information of all tensors but one, or Gram matrices of the matrices."""
-    generator = np.random.default_rng(11)
+    generator, grams = np.random.default_rng(11), method in ("regmean", "lot")
     made: list[dict[str, np.ndarray]] = []
     for _ in range(count):
         own = {}
         for name, shape in SHAPES.items():
-            if method == "regmean" and len(shape) == 2:
+            if grams and len(shape) == 2:
                 inputs = generator.normal(size=(50, shape[1]))
                 own[name] = (inputs.T @ inputs / 50).astype(np.float32)
-            elif method != "regmean" and name != NAMES[-1]:
+            elif not grams and name != NAMES[-1]:
                 own[name] = np.asarray(generator.random(shape) ** 4).astype(np.float32)
         made.append(own)
     return made

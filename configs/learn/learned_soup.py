@@ -4,9 +4,9 @@ r"""Learned soup: softmax weights of the models for each tensor, from labels.
         --tasks=TASKS.json --output=OUT
 
 Agrees with AlphaWrapper of mlfoundations/model-soups (arXiv 2203.05482) by layer: the
-soup starts uniform, AdamW at 0.05 without decay, cross-entropy. Ours: the steps, and no
-learned temperature of the logits (`m3jax.learn.learned_soup` has it; it is no part of
-the merged model).
+soup starts uniform, AdamW at 0.05 without decay, cross-entropy of logits that are
+multiplied by a number β, which is learned too and is no part of the merged model. Ours:
+the steps.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.space.constraint = "simplex"
     config.objective = (("cross_entropy", 1.0),)
     config.inputs = "completion"
+    config.scale_logits = True
     config.optimizer.name = "adamw"
     config.optimizer.rate = 0.05
     config.optimizer.options = (("weight_decay", 0.0),)

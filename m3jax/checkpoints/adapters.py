@@ -178,6 +178,7 @@ def adapted(name: str, base: Checkpoint, adapter: Adapter) -> Checkpoint:
         changes={**base.changes, **changed.config},
         notes=(*base.notes, *notes),
         words=adapter.folder if _has_words(adapter.folder) else base.words,
+        parts=(*base.parents, (adapter.name, adapter.folder)),
         cache_bytes=base.cache_bytes + changed.cache_bytes,
     )
 

@@ -54,6 +54,7 @@ class Checkpoint:
       built: what m3jax.json says of how it was put together, where it was.
       made: contents of side files that its folder lacks, by name.
       words: the folder of its tokenizer, where that is another than its own.
+      parts: name and folder of each checkpoint that it is put together of, if of many.
     """
 
     name: str
@@ -72,6 +73,12 @@ class Checkpoint:
     built: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     made: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     words: Location | None = None
+    parts: tuple[tuple[str, Location], ...] = ()
+
+    @property
+    def parents(self) -> tuple[tuple[str, Location], ...]:
+        """Name and folder of each checkpoint that this one is, or is made of."""
+        return self.parts or ((self.name, self.folder),)
 
     @property
     def folder(self) -> Location:

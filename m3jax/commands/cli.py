@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from m3jax.commands import process, signals
+from m3jax.commands import help, process, signals, tables
 
 DIFFERENT, USAGE, INPUT, SYSTEM = 1, 2, 3, 4
 
@@ -119,7 +119,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
         they are (None: any; without it none); `prepare(arguments)`, which sees them
         before parsing; `failed(exit code)`, called when an error was explained;
         `SHARED`, modules with more flags; `LESS_MEMORY`, the way out where there is
-        too little.
+        too little; and what `help.text` asks for.
       arguments: of the command line, behind the command's name.
 
     Returns:
@@ -128,9 +128,10 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> int:
     if any(
         a in ("--help", "-help", "-h", "--helpshort", "--helpfull") for a in arguments
     ):
-        print(_help(name, module))
+        print(help.text(name, module, sys.modules[__name__]))
         return 0
     logging.captureWarnings(True)
+    tables.say_logged("m3jax")
     debug = "--debug" in arguments
     try:
         _check_once(arguments)
@@ -248,15 +249,3 @@ def _with_hint(error: flags.UnrecognizedFlagError, module: ModuleType) -> Except
                     f"unknown flag --{error.flagname}; did you mean --config.{field}?"
                 )
     return error
-
-
-def _help(name: str, module: ModuleType) -> str:
-    described, _, _ = (module.__doc__ or "").strip().partition("\n\n")
-    lines = [f"m3jax {name}: {described}", "", f"usage: {module.USAGE}", ""]
-    for own in (module, *getattr(module, "SHARED", []), sys.modules[__name__]):
-        for flag in flags.FLAGS.get_flags_for_module(own.__name__):
-            default = "" if flag.default in (None, False) else f" [{flag.default}]"
-            names = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}="
-            lines.append(f"  {names:22} {flag.help}{default}")
-    lines += getattr(module, "MORE_HELP", [])
-    return "\n".join(lines)

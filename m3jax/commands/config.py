@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
 
-from m3jax.commands import config_file
+from m3jax.commands import config_file, replay
 from m3jax.commands.cli import UsageError
 from m3jax.commands.config_file import as_config
 from m3jax.methods import METHODS, TRANSFORMS
@@ -33,6 +33,18 @@ def all_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 RECIPE_FIELDS = all_fields(Recipe())
+ROWS = [  # of --help
+    (
+        "--config=FILE",
+        "The recipe: a .py file, an m3jax.json, a name in configs/, or a mergekit "
+        "YAML, which names its models itself.",
+    ),
+    (
+        "--config.FIELD=VALUE",
+        "One field of it, such as --config.method=ties or --config.mixup.alpha=0.4. "
+        "docs/RECIPE.md has them all.",
+    ),
+]
 
 
 def default() -> config_dict.ConfigDict:
@@ -54,6 +66,8 @@ class Asked:
       documents: merges that give some of the models, in order.
       mixture: of experts, that is built in the place of the models; None: none.
       notes: what of the file has no effect.
+      record: of the merge that is made once more, if one is: nothing but the places of
+        its inputs was given anew.
     """
 
     recipe: Recipe
@@ -65,10 +79,12 @@ class Asked:
     mixture: Mixture | None = None
     documents: tuple[Document, ...] = ()
     notes: tuple[str, ...] = ()
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _holder: Any = None
 _record: dict[str, Any] = {}
+_source = ""
 
 
 def prepare(arguments: list[str]) -> list[str]:
@@ -83,9 +99,10 @@ def prepare(arguments: list[str]) -> list[str]:
     Raises:
       UsageError, RecipeError: the file cannot be used or a field is unknown.
     """
-    global _holder, _record
+    global _holder, _record, _source
     source, rest = config_file.take("--config", arguments)
     fields, _record = _load(source) if source else (RECIPE_FIELDS, {})
+    _source = source or ""
     config = as_config(all_fields(Recipe.from_dict(fields)))
     known = field_names()
     for field in config_file.fields_given(rest):
@@ -131,18 +148,30 @@ def asked(
             changed = Recipe.from_dict(theirs)
             document = dataclasses.replace(document, recipe=changed)
         documents.append(document)
+    if base is None and not models:
+        replay.check_there(_source, _record)
+    names |= replay.pinned(_record)
     own_base = (_record.get("base") or {}).get("path")
     own_models = [model["path"] for model in _record.get("models", [])]
+    seed = _record.get("seed", 0) if seed is None else seed
+    same = "versions" in _record and (recipe, seed) == (
+        Recipe.from_dict(_record["recipe"]),
+        _record.get("seed"),
+    )
+    whose = _record.get("tokenizer_from")
     return Asked(
         recipe=recipe.renamed(lambda own: renamed(own, names)),
         base=base or (own_base and renamed(own_base, names)),
         models=models or [renamed(model, names) for model in own_models],
-        seed=_record.get("seed", 0) if seed is None else seed,
-        tokenizer_from=_record.get("tokenizer_from"),
-        statistics=[own["path"] for own in _record.get("statistics", [])],
+        seed=seed,
+        tokenizer_from=whose and renamed(whose, names),
+        statistics=[
+            renamed(own["path"], names) for own in _record.get("statistics", [])
+        ],
         documents=tuple(own.renamed(names) for own in documents),
         mixture=_mixture(),
         notes=tuple(notes),
+        record=_record if same else {},
     )
 
 

@@ -4,7 +4,7 @@ For each tensor A of the first and B of the second, as flat vectors:
 
     distance   ‖A − B‖ / ‖A‖
     cosine     A · B / (‖A‖ ‖B‖)
-    equal      share of entries with the same bits (the same value, if dtypes differ)
+    equal      share of entries with the same bits (or value, if dtypes differ)
     largest    max |A − B|
 
 Rows of several tensors take the norms over all their entries; those of integers (such
@@ -29,7 +29,6 @@ from m3jax.evaluation import results
 
 USAGE = "m3jax diff A B [--tensors | --json] [--plot=FILE.png] [--exit_code]"
 TAKES = (2, "two checkpoints")
-MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
 
 _TENSORS = define("tensors", bool, "List every tensor by itself.")

@@ -14,6 +14,11 @@ from collections.abc import Mapping
 
 from m3jax.commands.cli import SYSTEM, UsageError, define, leave_at_once
 
+GROUPS = {
+    "Several processes": (
+        *("distributed", "coordinator_address", "num_processes", "process_id"),
+    )
+}
 _DISTRIBUTED = define(
     "distributed",
     ["auto", "on", "off"],

@@ -13,7 +13,7 @@ pip install '.[harness]' from a checkout).
 --attacks also runs each task with its prompt disturbed, and reports the drop rate,
 (clean − attacked) / clean. An attack changes the words of the prompt's template, never
 the {fields} that it fills in, and looks for the change that costs this model most:
-  deepwordbug  swaps, substitutes, deletes or inserts a letter in important words
+  deepwordbug  swaps, replaces, deletes or inserts a letter in important words
   stresstest   appends a true statement that is beside the point
   words        neighbours in the model's own embedding for important words
 
@@ -51,7 +51,7 @@ USAGE = "m3jax evaluate MODEL --tasks=SPEC.json|NAME[,...] [--limit=N] [--json]"
 TAKES = (1, "one model")
 LESS_MEMORY = "a smaller --tokens_per_batch needs less, and --mesh splits the model"
 SHARED = [scoring]
-MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
+GROUPS = {"Attacks": ("attacks", "attack_examples", "seed")}
 
 _TASKS = define_names(
     "tasks", "JSON files of tasks, or names of harness tasks, comma-separated."

@@ -14,8 +14,8 @@ Samplers: `recipe` draws the recipe's own Beta or Dirichlet; `grid`, `sobol`,
 `random`, `tpe`, `cmaes`, `gp` and `nsga2` (which weighs no task against another) set
 what --search names, each with a range, or words, where it has some:
 
-    ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9
-    method=ties|slerp|task_arithmetic  dare.strategy=random|magnitude  seed
+  ratios  scaling=0.5:1.5  trim_rate=0.2:0.9  drop_rate=0:0.9  drop_rates=0:0.9
+  seed  method=ties|slerp|task_arithmetic  dare.strategy=random|magnitude
 
 (drop_rate is one for all models, drop_rates one for each, seed a new one a draw; a
 method's numbers count where it is chosen). With --groups=4 each quarter of the layers
@@ -25,6 +25,9 @@ best third of them on three times as many, and so on; the last one is evaluated 
 
 Several machines share the trials if each has an --output of its own and all name one
 --study: a file on a disk that all see, or a database's URL.
+
+--selector=answers needs no labels: of M3's draws of two models the winner is the one
+whose answers differ least from those of its neighbours in λ.
 
 Published searches, in the place of --sampler and --search: --preset=greedy_soup,
 model_glue, safety_aware, lfs (a method for each group of layers), dis and rmm (whole
@@ -68,14 +71,18 @@ LESS_MEMORY = (
     "splits the models over devices"
 )
 SHARED = [scoring, distributed]
-MORE_HELP = [
-    "",
-    "  --config=FILE          recipe: a .py file, an m3jax.json, or a name in configs/",
-    "  --config.FIELD=VALUE   one field of the recipe, as for `m3jax merge`",
-    "",
-    *(__doc__ or "").split("\n")[2:-1],
-]
-
+GROUPS = {
+    "What is searched, and how": (
+        *("preset", "sampler", "search", "groups", "weights", "generation"),
+        *("halving", "hyperband", "fraction"),
+    ),
+    "What it is judged by": (
+        *("selector", "evaluator_command", "ood_tasks", "test_all_draws"),
+    ),
+    "Output": ("export", "resume", "overwrite", "tokenizer_from"),
+    "Running": ("at_once", "study"),
+}
+ROWS = config.ROWS
 
 _BASE = define("base", str, "The base model: folder, file or org/name.")
 _MODELS = define_names("models", "The fine-tuned models, comma-separated.")
@@ -117,6 +124,12 @@ _HALVING = define(
 )
 _HYPERBAND = define(
     "hyperband", int, "Halving at this rate, from several numbers of draws."
+)
+_SELECTOR = define(
+    "selector",
+    ["scores", "answers"],
+    "What decides: scores, or where answers change least, without labels.",
+    "scores",
 )
 _TEST_ALL = define(
     "test_all_draws", bool, "Report mean and deviation over draws on test, too."
@@ -166,8 +179,8 @@ def main(positional: list[str]) -> int:
     # Only now JAX, which takes a second to import.
     prints = distributed.start(survive=True)
     from m3jax.checkpoints.output.folder import check_free
+    from m3jax.engine.execution import Execution
     from m3jax.engine.merge import merge
-    from m3jax.engine.prepare import Execution
     from m3jax.exploration.explore import explore
 
     if _EXPORT.value is not None:
@@ -195,6 +208,7 @@ def main(positional: list[str]) -> int:
         halving=_HALVING.value,
         hyperband=_HYPERBAND.value,
         fraction=_FRACTION.value,
+        selector=_SELECTOR.value,
         test_all_draws=_TEST_ALL.value,
         at_once=_AT_ONCE.value,
         mesh=scoring.devices(),
@@ -208,6 +222,7 @@ def main(positional: list[str]) -> int:
     )
     if prints:
         print("\n".join(_report(found)))
+        print(f"\nwith all intervals: {local(_OUTPUT.value or '') / 'summary.md'}")
     if _EXPORT.value is not None:
         execution = Execution(
             overwrite=_OVERWRITE.value,
@@ -312,7 +327,7 @@ def _report(found: Exploration) -> list[str]:
 
     lines = summary.notes(found)
     for one in summary.tables(found):
-        header, rows = one.texts()
+        header, rows = one.texts(brief=True)
         rows = [list(map(clean, row)) for row in rows]
         align = "<" + ">" * (len(header) - 1)
         lines += ["", one.title, *table(list(map(clean, header)), rows, align)]

@@ -29,9 +29,10 @@ _JSON = define("json", bool, "Print everything as JSON.")
 # Of config.json (or its text_config): what says how a model is built.
 _FACTS = (
     ("model_type", "num_experts", "num_local_experts", "num_experts_per_tok"),
-    ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    ("num_attention_heads", "num_key_value_heads", "head_dim"),
-    ("hidden_act", "max_position_embeddings", "rope_theta", "sliding_window"),
+    ("vocab_size", "hidden_size", "intermediate_size"),
+    ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    ("head_dim", "hidden_act", "sliding_window"),
+    ("max_position_embeddings", "rope_theta"),
     ("tie_word_embeddings", "dtype", "torch_dtype", "quant_method"),
 )
 

@@ -26,26 +26,18 @@ LESS_MEMORY = (
     "--streamed leaves the models in their files, a smaller --config.batch and "
     "--config.remat=True need less, and --mesh splits everything over devices"
 )
-MORE_HELP = [
-    "",
-    f"  --config=NAME          {', '.join(learn_config.names())}; or a file",
-    "  --config.FIELD=VALUE   one field of it, such as:",
-    *(
-        f"                           {name}"
-        for name in (
-            "space.granularity",
-            "space.constraint",
-            "objective",
-            "inputs",
-            "optimizer.rate",
-            "steps",
-            "recipe.method",
-        )
+GROUPS = {
+    "Output": ("export", "resume", "overwrite", "tokenizer_from"),
+    "Running": ("streamed", "mesh"),
+}
+ROWS = [
+    ("--config=NAME", f"{', '.join(learn_config.names())}; or a file."),
+    (
+        "--config.FIELD=VALUE",
+        "One field of it, such as space.granularity, space.constraint, objective, "
+        "inputs, optimizer.rate, steps, recipe.method.",
     ),
-    "",
-    *(__doc__ or "").split("\n")[2:-1],
 ]
-
 
 _BASE = define("base", str, "The base model: folder, file or org/name.")
 _MODELS = define_names("models", "The fine-tuned models, comma-separated.")
@@ -80,8 +72,8 @@ def main(positional: list[str]) -> int:
 
     # Only now JAX, which takes a second to import.
     from m3jax.checkpoints.output.folder import check_free
+    from m3jax.engine.execution import Execution
     from m3jax.engine.merge import merge
-    from m3jax.engine.prepare import Execution
     from m3jax.learn.report.outputs import RECIPE, rows
     from m3jax.learn.training.learner import learn
     from m3jax.learn.training.memory import needed
@@ -119,8 +111,8 @@ def main(positional: list[str]) -> int:
         progress=Line(),
     )
     print(
-        f"step {found.step} of {len(found.losses)}"
-        + (" (the best on validation)" if found.looks else "")
+        f"kept: step {found.step} of {len(found.losses)}, "
+        + ("the best on validation" if found.looks else "the last one")
     )
     if found.comparisons:
         header, lines = rows(found.comparisons)
@@ -155,17 +147,16 @@ class Line:
         self._last = 0.0
 
     def __call__(
-        self, step: int, steps: int, loss: float, rate: float, left: float
+        self, step: int, steps: int, loss: float, rate: float, left: float | None
     ) -> None:
         now, ended = time.monotonic(), step == steps
         if not ended and now - self._last < (0.1 if self._live else self._SECONDS):
             return
         self._last = now
-        minutes, seconds = divmod(round(left), 60)
-        text = (
-            f"step {step} of {steps}, loss {loss:.5f}, rate {rate:.2g}, "
-            f"{minutes}:{seconds:02} left"
-        )
+        text = f"step {step} of {steps}, loss {loss:.5f}, rate {rate:.2g}"
+        if left is not None:
+            minutes, seconds = divmod(round(left), 60)
+            text += f", {minutes}:{seconds:02} left"
         if not self._live:
             say(text)
             return

@@ -49,9 +49,12 @@ def prepare(arguments: list[str]) -> list[str]:
 
 def asked() -> Config:
     """The config that the flags make."""
-    from m3jax.learn.training.config import Config
+    return _config(_holder.value)
 
-    return Config.from_dict(_unwrapped(_holder.value.to_dict()))
+
+def named(source: str) -> Config:
+    """The config of a preset of configs/learn, or of a file."""
+    return _config(_load(source))
 
 
 def names() -> list[str]:
@@ -72,6 +75,12 @@ def _load(source: str) -> config_dict.ConfigDict:
             f"--config={source}: is of `m3jax merge`; there are {', '.join(names())}"
         )
     return config
+
+
+def _config(own: config_dict.ConfigDict) -> Config:
+    from m3jax.learn.training.config import Config
+
+    return Config.from_dict(_unwrapped(own.to_dict()))
 
 
 def _as_config(fields: dict[str, Any]) -> config_dict.ConfigDict:

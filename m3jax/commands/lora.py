@@ -33,12 +33,16 @@ USAGE = (
     "[--config=FILE]"
 )
 TAKES = None
-MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
+GROUPS = {
+    "extract": ("model", "energy", "svd", "embeddings"),
+    "merge": ("models", "how"),
+}
+ROWS = config.ROWS
 
 
 _BASE = define("base", str, "The base model: a folder, a file or org/name.")
-_MODEL = define("model", str, "extract: the fine-tuned model.")
-_MODELS = define_names("models", "merge: the adapters, comma-separated.")
+_MODEL = define("model", str, "The fine-tuned model.")
+_MODELS = define_names("models", "The adapters, comma-separated.")
 _OUTPUT = define("output", str, "The folder to make.")
 _RANK = define("rank", int, "At most so much, for every tensor.")
 _ENERGY = define(
@@ -47,15 +51,15 @@ _ENERGY = define(
 _SVD = define(
     "svd",
     ["full", "randomised"],
-    "extract: of each change. [full; of more than 2048 rows and columns randomised]",
+    "Of each change. [full; of more than 2048 rows and columns randomised]",
 )
 _EMBEDDINGS = define(
     "embeddings",
     ["whole", "lora"],
-    "extract: how a changed embedding and head are stored.",
+    "How a changed embedding and head are stored.",
     "whole",
 )
-_HOW = define("how", ["concatenate", "svd", "core"], "merge: see below.", "concatenate")
+_HOW = define("how", ["concatenate", "svd", "core"], "See below.", "concatenate")
 _DTYPE = define(
     "factors_dtype",
     ["float32", "bfloat16", "float16"],
@@ -78,7 +82,7 @@ def main(positional: list[str]) -> int:
     output = _OUTPUT.value
     need(USAGE, output=output)
     fits = _extract(output) if positional == ["extract"] else _merge(output)
-    print("\n".join([*_report(fits), f"adapter: {output}"]))
+    print("\n".join([*_report(fits), f"{'output':11}{output}"]))
     return 0
 
 

@@ -1,10 +1,11 @@
 """Measures models: on the examples of tasks, or how like each other they are.
 
-  fisher MODEL       how much the predictions depend on each parameter, the diagonal of
-                     the Fisher information: for methods fisher and df_merge
-  gram MODEL         second moments of what goes into each linear layer: for regmean
-  similarity MODELS  cosine, sign agreement and norms of parameters and, with --base, of
-                     task vectors, per layer and whole
+  fisher MODEL       how much the predictions depend on each parameter, the
+                     diagonal of the Fisher information: for fisher, df_merge
+  gram MODEL         second moments of what goes into each linear layer: for
+                     regmean
+  similarity MODELS  cosine, sign agreement and norms of parameters and, with
+                     --base, of task vectors, per layer and whole
 
 fisher and gram write a checkpoint beside the model, MODEL-fisher or MODEL-gram, which
 `m3jax merge --statistics=A-fisher,B-fisher` takes. Tasks are those of `m3jax evaluate`
@@ -12,11 +13,13 @@ that say what the answer is: kinds loss, choice, exact_match, numeric. Give each
 the tasks that it was tuned for, and other examples than those it is judged by.
 
 Kinds of Fisher information, each the mean over examples of squared gradients:
-  exact      the expectation over the model's own predictions: a backward pass for each
-             choice, or for each word of the vocabulary at each token of the answer
-  sampled    the same expectation estimated by --samples draws: a backward pass a draw
-  empirical  at the given answer: one backward pass, and another quantity, which is
-             small wherever the model fits its answers
+  exact      the expectation over the model's own predictions: a backward pass
+             for each choice, or for each word of the vocabulary at each token
+             of the answer
+  sampled    the same expectation estimated by --samples draws: a backward pass
+             a draw
+  empirical  at the given answer: one backward pass, and another quantity, which
+             is small wherever the model fits its answers
 """
 
 from __future__ import annotations
@@ -30,26 +33,30 @@ from absl import flags
 from m3jax.commands import process, reporting
 from m3jax.commands.cli import UsageError, at_least_one, define, define_names, names
 
-USAGE = "m3jax measure fisher|gram MODEL --tasks=SPEC.json[,...] | similarity MODEL ..."
+USAGE = (
+    "m3jax measure fisher|gram MODEL --tasks=SPEC.json[,...]\n"
+    "       m3jax measure similarity MODEL MODEL ... [--base=DIR] [--plot=FILE.png]"
+)
 TAKES = None
+GROUPS = {
+    "fisher": ("kind", "samples", "seed"),
+    "similarity": ("base", "json", "plot"),
+}
 LESS_MEMORY = "a smaller --tokens_per_batch needs less"
-MORE_HELP = ["", *(__doc__ or "").split("\n")[2:-1]]
 
 _TASKS = define_names("tasks", "fisher, gram: JSON files of tasks.")
-_KIND = define(
-    "kind", ["exact", "sampled", "empirical"], "fisher: see below.", "sampled"
-)
-_SAMPLES = define("samples", int, "fisher: draws per example, if sampled.", 1)
-_SEED = define("seed", int, "fisher: of the draws. [0]")
+_KIND = define("kind", ["exact", "sampled", "empirical"], "See below.", "sampled")
+_SAMPLES = define("samples", int, "Draws per example, if sampled.", 1)
+_SEED = define("seed", int, "Of the draws. [0]")
 _LIMIT = define("limit", int, "Only the first N examples of each task.")
 _TOKENS_PER_BATCH = define(
     "tokens_per_batch", int, "More is faster and takes more memory.", 4096
 )
 _OUTPUT = define("output", str, "The folder to make. [MODEL-fisher, MODEL-gram]")
 _RESUME = define("resume", bool, "Continue an interrupted measurement.")
-_BASE = define("base", str, "similarity: the base model, for task vectors.")
-_JSON = define("json", bool, "similarity: print everything as JSON.")
-_PLOT = define("plot", str, "similarity: PNG to draw.")
+_BASE = define("base", str, "The base model, for task vectors.")
+_JSON = define("json", bool, "Print everything as JSON.")
+_PLOT = define("plot", str, "PNG to draw.")
 
 _MEASURED = (_TASKS, _LIMIT, _TOKENS_PER_BATCH, _OUTPUT, _RESUME)
 _FLAGS = {  # that each of them has

@@ -1,6 +1,7 @@
 """Merges a base and fine-tuned models into a checkpoint that transformers loads.
 
-The recipe is --config; everything else is a flag. See configs/ and the README.
+The recipe is --config; everything else is a flag. `--dry_run` first prints the plan and
+all that does not fit.
 """
 
 from __future__ import annotations
@@ -13,24 +14,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m3jax.checkpoints.errors import CheckpointError
-from m3jax.commands import allocator, config, distributed, mesh, process, reporting
+from m3jax.commands import (
+    allocator,
+    config,
+    distributed,
+    help,
+    mesh,
+    process,
+    pushing,
+    replay,
+    reporting,
+)
 from m3jax.commands.cli import UsageError, define, define_names, names, need
 from m3jax.recipe import Recipe
 from m3jax.recipe.documents import Document, renamed
 from m3jax.recipe.tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
-    from m3jax.engine.prepare import Execution
+    from m3jax.engine.execution import Execution
     from m3jax.moe.document import Mixture
 
 USAGE = "m3jax merge --base=DIR --models=A,B[,C...] --output=DIR [--config=FILE]"
-SHARED = [distributed]
+SHARED = [pushing, distributed]
+GROUPS = {
+    "Inputs": ("statistics", "rename", "strict", "allow_nonfinite"),
+    "Tokenizer": ("tokenizer_from", "chat_template", "copy_tokenizer"),
+    "Output": ("output_format", "documents", "fsync"),
+    "Running": ("threads", "chunk_size", "executor", "mesh", "profile"),
+}
+ROWS = config.ROWS
 MORE_HELP = [
     "",
-    "  --config=FILE          recipe: a .py file, an m3jax.json, a name in configs/,",
-    "                         or a mergekit YAML, which names its models itself",
-    "  --config.FIELD=VALUE   one field of the recipe:",
-    *[f"                           {name}" for name in config.field_names()],
+    "Fields of the recipe; `m3jax methods NAME` says what those of a method mean:",
+    *help.words(config.field_names()),
 ]
 
 _BASE = define(
@@ -135,8 +151,13 @@ def main(positional: list[str]) -> int:
     if not distributed.started():  # several take leave of each other
         process.keep_programs()
         process.leave_at_once()
+    to = None
+    if prints:
+        again = _OVERWRITE.value or _RESUME.value
+        to = pushing.asked(output, overwrite=again)
+    from m3jax.engine.execution import Execution
     from m3jax.engine.inputs import MismatchError
-    from m3jax.engine.prepare import Execution, prepare
+    from m3jax.engine.prepare import prepare
 
     execution = Execution(
         threads=_THREADS.value,
@@ -217,8 +238,11 @@ def main(positional: list[str]) -> int:
                 documents=named,
             )
     if prints:
-        reporting.notes(asked.notes)
+        other = replay.differing(asked.record, result.checksums)
+        reporting.notes([*asked.notes, *([other] if other else [])])
         print(reporting.summary(result, profile=_PROFILE.value is not None))
+    if to is not None:
+        print(f"{'pushed':11}{pushing.push(Path(result.output), to)}")
     return 0
 
 

@@ -21,7 +21,8 @@ _BASE = define("base", str, "The base model. [where the merge read it]")
 _UNMERGED_FROM = define(
     "unmerged_from",
     str,
-    "A model that gives what was excluded from the merge, such as a head. [the base]",
+    "A model that gives what was excluded from the merge, such as a head. [the folder, "
+    "which has the task's own]",
 )
 
 

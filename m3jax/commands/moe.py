@@ -19,6 +19,8 @@ USAGE = (
     "       m3jax moe --base=DIR --models=A,B[,C...] --output=DIR"
 )
 SHARED = [merge, *merge.SHARED]
+ROWS = merge.ROWS
+GROUPS = {"Experts": ("gates", "experts_per_token", "architecture", "dtype")}
 
 _GATES = define(
     "gates", ["random", "uniform_random"], "Of --models; a YAML has its own.", "random"

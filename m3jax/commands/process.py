@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import os
 import stat
 import sys
@@ -40,6 +41,10 @@ def begin(command: str = "") -> None:
     own = True
     if command not in ("lora", "align"):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # That there is no PyTorch is no news to those who run models in JAX.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # for whoever follows a log file
     gc.set_threshold(100_000, 50, 100)  # a tenth of all imports is a search for garbage
 
 

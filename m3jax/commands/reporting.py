@@ -14,7 +14,7 @@ from m3jax.engine.progress import Progress, size
 if TYPE_CHECKING:
     from m3jax.engine.jobs import Job
     from m3jax.engine.merge import MergeResult
-    from m3jax.engine.prepare import Prepared
+    from m3jax.engine.prepared import Prepared
     from m3jax.recipe.documents import Document
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -33,7 +33,9 @@ def plan(prepared: Prepared, output: str | None = None) -> str:
         "method": "; ".join(_method(job) for job in prepared.jobs),
         "tensors": f"{len(prepared.items)} ({len(merged)} merged, "
         f"{len(prepared.items) - len(merged)} copied), {elements:,} elements",
-        "passes": f"{len(prepared.passes)}: {'; '.join(prepared.passes)}",
+        # What a step measures may take several readings, which it finds out by reading.
+        "passes": f"{'at least ' * (len(prepared.passes) > 1)}{len(prepared.passes)}: "
+        + "; ".join(prepared.passes),
         "read": f"{read} in the last pass"
         + f", {size(prepared.read_bytes(before))} in each pass before"
         * (len(prepared.passes) > 1)

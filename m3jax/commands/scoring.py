@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from m3jax.models.config import Config
     from m3jax.models.tokenizer import Tokenizer
 
+GROUPS = {
+    "Running models": (
+        *("tokens_per_batch", "dtype", "mesh", "harness_tasks_path"),
+        "allow_code_execution",
+    )
+}
 
 LIMIT = define("limit", int, "Only the first N examples of each task.")
 TOKENS_PER_BATCH = define(

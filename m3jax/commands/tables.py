@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -67,3 +68,17 @@ def shape(sizes: tuple[int, ...]) -> str:
 def say(line: str) -> None:
     """Tells the user how far it is, on standard error."""
     print(f"m3jax: {clean(line)}", file=sys.stderr, flush=True)
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def say_logged(name: str) -> None:
+    """Has `say` tell what a logger of this name is told."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_Said())
+        logger.propagate = False

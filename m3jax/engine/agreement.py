@@ -11,7 +11,7 @@ import numpy as np
 
 import m3jax
 from m3jax.checkpoints.folder import Checkpoint
-from m3jax.engine.prepare import Prepared
+from m3jax.engine.prepared import Prepared
 
 
 def facts(prepared: Prepared) -> dict[str, str]:

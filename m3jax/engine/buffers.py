@@ -33,10 +33,17 @@ class Buffers:
 class Pool:
     """Buffers of which a thread takes as many at once as it needs."""
 
-    def __init__(self, make: Callable[[], Buffers], count: int):
-        """`count`: how many there are at most; they are made when they are needed."""
+    def __init__(
+        self, make: Callable[[], Buffers], count: int, first: Sequence[Buffers]
+    ):
+        """
+        Args:
+          make: a buffer, when it is needed.
+          count: how many there are at most.
+          first: some that are there already, for others to use at other times.
+        """
         self._make = make
-        self._free: list[Buffers] = []
+        self._free = list(first)
         self._left = count
         self._changed = threading.Condition()
 

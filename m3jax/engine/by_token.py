@@ -92,7 +92,7 @@ def by_token(
         return None
     first = models[0] if base is None else base
     if recipe.vocabulary == "base" and base is None:
-        raise RecipeError("vocabulary='base' needs a base: give --base")
+        raise RecipeError("vocabulary='base' needs a base (--base)")
     checkpoints = tuple({own.name: own for own in (first, *models)}.values())
     words = [_vocabulary(own, recipe.vocabulary) for own in checkpoints]
     rows = [_num_rows(own, recipe.vocabulary) for own in checkpoints]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.checkpoints.folder import open_checkpoint
@@ -13,9 +14,11 @@ from m3jax.checkpoints.output.destination import open_output, open_writer
 from m3jax.checkpoints.output.folder import MANIFEST, work_folder
 from m3jax.checkpoints.output.shards import write_index
 from m3jax.checkpoints.record import provenance
+from m3jax.engine.execution import Execution
 from m3jax.engine.journal import fingerprint
 from m3jax.engine.merge import merge
-from m3jax.engine.prepare import Execution, Prepared, prepare
+from m3jax.engine.prepare import prepare
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.recipe.documents import Document
 
@@ -145,7 +148,7 @@ def check_inputs(documents: Sequence[Document]) -> None:
                     ) from None
 
 
-def _is_finished(output: Path, digest_file: Path, digest: dict[str, str]) -> bool:
+def _is_finished(output: Path, digest_file: Path, digest: dict[str, Any]) -> bool:
     if not (output / MANIFEST).is_file() or not digest_file.is_file():
         return False
     try:

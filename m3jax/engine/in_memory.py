@@ -219,9 +219,8 @@ class Leaves:
         first, *others = leaf.models
         placement = Placement.of(first)
         in_place = donate and first.dtype == leaf.dtype and leaf is whole
-        merge = kernels.merge_leaf_in_place if in_place else kernels.merge_leaf
         own = numbers._replace(keys=None)
-        made = merge(
+        made = kernels.merge_leaf(
             first,
             tuple(others),
             leaf.base,
@@ -231,6 +230,7 @@ class Leaves:
             program=program,
             dtypes=leaf.kernel_dtypes,
             placement=placement,
+            in_place=in_place,
         )
         dtypes = {part: own.dtype.numpy for part, own in leaf.parts.items()}
         return {

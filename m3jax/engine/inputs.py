@@ -59,6 +59,7 @@ class TensorInputs:
       dtype: of the output.
       parts: what is made of it, by part of the output; "" is the model itself.
       beside: what comes beside each model, by name; none where no checkpoint has it.
+      file: of the output that holds it, "" where the model does: "head-0".
     """
 
     name: str
@@ -68,6 +69,7 @@ class TensorInputs:
     dtype: Dtype
     parts: Mapping[str, Part]
     beside: Mapping[str, tuple[Origin, ...]] = dataclasses.field(default_factory=dict)
+    file: str = ""
 
     @functools.cached_property
     def origins(self) -> tuple[Origin, ...]:

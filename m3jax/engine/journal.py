@@ -12,11 +12,14 @@ import jaxlib
 import numpy as np
 
 import m3jax
-from m3jax.checkpoints.output.folder import OutputFolder
+from m3jax.checkpoints.output.folder import OutputError, OutputFolder
 from m3jax.checkpoints.output.part import OutputPart
-from m3jax.engine.prepare import Prepared
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.methods.step import Info
+
+# Of `fingerprint`.
+_INPUTS, _STATE, _FORMAT = "set of inputs", "state of its inputs", "output format"
 
 
 class Journal:
@@ -40,11 +43,33 @@ class Journal:
         if self._start in entries:
             folder.clear(keep={shard.name for shard in prepared.shards})
         elif entries:
-            progress.note(
-                "the interrupted merge had another recipe, other inputs or another "
-                "version; starting from the beginning"
+            self._let_go(entries, progress, overwrite=prepared.execution.overwrite)
+
+    def _let_go(
+        self, entries: list[dict[str, Any]], progress: Progress, *, overwrite: bool
+    ) -> None:
+        """Removes what another merge has left.
+
+        Raises:
+          OutputError: it may be hours of work that somebody can still go on from, and
+            nobody has said that it may go.
+        """
+        ours = self._start["fingerprint"]
+        theirs = [own["fingerprint"] for own in entries if "fingerprint" in own]
+        found = theirs[0] if theirs and isinstance(theirs[0], dict) else {}
+        changed = [name for name in ours if found.get(name) != ours[name]]
+        if _INPUTS in changed:
+            changed.remove(_STATE)
+        if len(changed) > 1:  # it follows from the others
+            changed = [name for name in changed if name != _FORMAT]
+        line = f"the interrupted merge had another {' and another '.join(changed)}"
+        if not (overwrite or "version" in changed or _STATE in changed):
+            raise OutputError(
+                f"{self._folder.final}: {line}; --overwrite in place of --resume "
+                "starts from the beginning"
             )
-            folder.clear()
+        progress.note(f"{line}; starting from the beginning")
+        self._folder.clear()
 
     def statistics(self, name: str) -> Info | None:
         """What a reading pass had found out, or None."""
@@ -112,26 +137,27 @@ class Journal:
             self._begun = True
 
 
-def fingerprint(prepared: Prepared) -> str:
-    """A digest of all that decides the output's tensors; `--resume` compares it.
+def fingerprint(prepared: Prepared) -> dict[str, str]:
+    """Digests of all that decides the output's tensors; `--resume` compares them.
 
     Inputs count by their path, size and time of change (or their tag in a store):
     reading them to the end would take as long as merging them. How the merge is run
     does not count, but for the kind of device, which may round differently.
     """
-    facts: list[Any] = [
-        m3jax.__version__,
-        [jax.__version__, jaxlib.__version__, np.__version__],
-        sorted({device.device_kind for device in prepared.devices}),
-        prepared.recipe.to_dict(),
-        prepared.seed,
-        prepared.base is None,
-        prepared.rows,
-    ]
-    facts += [
-        [str(file.path.resolve()), file.size, file.version]
-        for checkpoint in prepared.checkpoints
-        for file in checkpoint.files
-    ]
-    facts += [shard.header.hex() for shard in prepared.shards]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    files = [file for own in prepared.checkpoints for file in own.files]
+    facts: dict[str, Any] = {
+        "version": [
+            m3jax.__version__,
+            [jax.__version__, jaxlib.__version__, np.__version__],
+            sorted({device.device_kind for device in prepared.devices}),
+        ],
+        "recipe": [prepared.recipe.to_dict(), prepared.base is None, prepared.rows],
+        "seed": prepared.seed,
+        _INPUTS: [str(file.path.resolve()) for file in files],
+        _STATE: [[file.size, file.version] for file in files],
+        _FORMAT: [shard.header.hex() for shard in prepared.shards],
+    }
+    return {
+        name: hashlib.sha256(json.dumps(own).encode()).hexdigest()
+        for name, own in facts.items()
+    }

@@ -7,6 +7,7 @@ ratios, rates, seeds or scaling compiles once for each shape of tensor.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from m3jax import prng
 from m3jax.engine import kernel
 from m3jax.engine.kernel import WIDTH, Numbers, Program, Reducing
 from m3jax.engine.placement import Placement, run_starts
-from m3jax.methods.step import Operands
+from m3jax.methods.step import Operands, any_traced
 
 # Elements that one reduction counts: the int32 counters of a histogram hold them.
 MAX_COUNTED = 1 << 30
@@ -139,8 +140,31 @@ def _merge(
 
 
 _STATIC = ("program", "dtypes", "placement")
-merge_leaf = jax.jit(_merge, static_argnames=_STATIC)
-merge_leaf_in_place = jax.jit(_merge, static_argnames=_STATIC, donate_argnames="first")
+_merge_leaf = jax.jit(_merge, static_argnames=_STATIC)
+_merge_in_place = jax.jit(_merge, static_argnames=_STATIC, donate_argnames="first")
+
+
+def merge_leaf(
+    first: Any, *others: Any, program: Program, in_place: bool = False, **how: Any
+) -> dict[str, jax.Array]:
+    """One tensor of the models, merged; see `_merge`. `in_place`: donates the first.
+
+    Whole matrices on CPUs have float64 at hand, whose LAPACK is as fast there, unless a
+    transformation of the caller's goes through: what it makes of the program afterwards
+    would not have it.
+    """
+    merge = _merge_in_place if in_place else _merge_leaf
+    inside = any_traced((first, *others), (jnp.zeros(()),))
+    whole = program.unit(len(program.steps)) == "matrix"
+    wide = jax.enable_x64(True) if whole and not inside and _on_cpu(first) else None
+    with wide or contextlib.nullcontext():
+        return merge(first, *others, program=program, **how)
+
+
+def _on_cpu(array: Any) -> bool:
+    if not isinstance(array, jax.Array):
+        return jax.default_backend() == "cpu"
+    return all(device.platform == "cpu" for device in array.devices())
 
 
 @functools.partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3jax.checkpoints import naming
@@ -109,6 +110,8 @@ def align(
                 dtype = origin.source.output_dtype
             parts = {"": Part(dtype, origin.source.shape)}
             tensors.append(TensorInputs(name, origin, (), False, dtype, parts))
+            if recipe.method.by_task and name not in copied:
+                tensors += _heads(name, slots[has_base:])
             continue
         owners = [origin.owner for origin in found]
         sources = [origin.source for origin in found]
@@ -199,6 +202,23 @@ def _named(checkpoints: list[Checkpoint], recipe: Recipe) -> naming.Named:
         lambda name: layer_of(name) is not None or recipe.excludes(name),
         keep_buffers=True,
     )
+
+
+def _heads(name: str, models: Sequence[Mapping[str, Origin]]) -> list[TensorInputs]:
+    """What each model has of an excluded tensor, as it is, for `Method.by_task`."""
+    return [
+        TensorInputs(
+            f"{name}.head-{k}",
+            own[name],
+            (),
+            False,
+            own[name].source.output_dtype,
+            {"": Part(own[name].source.output_dtype, own[name].source.shape)},
+            file=f"head-{k}",
+        )
+        for k, own in enumerate(models)
+        if name in own and own[name].source.dtype.kind != "exact"
+    ]
 
 
 def _beside(

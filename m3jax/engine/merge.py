@@ -26,14 +26,16 @@ from m3jax.checkpoints.output.shards import ShardWriter, write_index
 from m3jax.checkpoints.places import caching, store
 from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.record import provenance
-from m3jax.engine import agreement
+from m3jax.engine import agreement, finished
 from m3jax.engine.arguments import path, paths, recipe_of
 from m3jax.engine.draws import early
+from m3jax.engine.execution import Execution
 from m3jax.engine.jobs import Job
 from m3jax.engine.journal import Journal
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.measure import completed, measured_by
-from m3jax.engine.prepare import Execution, Prepared, check_apart, prepare
+from m3jax.engine.prepare import check_apart, prepare
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.processes import ProcessError, Processes, joined
 from m3jax.engine.progress import Progress
 from m3jax.engine.recorder import Recorder
@@ -62,7 +64,7 @@ class MergeResult:
 
     output: Location
     ratios: dict[str, tuple[float, ...]] | None
-    checksums: dict[str, str]
+    checksums: dict[str, str] = dataclasses.field(repr=False)
     seconds: dict[str, float]
     wall: dict[str, float]
     resumed: int
@@ -115,7 +117,10 @@ def merge(
     given = models if isinstance(models, Checkpoint) else paths(models, "models")
     started = time.perf_counter()
     with joined() as processes:
-        check_free(final, overwrite=execution.overwrite, resume=execution.resume)
+        asks = execution.resume and not execution.overwrite
+        complete = processes.from_first(asks and finished.is_complete(final))
+        if not complete:
+            check_free(final, overwrite=execution.overwrite, resume=execution.resume)
         with prepare(
             None if base is None else path(base, "base"),
             given,
@@ -127,6 +132,9 @@ def merge(
             if processes.count > 1:
                 processes.same(agreement.facts(prepared))
             check_apart(final, prepared.checkpoints)
+            if complete:
+                assert isinstance(final, Path)
+                return _finished(final, prepared, progress)
             for note in prepared.inputs.notes:
                 progress.note(note)
             if (reading := caching.choose(prepared.files)) is not None:
@@ -140,6 +148,20 @@ def merge(
                 except (CheckpointError, ProcessError):
                     _check_unchanged(prepared, folder)  # which would be the reason
                     raise
+
+
+def _finished(final: Path, prepared: Prepared, progress: Progress) -> MergeResult:
+    """The result where an earlier merge has left nothing to do."""
+    record = finished.record_of(final, prepared)
+    progress.note(f"{final}: is complete already; nothing to do")
+    return MergeResult(
+        output=final,
+        ratios=prepared.ratios,
+        checksums={name: own.checksum for name, own in record.tensors.items()},
+        seconds={},
+        wall={},
+        resumed=len(record.tensors),
+    )
 
 
 @contextlib.contextmanager
@@ -199,6 +221,7 @@ def _execute(
         threads=prepared.execution.num_threads,
         units=prepared.units,
         devices=prepared.devices,
+        check_finite=not prepared.execution.allow_nonfinite,
         advance=advance,
         stage=lambda label, own: progress.stage(label, prepared.read_bytes(own)),
     )
@@ -293,9 +316,8 @@ def _merge_share(
             counts = prepared.num_models, len(prepared.items)
             return completed(job.program, own if drawn else early(own, *counts))
 
-        finite = not prepared.execution.allow_nonfinite
         whole = prepared.whole(job)
-        stream.merge(job, order, whole, numbers, own, recorder, check_finite=finite)
+        stream.merge(job, order, whole, numbers, own, recorder)
 
     jobs = measured or tuple((job, Numbers((), ())) for job in prepared.jobs)
     others: set[int] = set().union(*(job.places for job, _ in jobs[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,8 @@ import xxhash
 
 from m3jax.checkpoints.output.shards import ShardWriter
 from m3jax.engine.journal import Journal
-from m3jax.engine.prepare import Prepared, written_name
+from m3jax.engine.output_files import written_name
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.progress import Progress
 from m3jax.engine.streamed import Emit, Made
 
@@ -35,8 +35,6 @@ class Recorder(Emit):
         self._running: dict[int, list[Any]] = {}
         self._input_checksums: dict[int, list[str]] = {}
         self.checksums: dict[int, dict[str, str]] = {}
-        # Tensors of each file that are still to come.
-        self._left = collections.Counter(prepared.places.values())
         for i, item in enumerate(prepared.items):
             if item.size == 0:
                 tensor = prepared.inputs.tensors[i]
@@ -72,11 +70,15 @@ class Recorder(Emit):
         self.keep(done)
 
     def keep(self, done: Sequence[tuple[int, dict[str, str], list[str]]]) -> None:
-        """Notes that tensors are completely written, with what they were made of.
+        """Notes, when it is so, that tensors are completely written, and of what made.
 
         Args:
           done: the place of each, its checksums by part, and those of its inputs.
         """
+        if done:
+            self._writer.when_written(lambda: self._keep(done))
+
+    def _keep(self, done: Sequence[tuple[int, dict[str, str], list[str]]]) -> None:
         tensors = self._prepared.inputs.tensors
         with self._lock:
             named = [(tensors[i].name, own, digests) for i, own, digests in done]
@@ -153,16 +155,8 @@ class Recorder(Emit):
         ]
 
     def _finish(self, item: int, checksums: dict[str, str], inputs: list[str]) -> None:
-        known = item in self.checksums
         self.checksums[item] = checksums
         self._input_checksums[item] = inputs
-        if known:
-            return
-        for part in checksums:
-            place = self._prepared.places[item, part]
-            self._left[place] -= 1
-            if not self._left[place]:
-                self._writer.complete(place)
 
     def _entry(self, item: int, part: str) -> Any:
         shard = self._prepared.shards[self._prepared.places[item, part]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import math
 from collections.abc import Mapping
@@ -24,9 +23,9 @@ from m3jax.checkpoints.output.orbax_output import OrbaxShard
 from m3jax.checkpoints.output.shards import Shard, make_shards, write_index
 from m3jax.checkpoints.places import hub, store
 from m3jax.checkpoints.places.files import Location
+from m3jax.engine.execution import FORMATS
 from m3jax.engine.load import PIECE, num_threads
 from m3jax.engine.plan import natural_order, split_shards
-from m3jax.engine.prepare import FORMATS
 from m3jax.recipe import parse_size
 
 
@@ -42,7 +41,8 @@ def save(
     """Saves a pytree as a checkpoint folder that transformers and safetensors read.
 
     Tensors are named by their paths, joined by ".", and keep their dtypes. The folder
-    appears under its name when it is complete.
+    appears under its name when it is complete. It has no m3jax.json: how arrays came
+    about is not known here; `m3jax.merge` records what it makes.
 
         >>> import jax.numpy as jnp, m3jax
         >>> _ = m3jax.save({"norm": {"weight": jnp.ones(4, jnp.bfloat16)}}, folder)
@@ -119,11 +119,7 @@ def write(folder: OutputFolder, shards: list[Shard], leaves: Mapping[str, Any]) 
 
         places = [(i, name) for i, s in enumerate(shards) for name in s.entries]
         with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
-            left = collections.Counter(shard for shard, _ in places)
-            for (shard, _), _ in zip(places, pool.map(write_one, places), strict=True):
-                left[shard] -= 1
-                if not left[shard]:
-                    writer.complete(shard)
+            list(pool.map(write_one, places))  # raises what a thread has raised
     finally:
         writer.close()
     write_index(folder, shards)

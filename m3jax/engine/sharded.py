@@ -31,7 +31,7 @@ from m3jax.engine.jobs import Job
 from m3jax.engine.kernel import Numbers
 from m3jax.engine.load import num_threads, read_tensor
 from m3jax.engine.pipeline import Clock
-from m3jax.engine.prepare import Prepared
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.processes import Processes
 from m3jax.engine.progress import Progress
 from m3jax.engine.recorder import Recorder

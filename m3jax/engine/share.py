@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 
 from m3jax.engine import plan
-from m3jax.engine.prepare import Prepared
+from m3jax.engine.prepared import Prepared
 from m3jax.engine.processes import Processes
 
 # How much longer than necessary the slowest process may take for whole files' sake.

@@ -7,7 +7,7 @@ result on; while one thread computes, others read and write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,7 @@ class Stream:
         threads: int,
         units: Sequence[str] = ("element",),
         devices: Sequence[jax.Device],
+        check_finite: bool = True,
         advance: Callable[[int], None] = lambda count: None,
         stage: Callable[[str, Sequence[int]], None] = lambda label, places: None,
     ):
@@ -79,6 +80,7 @@ class Stream:
           threads: that work at once, each with buffers of its own.
           units: that are worked on: elements, rows, matrices.
           devices: over which a chunk's tiles are shared out.
+          check_finite: refuse values that are not finite, where they are read first.
           advance: is called with the number of bytes read or written.
           stage: is called with the name of a pass and the tensors that it reads.
         """
@@ -92,6 +94,8 @@ class Stream:
         self._tiles = tiles
         self._advance = advance
         self._stage = stage
+        self._check_finite = check_finite
+        self._seen: set[int] = set()  # tensors whose inputs were found to be finite
         self._passes = 0
         self._measured: tuple[Any, ...] = ()
         self._threads = threads
@@ -104,7 +108,7 @@ class Stream:
         self._buffers = [Buffers(*sizes) for _ in range(count)]
         # For tensors that are measured and merged at one reading.
         most = resident.buffer_count(sum(sizes), threads)
-        self._pool = Pool(lambda: Buffers(*sizes), most)
+        self._pool = Pool(lambda: Buffers(*sizes), most, self._buffers)
 
     @property
     def few(self) -> int:
@@ -139,17 +143,26 @@ class Stream:
             own = [i for i in self._share.items if self._items[i].merged]
             self._stage(f"measuring {at.step.name} by tensor", 2 * own)
         asked = Pass(at, read, reductions, len(self._tensors))
+        looks = self._check_finite and not first.sample and not self._have_seen(order)
 
         def work(chunk: Chunk, buffers: Buffers, turn: Any) -> None:
             x = self.work.fill(chunk, buffers)
+            if looks:
+                with self.clock.stage("checking"):
+                    self.work.check_inputs(chunk, x)
             with self.clock.stage("computing"):
                 asked.add(self.work.reduce_chunk(asked, chunk, x))
 
         for_each(chunks, self._buffers, work, self.clock)
+        if looks:
+            self._seen.update(order)
         answers = asked.answers()
         if not everywhere or self._share.processes.count == 1:
             return answers
         return [self._over_processes(first.combine, own) for own in answers]
+
+    def _have_seen(self, items: Iterable[int]) -> bool:
+        return self._seen.issuperset(items)
 
     def _chunks(
         self, at: At, groups: Groups, order: Sequence[int], *, sampled: bool
@@ -194,8 +207,6 @@ class Stream:
         numbers: Callable[[bool], Numbers],
         given: Numbers,
         emit: Emit,
-        *,
-        check_finite: bool,
     ) -> None:
         """Merges (or copies) tensors and hands the results to `emit`.
 
@@ -207,11 +218,10 @@ class Stream:
             ratios are drawn. Compiling goes on meanwhile.
           given: the same without what is measured here.
           emit: receives the results.
-          check_finite: refuse values that are not finite.
 
         Raises:
           CheckpointError: naming the tensor and the model that hold a non-finite
-            value (`check_finite`), or differ in a tensor that is copied.
+            value, or differ in a tensor that is copied.
         """
         program = job.program
         unit = program.unit(len(program.steps))
@@ -238,18 +248,18 @@ class Stream:
             if groups:
                 given = given._replace(p=resolved(given.p))
         result_shows = program.method.shows_nonfinite and not program.transforms
-        check_inputs = check_finite and not result_shows
+        check_inputs = self._check_finite and not result_shows
 
         def read(chunk: Chunk, buffers: Buffers) -> Operands:
             x = self.work.fill(chunk, buffers)
-            if check_inputs:
+            if check_inputs and not self._have_seen(run.item for run in chunk.runs):
                 with self.clock.stage("checking"):
                     self.work.check_inputs(chunk, x)
             return x
 
         def put(chunk: Chunk, x: Operands, parts: Parts) -> list[dict[str, Any]]:
             """Checks and writes what was made of a chunk; what was written, by run."""
-            if check_finite:
+            if self._check_finite:
                 with self.clock.stage("checking"):
                     self.work.check_result(chunk, x, parts)
             outputs = [

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from m3jax import prng
-from m3jax.evaluation.results import Result
+from m3jax.evaluation.results import Result, answers_of
 from m3jax.evaluation.running import continuations, log_likelihoods, up_to_depth
 from m3jax.evaluation.tasks import answers, programs
 from m3jax.evaluation.tasks.examples import Example, load_examples
@@ -62,13 +62,25 @@ class Together:
         self, parameters: Parameters, budget: int | None, key: jax.Array
     ) -> Mapping[str, float]:
         """See `Evaluator`."""
+        return self.answered(parameters, budget, key)[0]
+
+    def answered(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> tuple[dict[str, float], dict[str, list[str]]]:
+        """The scores, and the answers of the tasks that have some."""
         found: dict[str, float] = {}
+        answers: dict[str, list[str]] = {}
         for evaluator in self._evaluators:
-            for name, score in evaluator(parameters, budget, key).items():
+            if hasattr(evaluator, "answered"):
+                scores, told = evaluator.answered(parameters, budget, key)
+            else:
+                scores, told = evaluator(parameters, budget, key), {}
+            for name, score in scores.items():
                 if name in found:
                     raise TaskError(f"two tasks are named {name!r}; leave one out")
                 found[name] = score
-        return found
+            answers |= told
+        return found, answers
 
     @property
     def losses(self) -> frozenset[str]:
@@ -196,8 +208,14 @@ class TaskEvaluator:
         self, parameters: Parameters, budget: int | None, key: jax.Array
     ) -> dict[str, float]:
         """The mean score of each task over its first `budget` examples."""
+        return self.answered(parameters, budget, key)[0]
+
+    def answered(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> tuple[dict[str, float], dict[str, list[str]]]:
+        """The scores, and the answers of the tasks that have some."""
         found = self.evaluate(parameters, budget, key)
-        return {result.task: result.mean for result in found}
+        return {result.task: result.mean for result in found}, answers_of(found)
 
     def evaluate(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,19 @@ class Result:
             "n": self.count,
             "truncated": self.truncated,
         }
+
+
+def answers_of(results: Iterable[Result]) -> dict[str, list[str]]:
+    """What the model wrote, or which choice it took, by task; losses have neither."""
+    return {
+        own.task: [str(_answer(record)) for record in own.records]
+        for own in results
+        if own.records and _answer(own.records[0]) is not None
+    }
+
+
+def _answer(record: Mapping[str, Any]) -> Any:
+    return record.get("output", record.get("chosen"))
 
 
 def as_json(value: Any) -> Any:

@@ -23,7 +23,7 @@ from m3jax.exploration.presets import registry
 from m3jax.exploration.presets.setting import Plan, Setting
 from m3jax.exploration.report import folder as files
 from m3jax.exploration.run import Run, Say, nothing
-from m3jax.exploration.search import searches
+from m3jax.exploration.search import by_answers, searches
 from m3jax.exploration.search.make import check_sampler, make_search, tasks_of
 from m3jax.exploration.search.result import Exploration
 from m3jax.exploration.search.samplers import ADAPTIVE
@@ -61,6 +61,7 @@ def explore(
     halving: int | None = None,
     hyperband: int | None = None,
     fraction: float | None = None,
+    selector: str = "scores",
     test_all_draws: bool = False,
     at_once: int | None = 1,
     generation: int = 1,
@@ -116,6 +117,9 @@ def explore(
         and `draws` is not looked at.
       fraction: of the data that a draw of ``rmm`` is evaluated on, each time another
         part of it; a function of yours gets that budget and a key of its own.
+      selector: ``scores``, or ``answers``: the winner is the draw whose answers differ
+        least from those at its neighbours in λ, whatever they score, as ``adamms``
+        chooses; for draws of two models that differ in λ.
       test_all_draws: evaluate every draw on `test` and `ood`, too, for mean and
         deviation there; nothing is chosen by it.
       at_once: draws that are merged and evaluated at a time, which changes nothing but
@@ -160,16 +164,21 @@ def explore(
     objective = Objective(dict(weights or {}), losses(evaluator))
     if isinstance(evaluator, TaskEvaluator):
         objective.check([task.name for task in evaluator.tasks])
-        for other in (test, ood):
+        for name, other in (("test", test), ("ood", ood)):
             if isinstance(other, TaskEvaluator):
-                for note in check_apart(evaluator.tasks, other.tasks):
+                named = "validation", name
+                for note in check_apart(evaluator.tasks, other.tasks, named):
                     say(f"note: {note}")
+    if selector not in by_answers.SELECTORS:
+        names = " or ".join(by_answers.SELECTORS)
+        raise RecipeError(f"selector={selector!r} needs to be {names}")
     tasks = tasks_of(evaluator, objective)
     tensors = functools.partial(tensor_names, models[0])
     if preset is not None:
         given: dict[str, Any] = {"search": search, "groups": groups, **rates}
         given["generation"] = generation if generation > 1 else None
         given["fraction"] = fraction
+        given["selector"] = None if selector == "scores" else selector
         registry.check(preset, sampler, given)
         setting = Setting(
             name=preset,
@@ -191,11 +200,6 @@ def explore(
             fraction=fraction,
         )
         plan = registry.plan(setting)
-        if plan.answers and not answering(evaluator):
-            raise RecipeError(
-                f"preset={preset!r} looks at answers, and the evaluator tells none; "
-                "choose tasks that answer, or give it a method `answers`"
-            )
         objective = plan.objective
     else:
         sampler, search = sampler or "recipe", search or ("ratios",)
@@ -219,6 +223,22 @@ def explore(
         )
         reading = None if space is None else space.reading(recipe)
         plan = Plan(asks, total, objective, reading)
+    if selector == "answers":
+        by_answers.check(
+            sampler=sampler or "recipe",
+            search=search or (),
+            recipe=recipe,
+            num_models=len(models),
+            draws=draws,
+            halves=bool(halving or hyperband),
+        )
+        plan = plan._replace(search=by_answers.by_answers(plan.search), answers=True)
+    if plan.answers and not answering(evaluator):
+        asked = f"selector={selector!r}" if preset in (None, "m3") else f"{preset=}"
+        raise RecipeError(
+            f"{asked} looks at answers, and the evaluator tells none; choose tasks "
+            "that answer, or give it a method `answers`"
+        )
     for note in plan.notes:
         say(f"note: {note}")
     fixed = sampler in ("grid", "nsga2") or halving or fraction
@@ -241,6 +261,7 @@ def explore(
         "halving": halving,
         **({} if hyperband is None else {"hyperband": hyperband}),
         **({} if fraction is None else {"fraction": fraction}),
+        **({} if selector == "scores" else {"selector": selector}),
         "budget": budget,
         "weights": objective.weights,
         "test_all_draws": test_all_draws,

@@ -202,6 +202,33 @@ def of_coefficients(m: jax.Array) -> dict[str, jax.Array]:
     }
 
 
+def is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Whether ``weighted_overlap`` counts the tensor: matrices, but no embeddings."""
+    return len(shape) == 2 and "embed" not in name and "wte" not in name
+
+
+def column_weights(tau: jax.Array) -> jax.Array:
+    """sin²(2θ) of the columns of each pair of task vectors: (K, m, n) -> (pairs, n)."""
+    norms = jnp.sqrt(jnp.sum(tau * tau, axis=1)) + 1e-8
+
+    def of_pair(i: int, j: int) -> jax.Array:
+        cosine = jnp.sum(tau[i] * tau[j], axis=0) / (norms[i] * norms[j])
+        # sin(2θ) = 2 sin θ cos θ, without the angle, whose slope is infinite at 0.
+        return 4 * cosine**2 * jnp.maximum(1 - cosine**2, 0)
+
+    pairs = list(itertools.combinations(range(len(tau)), 2))
+    return jnp.stack([of_pair(i, j) for i, j in pairs]) if pairs else norms[:0]
+
+
+def weighted_overlap(m: jax.Array, weights: jax.Array) -> jax.Array:
+    """The mean over pairs of Σ w min(|m_i|, |m_j|), m (K, n), w of `column_weights`."""
+    pairs = itertools.combinations(range(len(m)), 2)
+    return _mean(
+        _overlap(m[i], m[j], own.astype(m.dtype))
+        for (i, j), own in zip(pairs, weights, strict=True)
+    )
+
+
 def _weighted_overlap(
     named: Mapping[str, jax.Array], base: Any, models: Sequence[Any]
 ) -> jax.Array:
@@ -209,19 +236,9 @@ def _weighted_overlap(
     total = jnp.zeros((), jnp.float32)
     for name, arrays in own.arrays.items():
         m = named[name]
-        if arrays.ndim != 3 or m.shape[1] != 1 or "embed" in name or "wte" in name:
-            continue
-        tau = arrays[1:] - arrays[:1]
-        norms = jnp.sqrt(jnp.sum(tau * tau, axis=1)) + 1e-8
-
-        def of_pair(i: int, j: int, m: Any = m, tau: Any = tau, n: Any = norms) -> Any:
-            cosine = jnp.sum(tau[i] * tau[j], axis=0) / (n[i] * n[j])
-            # sin(2θ) = 2 sin θ cos θ, without the angle, whose slope is infinite at 0.
-            weights = 4 * cosine**2 * jnp.maximum(1 - cosine**2, 0)
-            return _overlap(m[i, 0], m[j, 0], weights.astype(m.dtype))
-
-        pairs = itertools.combinations(range(len(models)), 2)
-        total = total + _mean(of_pair(i, j) for i, j in pairs)
+        if is_linear(name, arrays.shape[1:]) and m.shape[1] == 1:
+            weights = column_weights(arrays[1:] - arrays[:1])
+            total = total + weighted_overlap(m[:, 0], weights)
     return total
 
 

@@ -93,7 +93,6 @@ class AdapterWriter:
             try:
                 for name, source in tensors.items():
                     _copy(source, writer, shard.entries[name].start)
-                writer.complete(0)
             finally:
                 writer.close()
             folder.write(peft.CONFIG, _json(config))

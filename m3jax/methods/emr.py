@@ -35,7 +35,8 @@ class Emr(Method):
     λ_k = 0 (the reference: 0/0).
 
     The masks are files of their own, bits of `numpy.packbits`; the scales stand in
-    m3jax.json.
+    m3jax.json. Tensors that the recipe excludes, as heads of tasks, are kept of each
+    model in one file more, and are its task's.
 
         >>> import jax.numpy as jnp, m3jax
         >>> tau = [2.0, -1.0, 3.0], [1.0, 1.0, -1.0]
@@ -60,6 +61,7 @@ class Emr(Method):
         options=("sum", "mean", "l2"),
     )
     records = ("scales",)
+    by_task = True
 
     @property
     def scope(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from m3jax.lazy import jnp
 from m3jax.methods.scaled import OfMatrices
-from m3jax.methods.spectral import kept_triples, product, svd
+from m3jax.methods.spectral import product, svd
 from m3jax.methods.step import Numbers, Operands, register, sum_over_models
 
 
@@ -30,7 +30,5 @@ class IsoC(OfMatrices):
     )
 
     def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
-        left, values, right = kept_triples(
-            svd(sum_over_models(tasks)), min(tasks.shape[1:])
-        )
+        left, values, right = svd(sum_over_models(tasks))
         return product(left, right.T) * jnp.mean(values)

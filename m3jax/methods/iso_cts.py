@@ -9,7 +9,7 @@ import numpy as np
 from m3jax.lazy import jax, jnp
 from m3jax.methods.fields import share
 from m3jax.methods.scaled import OfMatrices
-from m3jax.methods.spectral import Triples, concatenated, polar, product, svd
+from m3jax.methods.spectral import Triples, masked, polar_product, product, svd
 from m3jax.methods.step import Numbers, Operands, register, sum_over_models
 
 
@@ -48,31 +48,27 @@ class IsoCts(OfMatrices):
         common = jnp.floor(p["common_fraction"].reshape(()) * ranks)
         own = jnp.minimum(jnp.round((ranks - common) / count), ranks // count)
         total = sum_over_models(tasks)
-        shared = _first(svd(total), ranks, ranks - own * count, total)
+        shared = _first(svd(total), ranks - own * count, total)
         inside = shared[0]
         specific = [
             _first(
-                svd(task - product(inside, product(task.T, inside.T))),
-                ranks // count,
+                svd(task - product(inside, product(task.T, inside.T)), ranks // count),
                 own,
                 task,
             )
             for task in tasks
         ]
-        left, values, right = concatenated([*specific, shared])
-        return product(polar(left), polar(right.T)) * (jnp.sum(values) / ranks)
+        triples = [*specific, shared]
+        total = jnp.sum(jnp.concatenate([values for _, values, _ in triples]))
+        alike = [
+            (left, jnp.ones_like(values), right) for left, values, right in triples
+        ]
+        return polar_product(alike) * (total / ranks)
 
 
-def _first(triples: Triples, width: int, count: jax.Array, whole: jax.Array) -> Triples:
-    """The first `width` triples, 0 from `count` on and where σ is only rounding."""
-    left, values, right = (part[..., :width] for part in (*triples[:2], triples[2].T))
+def _first(triples: Triples, count: jax.Array, whole: jax.Array) -> Triples:
+    """The triples, 0 from `count` on and where σ is only rounding."""
+    values = triples[1]
     epsilon = max(whole.shape) * float(np.finfo(np.float32).eps)
     real = values > jnp.linalg.norm(whole) * epsilon
-    kept = real & (jnp.arange(width, dtype=count.dtype) < count)
-    left, values, right = (
-        jnp.where(kept, part, jnp.zeros((), part.dtype))
-        if part.ndim == 1
-        else jnp.where(kept[None], part, jnp.zeros((), part.dtype))
-        for part in (left, values, right)
-    )
-    return left, values, right.T
+    return masked(triples, real & (jnp.arange(len(values), dtype=count.dtype) < count))

@@ -7,7 +7,7 @@ from typing import Any
 from m3jax.lazy import jax, jnp
 from m3jax.methods.fields import share
 from m3jax.methods.scaled import OfMatrices
-from m3jax.methods.spectral import kept_triples, mean, product, svd
+from m3jax.methods.spectral import mean, product, svd
 from m3jax.methods.step import Numbers, Operands, register
 
 
@@ -34,7 +34,7 @@ class Star(OfMatrices):
 
 
 def _truncated(task: jax.Array, energy: jax.Array) -> jax.Array:
-    left, values, right = kept_triples(svd(task), min(task.shape))
+    left, values, right = svd(task)
     before = jnp.cumsum(values) - values
     zero, total = jnp.zeros((), values.dtype), jnp.sum(values)
     kept = jnp.where(before < energy * total, values, zero)

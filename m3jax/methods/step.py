@@ -218,6 +218,8 @@ class Method(Step):
       differentiable: in the weights, with what `measure` finds held fixed, and by
         element, so that `m3jax learn` can learn them.
       beside_repeats: what comes beside the models may have 1 element along an axis.
+      by_task: what it makes is turned into a model for each task afterwards, so that
+        the output keeps what is excluded of each model, in a file for each.
     """
 
     shows_nonfinite: ClassVar[bool] = False
@@ -226,6 +228,7 @@ class Method(Step):
     weighs_statistics: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
     beside_repeats: ClassVar[bool] = False
+    by_task: ClassVar[bool] = False
 
     def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
         """The merged part, float32; a dict of them if `outputs` names several.

@@ -51,13 +51,23 @@ class _Limbs:
         terms = _terms(self.terms, x, arguments)
         lefts = [own * unit[j] for j, own in enumerate(terms)]  # |left| <= 1
         limbs = []
-        for _ in range(_LIMBS):
-            lefts = [left * (1 << _BITS) for left in lefts]
-            limb = [jnp.round(left) for left in lefts]
-            limbs.append([own.astype(jnp.int32) for own in limb])
+        for i in range(_LIMBS):
+            # A step is the last bit of `grid`: what is added to it is rounded to whole
+            # steps, and the bits of the sum count them. Faster than round and convert.
+            step = np.float32(2.0 ** (-_BITS * (i + 1)))
+            grid = step * np.float32(1.5 * (1 << 23))
+            limb = [_pattern(left + grid) - grid.view(np.int32) for left in lefts]
+            limbs.append(limb)
             # Exact: both have the same last bit at the least.
-            lefts = [left - own for left, own in zip(lefts, limb, strict=True)]
+            lefts = [
+                left - own.astype(jnp.float32) * step
+                for left, own in zip(lefts, limb, strict=True)
+            ]
         return tuple(limbs)
+
+
+def _pattern(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
 def _terms(terms: Terms, x: Operands, arguments: Numbers) -> list[jax.Array]:

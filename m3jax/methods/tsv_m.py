@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3jax.lazy import jax, jnp
+from m3jax.lazy import jax
 from m3jax.methods import ranks
 from m3jax.methods.scaled import OfMatrices
-from m3jax.methods.spectral import concatenated, kept_triples, polar, product, svd
+from m3jax.methods.spectral import masked, polar_product, svd
 from m3jax.methods.step import Numbers, Operands, register
 
 
@@ -41,19 +41,13 @@ def combined(tasks: jax.Array, rank: str, energy: jax.Array) -> jax.Array:
     """P(U) S P(V)ᵀ of the triples that a rule keeps of each task vector (K, m, n)."""
     count, shape = tasks.shape[0], tasks.shape[1:]
     if rank == "share":  # known beforehand, so that less is computed
-        triples = [kept_triples(svd(task), min(shape) // count) for task in tasks]
+        triples = [svd(task, min(shape) // count) for task in tasks]
     else:
         triples = []
         for task in tasks:
-            left, values, right = kept_triples(svd(task), min(shape))
-            own = ranks.kept(values, rank, num_models=count, shape=shape, energy=energy)
-            zero = jnp.zeros((), values.dtype)
-            triples.append(
-                (
-                    jnp.where(own[None], left, zero),
-                    jnp.where(own, values, zero),
-                    jnp.where(own[:, None], right, zero),
-                )
+            found = svd(task)
+            own = ranks.kept(
+                found[1], rank, num_models=count, shape=shape, energy=energy
             )
-    left, values, right = concatenated(triples)
-    return product(polar(left) * values[None], polar(right.T))
+            triples.append(masked(found, own))
+    return polar_product(triples)

@@ -304,6 +304,7 @@ def _built(
         changes={**base.changes, **changes},
         notes=tuple(note for own in (base, *experts) for note in own.notes),
         built={"moe": mixture.to_dict()},
+        parts=tuple(one for own in (base, *experts) for one in own.parents),
     )
 
 

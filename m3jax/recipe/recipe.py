@@ -16,8 +16,8 @@ from typing import Any
 from m3jax.methods import METHODS, TRANSFORMS, Method, Step, Transform
 from m3jax.methods.fields import Weights
 from m3jax.methods.step import Spec
+from m3jax.recipe import fitting, values
 from m3jax.recipe import slices as layers
-from m3jax.recipe import values
 from m3jax.recipe.groups import (
     as_groups,
     check_known,
@@ -27,6 +27,7 @@ from m3jax.recipe.groups import (
 )
 from m3jax.recipe.mixup import Mixup
 from m3jax.recipe.problems import Problems, RecipeError, plain
+from m3jax.recipe.sizes import parse_size
 from m3jax.recipe.tokenizer import VOCABULARIES, TokenizerConfig
 
 UNMATCHED = ("error", "base", "skip")
@@ -34,8 +35,6 @@ COMPUTE = ("float32", "float64")
 DTYPES = ("input", "float32", "float16", "bfloat16", "float64", "promote")
 # Fields of methods that may stand in the recipe itself, as in version 0.1.
 FLAT = {"scaling": 1.0, "trim_rate": 0.5}
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,43 +297,7 @@ class Recipe:
 
     def check(self, *, num_models: int, has_base: bool) -> None:
         """Raises RecipeError where the recipe does not fit this set of models."""
-        problems = Problems()
-        if num_models < 1:
-            problems.add("models", num_models, "at least one model")
-        if self.slices:
-            layers.check(self.slices, num_models, has_base)
-            has_base = all(own.base is not None for own in self.slices)
-            num_models = self.num_inputs(num_models)
-            readers = [own.method for own in self.variants if own.method.beside]
-            if readers:
-                allowed = f"none: method {readers[0].name} reads statistics"
-                problems.add("slices", "…", allowed)
-        each = f"one number per model, {num_models} here"
-        if values.wrong_length(self.mixup.ratios, num_models):
-            problems.add("mixup.ratios", self.mixup.ratios, each)
-        for own in self.variants:
-            own._check_steps(problems, num_models, has_base)
-        self._check_ratios(problems)
-        if not has_base and self.exclude:
-            problems.add("exclude", self.exclude, "a base: give --base")
-        if not has_base and self.unmatched == "base":
-            problems.add("unmatched", self.unmatched, "a base: give --base")
-        problems.raise_if_any()
-
-    def _check_steps(self, problems: Problems, num_models: int, has_base: bool) -> None:
-        wanted = self.method.num_models
-        if wanted not in (None, num_models):
-            allowed = f"{wanted} models for method {self.method.name}"
-            problems.add("models", num_models, allowed)
-        each = f"one number per model, {num_models} here"
-        for step in self.steps:
-            for name in step.fields():
-                value = getattr(step, name)
-                if values.wrong_length(value, num_models):
-                    problems.add(f"{step.name}.{name}", value, each)
-            if step.needs_base and not has_base:
-                what = "method" if step is self.method else "transforms"
-                problems.add(what, step.name, "a base: give --base")
+        fitting.check_models(self, num_models, has_base)
 
     def num_inputs(self, num_models: int) -> int:
         """How many models the steps see, of that many checkpoints."""
@@ -342,48 +305,7 @@ class Recipe:
 
     def check_statistics(self, count: int, num_models: int) -> None:
         """Raises RecipeError unless there are as many as the methods read."""
-        methods = [own.method for own in self.variants]
-        readers = [method.name for method in methods if method.beside]
-        needed = num_models if readers else 0
-        if count != needed:
-            allowed = (
-                f"one per model, {needed} here, as in --statistics=A,B: method "
-                f"{readers[0]} reads them"
-                if needed
-                else f"none: method {self.method.name} reads none"
-            )
-            raise RecipeError(f"statistics: {count} given; needs {allowed}")
-
-    def _check_ratios(self, problems: Problems) -> None:
-        mixup = self.mixup
-        if not mixup.on or problems:
-            return
-        fields = [own.method.fields().get("weights") for own in self.variants]
-        if not any(isinstance(field, Weights) for field in fields):
-            name = self.method.name
-            what = "alpha" if mixup.ratios is None else "ratios"
-            allowed = f"None (--config.mixup.{what}=None): method {name} has no ratios"
-            problems.add(f"mixup.{what}", getattr(mixup, what), allowed)
-        for own, field in zip(self.variants, fields, strict=True):
-            if isinstance(field, Weights):
-                own._check_weights(field, problems)
-
-    def _check_weights(self, field: Weights, problems: Problems) -> None:
-        name, mixup = self.method.name, self.mixup
-        if self.method.weights is not None:
-            problems.add(
-                f"{name}.weights",
-                self.method.weights,
-                "mixup.alpha=None and no mixup.ratios, which would take their place",
-            )
-        elif isinstance(mixup.ratios, tuple):
-            low, total = min(mixup.ratios), sum(mixup.ratios)
-            if low < field.low:
-                allowed = f"no negative number for {name}"
-                problems.add("mixup.ratios", mixup.ratios, allowed)
-            if field.mean and abs(total - 1) > 1e-5:
-                allowed = f"a sum of 1 for method {name}"
-                problems.add("mixup.ratios", mixup.ratios, allowed)
+        fitting.check_statistics(self, count, num_models)
 
     def excludes(self, name: str) -> bool:
         """Whether tensor `name` is taken from the base unmerged."""
@@ -447,20 +369,6 @@ def renaming(given: Any) -> Any:
     if isinstance(given, Mapping):
         return tuple(f"{pattern}={new}" for pattern, new in given.items())
     return plain(given)
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of a size such as ``5GB``, ``200 MB`` or ``1000000`` (decimal units).
-
-    Raises:
-      ValueError: if it is not a positive size.
-    """
-    text = str(size).strip().upper()
-    unit = next((u for u in _UNITS if text.endswith(u)), "")
-    value = float(text.removesuffix(unit)) * _UNITS.get(unit, 1)
-    if isinstance(size, bool) or not 1 <= value < 2**62:
-        raise ValueError(f"not a size: {size!r}")
-    return int(value)
 
 
 def _parsed(step: Any) -> Any:

@@ -24,6 +24,8 @@ def claimed(
 ) -> Iterator[None]:
     """Makes the folder, and keeps others from writing into it meanwhile.
 
+    A folder that it has made goes again where a run fails before it writes anything.
+
     Args:
       folder: may hold other files; they are left alone.
       overwrite: remove what an earlier run has written.
@@ -36,6 +38,7 @@ def claimed(
       CheckpointError: a run is there, and neither was asked for; or another process is
         writing.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -75,6 +78,9 @@ def claimed(
                     f"what is done so far is kept in {folder}; the same command with "
                     "--resume goes on from there"
                 )
+            if made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
             raise
     finally:
         os.close(fd)

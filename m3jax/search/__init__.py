@@ -20,6 +20,7 @@ _HOMES = {
     "merge_layer_groups": "layer_groups",
     "ppo_loss": "policy",
     "ppo_returns": "policy",
+    "most_stable": "stability",
     "response_stability": "stability",
     "rmm_start": "walk",
     "rmm_step": "walk",
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from m3jax.search.selective import selective_merge
     from m3jax.search.similarity import clusters, similarity_matrix
     from m3jax.search.soup import greedy_soup
-    from m3jax.search.stability import response_stability
+    from m3jax.search.stability import most_stable, response_stability
     from m3jax.search.walk import rmm_start, rmm_step
 
 

@@ -56,16 +56,12 @@ def response_stability(
         if set(responses) != set(alphas):
             raise ValueError("responses has other alphas than `alphas`")
         responses = [responses[alpha] for alpha in alphas]
-    answers = [[str(answer).lower() for answer in row] for row in responses]
-    if len(answers) != len(alphas) or len({len(row) for row in answers}) != 1:
+    if len(responses) != len(alphas) or len({len(row) for row in responses}) != 1:
         raise ValueError(
-            f"responses has rows of {[len(row) for row in answers]} answers; one row "
+            f"responses has rows of {[len(row) for row in responses]} answers; one row "
             f"of the same length for each of the {len(alphas)} alphas is needed"
         )
-    changes = [
-        [a != b for a, b in zip(low, high, strict=True)]
-        for low, high in itertools.pairwise(answers)
-    ]
+    changes = _changes(responses)
     if rule == "previous":
         counts, tried = [float(sum(change)) for change in changes], alphas[1:]
     else:
@@ -80,3 +76,43 @@ def response_stability(
     fewest = min(counts)
     best = [a for a, n in zip(tried, counts, strict=True) if n == fewest]
     return Stability(counts, best)
+
+
+def most_stable(responses: Sequence[Sequence[Any]], ratios: Sequence[float]) -> int:
+    """Finds the merge whose answers change least around its ratio, as `ratios` lie.
+
+    The minimum of (d_{i−1} + d_i + 1) / (ratio_{i+1} − ratio_{i−1}) over the ratios
+    with two neighbours, with d as for `response_stability`: of ratios that lie evenly
+    it is the paper's choice. Ours: changes are counted per unit of ratio, since drawn
+    ratios lie unevenly, and there is one more, so that of neighbourhoods in which
+    nothing changes the widest is the best.
+
+    Args:
+      responses: [merge][sample].
+      ratios: of each merge, in any order; of equal ones the first counts.
+
+    Returns:
+      The place of the merge.
+
+    Raises:
+      ValueError: fewer than three ratios.
+    """
+    places = {ratio: place for place, ratio in reversed([*enumerate(ratios)])}
+    rising = sorted(places)
+    if len(rising) < 3:
+        raise ValueError(f"{len(rising)} ratios differ; 3 or more are needed")
+    counts = [sum(own) for own in _changes([responses[places[r]] for r in rising])]
+    rates = [
+        (below + above + 1) / (rising[i + 2] - rising[i])
+        for i, (below, above) in enumerate(itertools.pairwise(counts))
+    ]
+    return places[rising[1 + rates.index(min(rates))]]
+
+
+def _changes(responses: Sequence[Sequence[Any]]) -> list[list[bool]]:
+    """Which answers differ between each row and the next."""
+    answers = [[str(answer).lower() for answer in row] for row in responses]
+    return [
+        [a != b for a, b in zip(low, high, strict=True)]
+        for low, high in itertools.pairwise(answers)
+    ]

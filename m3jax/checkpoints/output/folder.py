@@ -41,7 +41,7 @@ MODEL_CARD = "README.md"
 _JOURNAL, _LOCK, _CHECKPOINT, _OLD = "journal.jsonl", "lock", "checkpoint", "old"
 _MAX_RECORD = 100_000_000  # bytes; see `record`
 _SHARD = re.compile(
-    rf"(({'|'.join(STEMS)})-\d{{5,}}-of-\d{{5,}}|mask-\d+)\.safetensors"
+    rf"(({'|'.join(STEMS)})-\d{{5,}}-of-\d{{5,}}|(mask|head)-\d+)\.safetensors"
 )
 # What flock says where the file system has no locks, as Lustre mounted without them.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from m3jax.checkpoints.formats import safetensors
 from m3jax.checkpoints.output.folder import OutputFolder
 from m3jax.checkpoints.output.part import OutputPart
 from m3jax.checkpoints.places import durable
-from m3jax.checkpoints.places.direct import Buffers, OutputFile
+from m3jax.checkpoints.places.direct import OutputFile, writes_behind
 from m3jax.checkpoints.weights import STEMS
 
 _PAGE = 1 << 16  # bytes; no page of memory is larger
@@ -84,7 +85,8 @@ class ShardWriter:
         self._folder = folder.path
         self._shards = shards
         self._held: dict[str, OutputFile] = {}
-        self._buffers = Buffers()
+        self._passing: set[OutputFile] = set()  # that are too many to be held
+        self._behind = writes_behind()
         try:
             for shard in shards:
                 for name, size, content in (
@@ -93,7 +95,7 @@ class ShardWriter:
                     path = self._folder / name
                     path.parent.mkdir(exist_ok=True)
                     file = self._held[name] = OutputFile(
-                        path, size, self._buffers, create=create
+                        path, size, self._behind, create=create
                     )
                     if create:
                         durable.resize(file.fd, size, path)
@@ -105,20 +107,32 @@ class ShardWriter:
             raise
 
     def write(self, shard: int, offset: int, values: np.ndarray) -> None:
-        """Writes the bytes of `values`, of one tensor, at `offset` of a shard."""
+        """Writes the bytes of `values`, of one tensor, at `offset` of a shard.
+
+        They may be overwritten at once; `when_written` tells when the file has them.
+
+        Raises:
+          OSError: the disk, now or at an earlier write; it names the file.
+        """
         left, own = values.view(np.uint8), self._shards[shard]
         for name, place, size in own.pieces(offset, len(left)):
-            with contextlib.ExitStack() as stack:
-                file = self._held.get(name)
-                if file is None:
-                    path = self._folder / name
-                    file = OutputFile(path, own.largest, self._buffers, create=False)
-                    stack.callback(file.close)
-                file.write(left[:size], place)
+            file = self._held.get(name)
+            if file is None:
+                path = self._folder / name
+                file = OutputFile(path, own.largest, self._behind, create=False)
+                self._passing.add(file)
+            file.write(left[:size], place)
+            if not own.held:
+                self.when_written(functools.partial(self._let_go, file))
             left = left[size:]
+
+    def when_written(self, call: Callable[[], None]) -> None:
+        """Calls, from any thread, when the files have all that was given to `write`."""
+        self._behind.then(call)
 
     def read(self, shard: int, offset: int, out: np.ndarray) -> None:
         """Reads back bytes of one tensor that were written."""
+        self._behind.flush()
         view = memoryview(out)
         for name, place, size in self._shards[shard].pieces(offset, len(view)):
             path = self._folder / name
@@ -136,18 +150,27 @@ class ShardWriter:
 
     def sync(self) -> None:
         """Waits until the disk has what this process has written."""
+        self._behind.flush()
         for shard in self._shards:
             for name, *_ in shard.files():
                 durable.sync(self._folder / name)
 
-    def complete(self, shard: int) -> None:
-        """Is told when all of a file is written; a store's writer then sends it."""
-
     def close(self) -> None:
-        """Closes the files; a second call does nothing."""
+        """Writes what is left and closes the files; a second call does nothing.
+
+        Raises:
+          OSError: the disk, for a write of which nobody has heard yet.
+        """
         with contextlib.ExitStack() as stack:  # closes all, even if one fails
             while self._held:
                 stack.callback(self._held.popitem()[1].close)
+            while self._passing:
+                stack.callback(self._passing.pop().close)
+            stack.callback(self._behind.close)  # first of all
+
+    def _let_go(self, file: OutputFile) -> None:
+        self._passing.discard(file)
+        file.close()
 
 
 def make_shards(tensors: list[list[Any]], stem: str = STEMS[0]) -> list[Shard]:

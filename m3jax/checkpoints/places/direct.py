@@ -3,7 +3,8 @@
 Through the page cache every byte is copied, kept and written back by the kernel, which
 costs several times what the disk does. Direct writes take whole blocks at multiples of
 a block, from memory that starts at one, so what is written is copied into a buffer that
-does; a buffer is one of few and used again, so it is in the processor's cache.
+does, and from there another thread writes it (`behind`); a buffer is one of few and
+used again, so it is in the processor's cache.
 
 A page of a file is never written both ways at once: the blocks that lie within one call
 are written directly, and the bytes before and behind them, whose blocks other calls or
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from m3jax.checkpoints.places import durable
+from m3jax.checkpoints.places.behind import Behind
 
 # Bytes. No page of the cache is larger, and no disk's block.
 BLOCK = max(4096, mmap.PAGESIZE)
@@ -38,7 +40,7 @@ _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Buffers(threading.local):
-    """A buffer for each thread that writes or reads, made when it is first needed."""
+    """A buffer for each thread that reads, made when it is first needed."""
 
     def __init__(self) -> None:
         self._whole: np.ndarray | None = None
@@ -55,39 +57,41 @@ class Buffers(threading.local):
 class OutputFile:
     """A file of an output, written at offsets from many threads."""
 
-    def __init__(self, path: Path, size: int, buffers: Buffers, *, create: bool):
+    def __init__(self, path: Path, size: int, behind: Behind, *, create: bool):
         """Opens the file.
 
         Args:
           path: of the file.
           size: bytes that it is to have.
-          buffers: may be shared by many files.
+          behind: from `writes_behind`; may be shared by many files.
           create: make it if it is not there.
 
         Raises:
           OSError: it cannot be opened; the error names it.
         """
         self._path = path
-        self._buffers = buffers
+        self._behind = behind
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         self.fd = os.open(path, flags, 0o666)
         self._direct = _open_direct(path, os.O_WRONLY) if size >= LEAST_FILE else -1
         self._refused = self._direct < 0
 
     def write(self, values: np.ndarray, offset: int) -> None:
-        """Writes bytes at an offset.
+        """Writes bytes at an offset; `behind` may do so later, from a copy.
 
         Raises:
-          OSError: the disk; it names the file.
+          OSError: the disk, now or at an earlier write; it names the file.
         """
-        start = offset + -offset % BLOCK
-        stop = (offset + len(values)) // BLOCK * BLOCK
+        start, stop = _blocks(values, offset)
         if self._refused or stop - start < LEAST:
             self._write_cached(values, offset)
             return
-        self._write_cached(values[: start - offset], offset)
-        self._write_blocks(values[start - offset : stop - offset], start)
-        self._write_cached(values[stop - offset :], stop)
+        while len(values):
+            count = (offset + BUFFER) // BLOCK * BLOCK - offset
+            if len(values) <= BUFFER + BLOCK:  # rather than a few bytes alone
+                count = len(values)
+            self._behind.write(self._write_piece, values[:count], offset)
+            values, offset = values[count:], offset + count
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
@@ -100,16 +104,17 @@ class OutputFile:
     def _write_cached(self, values: np.ndarray, offset: int) -> None:
         durable.write_at(self.fd, memoryview(values), offset, self._path)
 
-    def _write_blocks(self, values: np.ndarray, offset: int) -> None:
-        whole = self._buffers.get()
-        for first in range(0, len(values), len(whole)):
-            part = values[first : first + len(whole)]
-            buffer = whole[: len(part)]
-            buffer[:] = part
-            count = self._pwrite(memoryview(buffer), offset + first)
+    def _write_piece(self, values: np.ndarray, offset: int) -> None:
+        """`values`: as far behind the start of a page of memory as of a block."""
+        start, stop = _blocks(values, offset)
+        if start < stop:
+            first, last = start - offset, stop - offset
+            self._write_cached(values[:first], offset)
+            count = first + self._pwrite(memoryview(values[first:last]), start)
             # Of a direct write that ended early the rest need not start at a block;
             # the ordinary way writes it, or says why that cannot be done.
-            self._write_cached(part[count:], offset + first + count)
+            values, offset = values[count:], offset + count
+        self._write_cached(values, offset)
 
     def _pwrite(self, blocks: memoryview, offset: int) -> int:
         """Writes blocks directly; returns how many bytes it wrote."""
@@ -123,6 +128,16 @@ class OutputFile:
                     raise
         self._refused = True
         return 0
+
+
+def writes_behind() -> Behind:
+    """What writes for `OutputFile`s."""
+    return Behind(BUFFER + 2 * BLOCK, BLOCK)
+
+
+def _blocks(values: np.ndarray, offset: int) -> tuple[int, int]:
+    """Where the whole blocks begin and end among bytes at an offset."""
+    return offset + -offset % BLOCK, (offset + len(values)) // BLOCK * BLOCK
 
 
 class DirectInput:

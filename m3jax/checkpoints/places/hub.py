@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 import re
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,9 +16,15 @@ from m3jax.checkpoints.places.files import Location
 from m3jax.checkpoints.side_files import PATTERNS as SIDE_PATTERNS
 from m3jax.checkpoints.side_files import SIDE_FILES
 
+_log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _ADDRESS = re.compile(  # as a browser shows it
     r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)(?:/tree/([\w./-]+?))?/?"
+)
+# What the hub allows: at most 96 characters, no -- and no .. among them.
+_REPOSITORY = re.compile(
+    r"(?=.{3,96}$)(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*/[\w.-]*[A-Za-z0-9_](?<!\.git)",
+    re.A,
 )
 # What a merge writes beside those: its record and its model card, for `verify`.
 RECORD_FILES = ("m3jax.json", "README.md")
@@ -35,7 +42,7 @@ _NO_MODEL = re.compile(r"optimizer|scheduler|rng_state|training_args|scaler")
 # Modules of sentence-transformers, and more chat templates.
 _INNER = re.compile(r"(\d+_\w+/[\w.-]+\.(json|safetensors|bin|txt)|[\w]+/\w+\.jinja)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TIMEOUT = 10.0  # seconds; a server that does not answer would keep us for ever
+TIMEOUT = 10.0  # seconds; a server that does not answer would keep us for ever
 # What `huggingface_hub`'s errors, or their base classes, mean for the user.
 _HINTS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or fetch it elsewhere",
@@ -52,6 +59,18 @@ _HINTS = {
 def is_here(path: str) -> bool:
     """Whether a file or folder of this machine has exactly this name."""
     return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111
+
+
+def repository(name: str) -> str | None:
+    """The hub's repository that a name stands for; None for a path of any kind."""
+    found = _ADDRESS.fullmatch(name) or _HUB_ID.fullmatch(name)
+    repo = found[1] if found and not is_here(name) else ""
+    return repo if may_be_repository(repo) else None
+
+
+def may_be_repository(name: str) -> bool:
+    """Whether the hub allows ``org/name`` as the name of a repository."""
+    return _REPOSITORY.fullmatch(name) is not None
 
 
 def locate(path: str) -> tuple[Location, str | None]:
@@ -96,11 +115,8 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     """The cached files of a repository, completed from the network if there is one."""
     # Imported here: it takes a third of a second, and most merges are local.
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import logging as hub_logging
 
-    hub_logging.set_verbosity_error()
-    for name in ("httpx", "httpx2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
 
     def download(wanted: list[str], *, local_files_only: bool) -> Path:
         folder = snapshot_download(
@@ -115,14 +131,15 @@ def _snapshot(repo: str, revision: str | None) -> Path:
 
     try:
         # `snapshot_download` asks the same, but waits for the answer without limit.
-        found = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
+        found = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
     except Exception as unreachable:
         try:
             return download(_PATTERNS, local_files_only=True)
         except Exception as missing:
-            partial = type(missing).__name__ == "IncompleteSnapshotError"
+            partial = is_one_of(missing, "IncompleteSnapshotError")
             raise (missing if partial else unreachable) from None
     names = wanted_of([file.rfilename for file in found.siblings or ()])
+    _log.info("fetching what the cache lacks of Hugging Face's %s", repo)
     return download(list(map(glob.escape, names)), local_files_only=False)
 
 
@@ -150,6 +167,29 @@ def wanted_of(names: list[str]) -> list[str]:
         if tensors:
             return [*tensors, *side]
     return side
+
+
+def quiet() -> None:
+    """Has `huggingface_hub` say by exceptions alone what goes wrong.
+
+    Its progress bars are for terminals; in a file each of their steps is a line.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    hub_logging.set_verbosity_error()
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def is_one_of(error: Exception, *names: str) -> bool:
+    """Whether an error, or a base class of it, has one of these names.
+
+    Importing the classes would be importing the library.
+    """
+    return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def _reason(error: Exception) -> str:

@@ -103,7 +103,7 @@ def _manifest(
     facts: Facts, checkpoints: Sequence[Checkpoint], files: Mapping[str, bytes]
 ) -> bytes:
     described = [
-        _describe(checkpoint, checksum)
+        describe(checkpoint, checksum)
         for checkpoint, checksum in zip(checkpoints, facts.input_checksums, strict=True)
     ]
     manifest = {
@@ -154,7 +154,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _describe(checkpoint: Checkpoint, checksum: str | None) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, checksum: str | None) -> dict[str, Any]:
+    """What is recorded of an input."""
     return {
         "path": checkpoint.name,
         "revision": checkpoint.revision,

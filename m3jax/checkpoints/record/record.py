@@ -48,6 +48,7 @@ class Record:
       files: checksums of the files beside the tensors.
       tensors: by name.
       measured: what the method found of the whole model, by name.
+      statistics: as the models, of what was read beside them.
     """
 
     recipe: Mapping[str, Any]
@@ -60,6 +61,7 @@ class Record:
     files: Mapping[str, str]
     tensors: Mapping[str, TensorRecord]
     measured: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    statistics: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_record(folder: Location) -> Record | None:
@@ -110,6 +112,9 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
     measured = content.get("measured", {})  # absent from records of version 0.1
     if not _fits(measured, {"*": [_is_number]}):
         flaws.append(f"measured={shown(measured, 60)} needs numbers by name")
+    statistics = content.get("statistics", [])  # nor have they these
+    if not _fits(statistics, [_INPUT]):
+        flaws.append(f"statistics={shown(statistics, 60)} needs a list of {_OF_INPUT}")
     if flaws:
         raise CheckpointError(f"{what}: not as m3jax wrote it: {few(flaws)}")
     ratios = content["ratios"]
@@ -127,6 +132,7 @@ def parse_record(content: Mapping[str, Any], what: str) -> Record:
             for name, entry in content["tensors"].items()
         },
         measured={name: tuple(values) for name, values in measured.items()},
+        statistics=tuple(statistics),
     )
 
 

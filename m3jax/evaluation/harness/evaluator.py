@@ -55,12 +55,20 @@ class HarnessEvaluator:
         self, parameters: Parameters, budget: int | None, key: jax.Array
     ) -> Mapping[str, float]:
         """See `Evaluator`; the budget is examples of each task."""
+        return self.answered(parameters, budget, key)[0]
+
+    def answered(
+        self, parameters: Parameters, budget: int | None, key: jax.Array
+    ) -> tuple[dict[str, float], dict[str, list[str]]]:
+        """The scores, and the answers of the tasks that have some: what the model
+        wrote, as the task's filters leave it, or which choice is the likeliest."""
         config, tokenizer, options = self._made
         model = HarnessModel(
             padded(parameters, config), config, tokenizer, key=key, **options
         )
         seed = int(jax.random.key_data(key)[-1])
         found: dict[str, float] = {}
+        answers: dict[str, list[str]] = {}
         for result in run_tasks(
             model,
             self._names,
@@ -72,7 +80,10 @@ class HarnessEvaluator:
             name = result.task if result.higher_is_better else f"−{result.task}"
             sign = 1 if result.higher_is_better else -1
             found.setdefault(name, sign * result.mean)
-        return found
+            told = [_answer(record["output"]) for record in result.records]
+            if told and None not in told:
+                answers[result.task] = list(map(str, told))
+        return found, answers
 
     def of_layers(self, layers: Sequence[int]) -> HarnessEvaluator:
         """As that of `TaskEvaluator`."""
@@ -84,3 +95,13 @@ class HarnessEvaluator:
     def fingerprint(self) -> list[str]:
         """What a resumed exploration has to have in common with the first one."""
         return ["lm-evaluation-harness", *self._names]
+
+
+def _answer(output: Sequence[Any]) -> str | int | None:
+    """Of a record of the harness: texts, or (log-likelihood, greedy) of each choice."""
+    if all(isinstance(own, str) for own in output):
+        return "\n".join(output)
+    if len(output) < 2 or any(len(own) != 2 for own in output):
+        return None  # a log-likelihood is no answer
+    likelihoods = [likelihood for likelihood, _ in output]
+    return likelihoods.index(max(likelihoods))

@@ -8,8 +8,16 @@ from m3jax.evaluation.tasks.examples import read_data
 from m3jax.evaluation.tasks.task import Task, TaskError
 
 
-def check_apart(chosen_on: Sequence[Task], reported: Sequence[Task]) -> list[str]:
-    """Compares the data of validation and test tasks, by path and by content.
+def check_apart(
+    chosen_on: Sequence[Task],
+    reported: Sequence[Task],
+    lists: tuple[str, str] = ("validation", "test"),
+) -> list[str]:
+    """Compares the data of two lists of tasks, by path and by content.
+
+    Args:
+      chosen_on, reported: the tasks.
+      lists: what each is called.
 
     Returns:
       A note for each pair of files that has some lines in common.
@@ -20,22 +28,21 @@ def check_apart(chosen_on: Sequence[Task], reported: Sequence[Task]) -> list[str
     notes = []
     for own in chosen_on:
         for other in reported:
-            pair = f"validation task {own.name!r} and test task {other.name!r}"
+            pair = f"{lists[0]} task {own.name!r} and {lists[1]} task {other.name!r}"
             if own.data.resolve() == other.data.resolve():
                 raise TaskError(
-                    f"{pair} have the same data, {own.data}; choose on one file and "
-                    "report on another"
+                    f"{pair} have the same data, {own.data}; give each its own"
                 )
             ours, theirs = _lines(own), _lines(other)
             if sorted(ours) == sorted(theirs):
                 raise TaskError(
                     f"{pair} have the same data: {own.data} and {other.data} hold "
-                    "the same lines; choose on one file and report on another"
+                    "the same lines; give each its own"
                 )
             common = sum(line in set(ours) for line in theirs)
             if common:
                 notes.append(
-                    f"{pair} have {common} of {len(theirs)} test lines in common"
+                    f"{pair} have {common} of {len(theirs)} {lists[1]} lines in common"
                 )
     return notes
 

@@ -23,7 +23,7 @@ class Preset(NamedTuple):
 
 # Each is a module of this folder, with a function `plan`.
 PRESETS = {
-    "m3": Preset(("halving", "hyperband")),
+    "m3": Preset(("halving", "hyperband", "selector")),
     "greedy_soup": Preset(),
     "model_glue": Preset(("groups",)),
     "safety_aware": Preset(),

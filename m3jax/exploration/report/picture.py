@@ -134,7 +134,7 @@ def _references(axis: Any, found: Exploration, task: str, model: int | None) -> 
             edgecolors="white",
             linewidths=0.6,
         )
-    for row, marker, dashes in zip(baselines, "s^", ("--", "-."), strict=True):
+    for row, marker, dashes in zip(baselines, "s^", ("--", "-."), strict=False):
         put(
             row,
             None if model is None else 1 / count,

@@ -16,6 +16,7 @@ from m3jax.runs import bootstrap
 from m3jax.runs.bootstrap import Interval
 
 OBJECTIVE = "objective"
+_DEVIATION = " ± deviation"
 _TITLES = {
     "validation": "validation (the winner is chosen on it)",
     "test": "test",
@@ -80,10 +81,15 @@ class Table:
             "winner_less": {name: cell.to_dict() for name, cell in self.gains.items()},
         }
 
-    def texts(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, as text."""
+    def texts(self, *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, as text; brief: the means alone, for a terminal's width."""
         header = [self.name, *self.columns]
         rows = [[name, *map(str, cells)] for name, cells in self.rows]
+        if brief:
+            rows = [
+                [name.removesuffix(_DEVIATION), *(str(Cell(own.mean)) for own in cells)]
+                for name, cells in self.rows
+            ]
         if self.gains:
             header.append("winner less this")
             for row in rows:
@@ -149,15 +155,15 @@ def notes(found: Exploration) -> list[str]:
             f"{found.draws[0].budget}; the best of them went on to larger ones."
         )
     if found.rows[0].scored["validation"].examples is not None:
-        lines.append(
-            "In brackets: 95 % of the means when the examples are resampled. The "
-            "winner was chosen by its "
-            + (
-                "score on validation, which therefore flatters it."
-                if winner.answers is None
-                else "answers on validation, whatever these score."
-            )
+        lines.append("In brackets: 95 % of the means when the examples are resampled.")
+    lines.append(
+        "The winner was chosen by its "
+        + (
+            "score on validation, which therefore flatters it."
+            if winner.answers is None
+            else "answers on validation, whatever these score."
         )
+    )
     return lines
 
 
@@ -179,7 +185,7 @@ def _table(found: Exploration, name: str) -> Table:
         for trial in found.draws
     ]
     if all(draws):
-        label = f"{len(draws)} draws, mean ± deviation"
+        label = f"{len(draws)} draws, mean{_DEVIATION}"
         over = tuple(_over_draws(found, draws, column) for column in columns)
         rows.insert(len(rows) - 1, (label, over))
     *others, winner = found.rows

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from m3jax.evaluation.evaluator import Evaluator, TaskEvaluator
-from m3jax.evaluation.results import as_json
+from m3jax.evaluation.results import answers_of, as_json
+from m3jax.evaluation.tasks.task import TaskError
 from m3jax.exploration.search.trials import Answers, Scores, with_nan
 from m3jax.models.layers import Parameters
 from m3jax.recipe import RecipeError
@@ -112,34 +113,40 @@ def score(
         evaluator = evaluator.of_layers(layers)
     if not isinstance(evaluator, TaskEvaluator):
         key = jax.random.fold_in(key, part) if part else key
-        found = evaluator(parameters, budget, key)
+        found, told = _asked(evaluator, parameters, budget, key, answers)
         scores = {name: float(value) for name, value in found.items()}
-        asked = evaluator.answers(parameters, budget, key) if answers else {}  # type: ignore[attr-defined]
         return Scored(
-            scores, answers={name: list(map(str, own)) for name, own in asked.items()}
+            scores, answers={name: list(map(str, own)) for name, own in told.items()}
         )
     results = evaluator.evaluate(parameters, budget, key, part)
     return Scored(
         {result.task: result.mean for result in results},
         {result.task: result.scores.tolist() for result in results},
-        {
-            result.task: [str(_answer(record)) for record in result.records]
-            for result in results
-            if result.records and _answer(result.records[0]) is not None
-        },
+        answers_of(results),
     )
+
+
+def _asked(
+    evaluator: Any, parameters: Parameters, budget: int | None, key: Any, answers: bool
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Scores and, if they are asked for, answers; by one evaluation where it can."""
+    if not answers:
+        return evaluator(parameters, budget, key), {}
+    if hasattr(evaluator, "answered"):
+        found, told = evaluator.answered(parameters, budget, key)
+    else:
+        found = evaluator(parameters, budget, key)
+        told = evaluator.answers(parameters, budget, key)
+    if not any(told.values()):
+        raise TaskError("no validation task tells what the model answers")
+    return found, told
 
 
 def answering(evaluator: Evaluator) -> bool:
     """Whether it tells what the models answer, and not their scores alone."""
     if isinstance(evaluator, TaskEvaluator):
         return any(task.kind != "loss" for task in evaluator.tasks)
-    return hasattr(evaluator, "answers")
-
-
-def _answer(record: Mapping[str, Any]) -> Any:
-    """What the model wrote, or which choice it took; None where it did neither."""
-    return record.get("output", record.get("chosen"))
+    return hasattr(evaluator, "answers") or hasattr(evaluator, "answered")
 
 
 def losses(evaluator: Evaluator | None) -> frozenset[str]:

@@ -18,7 +18,7 @@ from m3jax.recipe import RecipeError
 from m3jax.recipe.problems import Problems
 
 GRANULARITIES = ("model", "layer", "tensor", "column", "element")
-REGULARISERS = ("l1", "l2", "similarity", "overlap")
+REGULARISERS = ("l1", "l2", "similarity", "overlap", "weighted_overlap")
 Shapes = Mapping[str, tuple[int, ...]]
 Raw = dict[str, jax.Array]
 
@@ -40,8 +40,9 @@ class Space:
       initial: one number or one per model; None: the method's own without M3.
       include: regular expressions, searched for in the names; the coefficients of
         tensors that none fits stay at `initial`. Empty: all are learned.
-      regularisers: weights of ``l1``, ``l2``, ``similarity`` and ``overlap`` of the
-        raw numbers, as in `m3jax.learn.dam_loss`, biases left out.
+      regularisers: weights of ``l1``, ``l2``, ``similarity``, ``overlap`` and
+        ``weighted_overlap`` of the raw numbers, as in `m3jax.learn.dam_loss`, biases
+        left out. The last one is of the columns of matrices that are learned.
 
     Raises:
       RecipeError: naming each wrong field, its value and what is allowed.
@@ -63,6 +64,15 @@ class Space:
         problems.patterns("space.include", tuple(self.include))
         for name in self.regularisers:
             problems.choice("space.regularisers", name, REGULARISERS)
+        by_column = self.granularity == "column" and not self.shared
+        if "weighted_overlap" in self.regularisers and not (
+            by_column and self.constraint != "share"
+        ):
+            allowed = (
+                "space.granularity=column, for each model, not as a share: it weighs "
+                "columns of task vectors"
+            )
+            problems.add("space.regularisers", "weighted_overlap", allowed)
         if len(self.bounds) != 2 or not self.bounds[0] < self.bounds[1]:
             problems.add("space.bounds", self.bounds, "a lower and a higher number")
         if not isinstance(self.layers, int) or self.layers < 1:
@@ -197,14 +207,20 @@ class Space:
         return (*(1,) * (len(shape) - 1), *shape[-1:])
 
 
-def penalty(space: Space, raw: Raw) -> jax.Array:
-    """Σ of the weighted regularisers over the groups of raw numbers."""
-    from m3jax.learn.distillation import of_coefficients
+def penalty(space: Space, raw: Raw, columns: Mapping[str, jax.Array]) -> jax.Array:
+    """Σ of the weighted regularisers over the groups of raw numbers.
+
+    Args:
+      columns: weights of ``weighted_overlap``, of the groups that it counts.
+    """
+    from m3jax.learn.distillation import of_coefficients, weighted_overlap
 
     total = jnp.zeros((), jnp.float32)
     for group, own in raw.items():
         if space.regularisers and group.rpartition(".")[2] != "bias":
-            values = of_coefficients(own)
+            values = {"weighted_overlap": jnp.zeros_like(total), **of_coefficients(own)}
+            if group in columns:
+                values["weighted_overlap"] = weighted_overlap(own[:, 0], columns[group])
             for name, weight in space.regularisers.items():
                 total = total + weight * values[name]
     return total

@@ -71,6 +71,12 @@ class Merge:
             for name in self._places
         }
 
+    def task_vectors(self, name: str) -> jax.Array:
+        """(K, ...) of a tensor, float32; the tensors have a base."""
+        leaf = self.tensors.bench.leaves[self._places[name]]
+        base = jnp.asarray(leaf.base, jnp.float32)
+        return jnp.stack([jnp.asarray(own, jnp.float32) - base for own in leaf.models])
+
     @property
     def equal_weights(self) -> tuple[float, ...]:
         """The coefficient of each model where nothing is said."""

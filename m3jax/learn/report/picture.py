@@ -34,7 +34,8 @@ def curves(found: Learning, path: Path) -> None:
     if found.looks:
         style: Any = {"color": _COLOR, "marker": "o", "markersize": 4, "linewidth": 1.2}
         axis.plot(*zip(*found.looks, strict=True), label="validation", **style)
-        axis.axvline(found.step, color=_COLOR, linewidth=0.8, linestyle="--")
+        dashed: Any = {"color": _COLOR, "linewidth": 0.8, "linestyle": "--"}
+        axis.axvline(found.step, label="kept", **dashed)
     axis.set_xlabel("step", color=_INK)
     axis.set_ylabel("loss", color=_INK)
     axis.spines[["top", "right"]].set_visible(False)
@@ -78,8 +79,14 @@ def coefficients(found: Learning, names: Sequence[str], path: Path) -> None:
             [_OUTSIDE if layer is None else str(layer) for layer in layers],
             fontsize=7,
         )
-        labels = [kind[-_LONGEST:] for kind in kinds] if k == 0 else [""] * len(kinds)
-        axis.set_yticks(range(len(kinds)), labels, fontsize=7)
+        labels = map(_label, kinds) if k == 0 else [""] * len(kinds)
+        axis.set_yticks(range(len(kinds)), list(labels), fontsize=7)
     bar = figure.colorbar(image, ax=list(axes), location="bottom", aspect=45)
     bar.set_label("mean coefficient; columns are layers", color=_INK)
     figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def _label(kind: str) -> str:
+    """A kind of tensor, its end if it is too long."""
+    own = kind.removesuffix(".weight")
+    return own if len(own) <= _LONGEST else f"…{own[1 - _LONGEST :]}"

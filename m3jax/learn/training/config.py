@@ -35,6 +35,8 @@ class Config:
         (at what the task's expert writes greedily behind the prompt: no labels).
       experts: which model belongs to which task, as task -> its place in the models;
         None: by name, or the k-th task to the k-th model.
+      scale_logits: learn a number, too, that multiplies the logits and is no part of
+        the merged model: β of learned soups, 1 at the start.
       optimizer: of the raw numbers.
       steps: at most so many.
       batch: examples of each task in a step.
@@ -60,6 +62,7 @@ class Config:
     task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     inputs: str = "prompt"
     experts: Mapping[str, int] | None = None
+    scale_logits: bool = False
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     steps: int = 500
     batch: int = 16
@@ -77,6 +80,8 @@ class Config:
             problems.add("objective", self.objective, allowed)
         problems.choice("inputs", self.inputs, INPUTS)
         problems.choice("dtype", self.dtype, DTYPES)
+        if not isinstance(self.scale_logits, bool):
+            problems.add("scale_logits", self.scale_logits, "True or False")
         for name in ("steps", "batch", "validate_every", "save_every", "patience"):
             value, least = getattr(self, name), 0 if name == "steps" else 1
             if value is None and name == "patience":

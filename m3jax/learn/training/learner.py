@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -30,7 +31,8 @@ from m3jax.learn.training.loop import Apply, Descent, Progress, nothing, run
 from m3jax.learn.training.sources import Texts, experts_of, read_tasks
 from m3jax.learn.training.state import State
 from m3jax.learn.training.texts import Speaker
-from m3jax.recipe import Recipe
+from m3jax.methods.linear import TaskArithmetic
+from m3jax.recipe import Recipe, RecipeError
 from m3jax.runs.folder import claimed
 from m3jax.runs.inputs import described, is_path, local, names_of
 
@@ -232,20 +234,32 @@ def checked(given: Given, streamed: bool) -> Recipe:
     recipe = learnable(given.config.recipe)
     replays.check(given.config.space, recipe)
     recipe.check(num_models=len(models), has_base=base is not None)
+    if base is None and "weighted_overlap" in given.config.space.regularisers:
+        raise RecipeError(
+            "space.regularisers: weighted_overlap is of task vectors, and needs a base"
+        )
     return recipe
 
 
 def _notes(given: Given) -> Iterator[str]:
-    lists: list[Any] = [given.tasks, given.validation, given.test]
-    for i, own in enumerate(lists):
-        for other in lists[i + 1 :]:
-            yield from check_apart(own, other)
+    lists = {"training": given.tasks, "validation": given.validation}
+    lists["test"] = given.test
+    for one, other in itertools.combinations(lists, 2):
+        yield from check_apart(lists[one], lists[other], (one, other))
+
+
+def reading(config: Config, recipe: Recipe) -> Recipe:
+    """A recipe that reads what is read: task vectors, too, if a regulariser does."""
+    if "weighted_overlap" not in config.space.regularisers:
+        return recipe
+    return dataclasses.replace(recipe, method=TaskArithmetic())
 
 
 @contextlib.contextmanager
 def _tensors(
     given: Given, recipe: Recipe, streamed: bool, place: Any
 ) -> Iterator[stores.Tensors]:
+    recipe = reading(given.config, recipe)
     if streamed:
         with stores.of_files(given.base, given.models, recipe, place) as found:
             yield found

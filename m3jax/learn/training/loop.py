@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from m3jax.checkpoints.errors import CheckpointError
 from m3jax.learn.coefficients.space import penalty
+from m3jax.learn.distillation import column_weights, is_linear
 from m3jax.learn.gradient.pullback import Merge
 from m3jax.learn.training import state as states
 from m3jax.learn.training.config import Config
@@ -22,8 +24,11 @@ from m3jax.learn.training.objectives import Objective
 from m3jax.learn.training.state import State
 
 Apply = Callable[[Any, Any], jax.Array]
-# step done, steps, loss, learning rate, seconds left
-Progress = Callable[[int, int, float, float, float], None]
+# step done, steps, loss, learning rate, seconds left if that can be told
+Progress = Callable[[int, int, float, float, float | None], None]
+
+
+SCALE = "scale of the logits"  # among the raw numbers; no tensor has spaces
 
 
 def nothing(*_: Any) -> None:
@@ -75,19 +80,42 @@ class Descent:
         self._coefficients = jax.jit(self.coefficients)
         self._move = jax.jit(self._moved)
 
+    @functools.cached_property
+    def _columns(self) -> dict[str, jax.Array]:
+        """The weights of ``weighted_overlap``, by tensor."""
+        if "weighted_overlap" not in self.space.regularisers:
+            return {}
+        weights = jax.jit(column_weights)
+        return {
+            name: weights(self.merge.task_vectors(name))
+            for name in self.space.learned(self.shapes)
+            if is_linear(name, self.shapes[name])
+        }
+
     def loss(self, merged: Any, fixed: Any, batch: Any) -> jax.Array:
         """The objective of a merged model at a batch; float32."""
-        params = self.merge.tensors.params(merged, fixed)
-        return self.objective(self.apply(params, batch), batch).astype(jnp.float32)
+        params = self.merge.tensors.params(_without_scale(merged), fixed)
+        logits = self.apply(params, batch)
+        if SCALE in merged:
+            scale = merged[SCALE]
+            logits = jax.tree.map(lambda own: own * scale.astype(own.dtype), logits)
+        return self.objective(logits, batch).astype(jnp.float32)
 
     def coefficients(self, raw: Any) -> dict[str, jax.Array]:
         """(K, ...) by tensor."""
-        return self.space.coefficients(raw, self.shapes, self.equal)
+        return self.space.coefficients(_without_scale(raw), self.shapes, self.equal)
+
+    def merged(self, raw: Any, coefficients: Any) -> dict[str, jax.Array]:
+        """What the loss is a function of: tensors, and the scale if it is learned."""
+        scale = {SCALE: raw[SCALE]} if SCALE in raw else {}
+        return {**self.merge(coefficients), **scale}
 
     def start(self) -> State:
         """The state of step 0."""
         raw = self.space.start(self.shapes, self.equal)
         raw = {group: self._placed(group, own) for group, own in raw.items()}
+        if self.config.scale_logits:
+            raw[SCALE] = jnp.ones((), jnp.float32)
         return State(0, raw, self.optimizer_start(raw), raw)
 
     def optimizer_start(self, raw: Any) -> Any:
@@ -103,9 +131,9 @@ class Descent:
         return tensors.params(own, tensors.fixed)
 
     def gradient(self, raw: Any, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of a step without regularisers, and ∂L/∂c by tensor."""
+        """The loss of a step without regularisers, and ∂L/∂c by tensor; also ∂L/∂β."""
         coefficients, tensors = self._coefficients(raw), self.merge.tensors
-        merged = self.merge(coefficients)
+        merged = self.merged(raw, coefficients)
         gradient = jax.tree.map(jnp.zeros_like, merged)
         total = jnp.zeros((), jnp.float32)
         batches = at_step(self.tasks, step, self.seed, shuffle=self.config.shuffle)
@@ -115,7 +143,8 @@ class Descent:
             )
             total = total + value
         del merged
-        return total, self.merge.pull_back(coefficients, gradient)
+        scale = {SCALE: gradient.pop(SCALE)} if SCALE in gradient else {}
+        return total, {**self.merge.pull_back(coefficients, gradient), **scale}
 
     def step(self, state: State) -> State:
         """One step.
@@ -125,7 +154,7 @@ class Descent:
         """
         loss, gradient = self.gradient(state.raw, state.step)
         raw, optimizer, penalised = self._move(
-            state.raw, state.optimizer, gradient, loss
+            state.raw, state.optimizer, gradient, loss, self._columns
         )
         value = float(penalised)
         if not math.isfinite(value):
@@ -144,7 +173,7 @@ class Descent:
         """The state with its loss on validation; `best` is it if none was better."""
         if not self.validation:
             return state._replace(best=state.raw)
-        merged = self.merge(self._coefficients(state.raw))
+        merged = self.merged(state.raw, self._coefficients(state.raw))
         total = 0.0
         for task in self.validation:
             parts = [
@@ -163,13 +192,19 @@ class Descent:
         """The learning rate of a step."""
         return float(self._rates(step) if callable(self._rates) else self._rates)
 
-    def _moved(self, raw: Any, optimizer: Any, gradient: Any, loss: jax.Array) -> Any:
+    def _moved(
+        self, raw: Any, optimizer: Any, gradient: Any, loss: jax.Array, columns: Any
+    ) -> Any:
         """∂L/∂c pulled back to the raw numbers, with the regularisers' own; a step."""
         import optax
 
-        _, back = jax.vjp(self.coefficients, raw)
-        value, own = jax.value_and_grad(lambda r: penalty(self.space, r))(raw)
-        total = jax.tree.map(jnp.add, back(gradient)[0], own)
+        groups = _without_scale(raw)
+        _, back = jax.vjp(self.coefficients, groups)
+        value, own = jax.value_and_grad(lambda own: penalty(self.space, own, columns))(
+            groups
+        )
+        total = jax.tree.map(jnp.add, back(_without_scale(gradient))[0], own)
+        total |= {SCALE: gradient[SCALE]} if SCALE in gradient else {}
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self._tx.update(total, optimizer, raw)
             moved = optax.apply_updates(raw, updates)
@@ -212,6 +247,7 @@ def run(
     elif path is not None:
         states.save(state, facts, path)
     began, first = time.perf_counter(), state.step
+    left: float | None
     while True:
         looked = state.looks and state.looks[-1][0] == state.step
         ended = state.step >= config.steps or _patience_is_out(state, config)
@@ -224,11 +260,16 @@ def run(
             return state
         state = descent.step(state)
         done, now = state.step - first, time.perf_counter()
-        # The first step compiles.
-        each = (now - began) / max(done - 1, 1)
-        began = now if done == 1 else began
-        left, rate = each * (config.steps - state.step), descent.rate(state.step - 1)
+        if done == 1:  # it has compiled, so it tells nothing of the others
+            began, left = now, None
+        else:
+            left = (now - began) / (done - 1) * (config.steps - state.step)
+        rate = descent.rate(state.step - 1)
         progress(state.step, config.steps, state.losses[-1], rate, left)
+
+
+def _without_scale(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: own for name, own in named.items() if name != SCALE}
 
 
 def _patience_is_out(state: State, config: Config) -> bool:

@@ -41,7 +41,8 @@ def needed(
     student, objective = learner.speaker(given), given.objective()
     texts = Texts(config, objective, student, 0)
     train = texts.shapes(given.tasks)
-    with stores.of_files(base, models, recipe) as tensors:
+    reading = learner.reading(config, recipe)
+    with stores.of_files(base, models, reading) as tensors:
         bench: Any = tensors.bench
         descent = Descent(
             merge=Merge(tensors, recipe, 0, config.dtype),

@@ -32,6 +32,11 @@ def read_tasks(specs: Iterable[str | Path | Task]) -> list[Task]:
     ]
 
 
+def experts_as(experts: Mapping[str, int]) -> str:
+    """How a user gives experts, in Python and on the command line."""
+    return f'experts={dict(experts)} (--config.experts="{tuple(experts.items())}")'
+
+
 def experts_of(
     given: Mapping[str, int] | None, tasks: Sequence[str], names: Sequence[str]
 ) -> dict[str, int]:
@@ -57,10 +62,11 @@ def experts_of(
         return {task: list(names).index(task) for task in tasks}
     if len(tasks) == len(names):
         return {task: place for place, task in enumerate(tasks)}
+    given = dict.fromkeys(tasks, 0)
     raise RecipeError(
-        f"experts=None: {len(tasks)} tasks ({', '.join(tasks)}) and {len(names)} "
-        f"models ({', '.join(names)}) neither have the same names nor are as many; "
-        "give experts={'TASK': PLACE, ...}"
+        f"{len(tasks)} tasks ({', '.join(tasks)}) and {len(names)} models "
+        f"({', '.join(names)}) neither have the same names nor are as many; say which "
+        f"model is the expert of each task, counted from 0, as in {experts_as(given)}"
     )
 
 

@@ -76,12 +76,19 @@ def _table(
     head = element("tr", *(element("th", text(own), scope="col") for own in header))
     lines = (
         element(
-            "tr", *(element("td", text(own)) for own in row), **attributes.get(i, {})
+            "tr", *(element("td", _cell(own)) for own in row), **attributes.get(i, {})
         )
         for i, row in enumerate(rows)
     )
     own = element("table", element("thead", head), element("tbody", *lines))
     return element("div", own, class_="table", tabindex=0)
+
+
+def _cell(content: str) -> str:
+    """A score with its interval below it, or any text."""
+    score, bracket, interval = content.partition(" [")
+    below = element("small", text(bracket.strip() + interval)) if bracket else ""
+    return text(score) + below
 
 
 def _charts(found: Exploration) -> list[str]:
