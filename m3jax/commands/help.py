@@ -134,7 +134,7 @@ def _reflowed(body: str) -> list[str]:
 
 
 def wrapped(line: str, indent: str = "", later: str = "") -> list[str]:
-    """A line as lines of a terminal's width; `later`: the indent of all but the first."""
+    """A line as lines of a terminal's width; `later`: the indent behind the first."""
     return textwrap.wrap(
         line,
         WIDTH,
