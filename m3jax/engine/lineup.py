@@ -170,11 +170,11 @@ def align(
     ]
     heads = [tensor for tensor in tensors if tensor.file]
     if heads:
-        names = {tensor.name.rpartition(".")[0] for tensor in heads}
-        kept = progress.size(sum(tensor.written_bytes for tensor in heads))
+        excluded = {tensor.name.rpartition(".")[0] for tensor in heads}
+        amount = progress.size(sum(tensor.written_bytes for tensor in heads))
         notes.append(
-            f"{len(names)} excluded tensors of each model are kept beside the masks, "
-            f"for its task: {kept} in all"
+            f"{len(excluded)} excluded tensors of each model are kept beside the masks, "
+            f"for its task: {amount} in all"
         )
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     _note_width(tensors, notes)
