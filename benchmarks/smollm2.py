@@ -1,7 +1,7 @@
 """Merges two experts of a real model: plainly, with M3, by search and by gradient.
 
     pip install '.[explore]' gguf
-    python benchmarks/smollm2.py --data=DATA --preset=cpu    # 40 minutes of 2 cores
+    python benchmarks/smollm2.py --data=DATA --preset=cpu  # under 40 minutes on 2 cores
     python benchmarks/smollm2.py --data=DATA --preset=gpu
 
 SmolLM2-135M-Instruct becomes an expert in maths and one in code. Average, task

@@ -168,14 +168,7 @@ def align(
         for place, (pattern, _) in enumerate(recipe.rules, start=1)
         if place not in used
     ]
-    heads = [tensor for tensor in tensors if tensor.file]
-    if heads:
-        excluded = {tensor.name.rpartition(".")[0] for tensor in heads}
-        amount = progress.size(sum(tensor.written_bytes for tensor in heads))
-        notes.append(
-            f"{len(excluded)} excluded tensors of each model are kept beside the masks, "
-            f"for its task: {amount} in all"
-        )
+    _note_heads(tensors, notes)
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     _note_width(tensors, notes)
     changes |= _resizing(checkpoints[0], tensors, resized, recipe, notes)
@@ -395,6 +388,18 @@ def _note_changes(
         for field in ("dtype", "torch_dtype"):
             if field in config:
                 changes[field] = floats.pop().numpy.name if floats else changes["dtype"]
+
+
+def _note_heads(tensors: list[TensorInputs], notes: list[str]) -> None:
+    """Notes what is kept of each model beside the merge, for its task."""
+    heads = [tensor for tensor in tensors if tensor.file]
+    if heads:
+        names = {tensor.name.rpartition(".")[0] for tensor in heads}
+        kept = progress.size(sum(tensor.written_bytes for tensor in heads))
+        notes.append(
+            f"{len(names)} excluded tensors of each model are kept beside the masks, "
+            f"for its task: {kept} in all"
+        )
 
 
 def _note_width(tensors: list[TensorInputs], notes: list[str]) -> None:
