@@ -64,6 +64,20 @@ def test_lines_scales_the_merged_task_vector_by_depth(method):
         np.testing.assert_allclose(after[name], wanted, atol=1e-8, rtol=2e-7)
 
 
+def test_lines_takes_another_scale_of_depth():
+    """A gradient of one's own for some layers, numbers for others by their names."""
+    base, models = inputs()
+    before = merged(base, models, method="average")
+    rules = [[r".*\.up\.", {"gradient": [1.0, 0.2, 0.6]}], [r".*embed", 0.25]]
+    depth = {"rules": rules, "otherwise": 0.5}
+    lines = {"first": 0.4, "slope": 0.6, "depth": depth}
+    after = merged(base, models, method="average", lines=lines)
+    depths = zip(SHAPES, (0.25, 1.0, 0.2, 0.5, 0.6, 0.5), strict=True)
+    for name, own in depths:
+        wanted = base[name] + (0.4 + 0.6 * own) * (before[name] - base[name])
+        np.testing.assert_allclose(after[name], wanted, atol=1e-8, rtol=2e-7)
+
+
 @pytest.mark.parametrize("count", [slow(1), 3])
 def test_svc_is_its_formula_after_a_linear_and_a_spectral_method(count):
     base, models = inputs(count)

@@ -10,6 +10,7 @@ from command_line import Run
 
 from m3jax.__main__ import COMMANDS
 from m3jax.commands.help import flags_of
+from m3jax.methods import METHODS, TRANSFORMS
 
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
@@ -50,3 +51,14 @@ def test_the_common_flags_come_first(run: Run):
         *("seed", "overwrite", "resume", "dry_run"),
     ]
     assert "[0]" in first
+
+
+def test_the_list_of_methods_fits_too(run: Run):
+    listed = run("methods").out
+    assert [line for line in listed.splitlines() if len(line) > 80] == []
+    steps = METHODS | TRANSFORMS
+    assert re.findall(r"^  (\w+)", listed, re.MULTILINE) == list(steps)
+    own = run("methods", "dare").out
+    for name, field in steps["dare"].fields().items():
+        assert re.search(rf"^  dare\.{name} ", own, re.MULTILINE)
+        assert field.allowed in " ".join(own.split())

@@ -184,6 +184,7 @@ def test_heads_of_their_own_shapes_are_kept_and_put_back(run, tmp_path):
         "--config.mixup.alpha=None",
     )
     assert ran.code == 0, ran.err
+    assert "2 excluded tensors of each model are kept" in ran.err
     assert run("verify", output).code == 0
     assert {*m3jax.load(output)} == {"model", "score"}
     params = m3jax.modulation.load(output)

@@ -23,29 +23,30 @@ SIZE = 37  # of the property test: one size, one compilation
 _random = np.random.default_rng(0)
 _normal = _random.normal(0, 0.02, 1001).astype(np.float32)
 
+# Few sizes, since each is compiled.
 DATA = {
     "one value": np.float32([-3.5]),
     "one zero": np.float32([-0.0]),
-    "zeros": np.zeros(257, np.float32),
-    "zeros of both signs": np.float32([0.0, -0.0] * 50),
-    "equal": np.full(333, -0.125, np.float32),
-    "few distinct": _random.choice(np.float32([0, 1, -1, 2e-3, 5e8]), 999),
+    "zeros": np.zeros(1001, np.float32),
+    "zeros of both signs": np.float32([0.0, *[-0.0, 0.0] * 500]),
+    "equal": np.full(1001, -0.125, np.float32),
+    "few distinct": _random.choice(np.float32([0, 1, -1, 2e-3, 5e8]), 1001),
     "normal": _normal,
     "like bfloat16": (_normal.view(np.uint32) & 0xFFFF0000).view(np.float32),
     "mostly zeros": np.where(_random.random(1001) < 0.9, 0, _normal),
-    "denormal": np.arange(501).astype(np.uint32).view(np.float32),
+    "denormal": np.arange(1001).astype(np.uint32).view(np.float32),
     "denormal and zeros": np.float32([0, SMALLEST, 0, 2 * SMALLEST, 0]),
     "infinite": np.float32([np.inf, 1, -np.inf, 2, np.inf]),
-    "all infinite": np.full(65, -np.inf, np.float32),
+    "all infinite": np.full(1001, -np.inf, np.float32),
     "every exponent": _random.integers(0, INFINITY, 4097, np.uint32).view(np.float32),
     "neighbours": (
-        np.float32(1).view(np.uint32) + np.arange(300, dtype=np.uint32)
+        np.float32(1).view(np.uint32) + np.arange(1001, dtype=np.uint32)
     ).view(np.float32),
     "ends of bins": np.arange(0, INFINITY, 1 << 15, np.uint32).view(np.float32),
     "just below ends": np.arange((1 << 15) - 1, INFINITY, 1 << 15, np.uint32).view(
         np.float32
     ),
-    "largest": np.float32([np.finfo(np.float32).max, 1e38, np.inf, 0]),
+    "largest": np.float32([np.finfo(np.float32).max, 1e38, np.inf, 0, 1]),
 }
 MISLEADING = {
     "zeros": np.zeros(64, np.float32),

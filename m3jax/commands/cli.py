@@ -4,7 +4,8 @@ Exit codes:
   0    done
   1    `verify` or `diff --exit_code` found a difference
   2    the command line, the recipe or a task is wrong
-  3    an input checkpoint cannot be used, or the output's place is taken
+  3    an input checkpoint cannot be used, or the output's place is taken, or the hub
+       refuses it
   4    the disk or the system failed: read or write error, no space, no memory, too
        many files; or another process of the same merge did, or m3jax
   130  interrupted (Ctrl-C); 143: terminated

@@ -52,10 +52,10 @@ def text(name: str, module: ModuleType, everywhere: ModuleType) -> str:
     common = [name.partition("=")[0] for name, _ in groups[""]]
     place = common.index("--output") + 1 if "--output" in common else len(common)
     groups[""][place:place] = getattr(module, "ROWS", [])
-    lines = [*_wrapped(f"m3jax {name}: {described}"), "", *_usage(module.USAGE)]
+    lines = [*wrapped(f"m3jax {name}: {described}"), "", *_usage(module.USAGE)]
     for title, rows in groups.items():
         if rows:
-            lines += ["", *([f"{title}:"] if title else []), *_listed(rows)]
+            lines += ["", *([f"{title}:"] if title else []), *listed(rows)]
     lines += ["", *_reflowed(rest)] if rest else []
     return "\n".join([*lines, *getattr(module, "MORE_HELP", [])])
 
@@ -72,7 +72,7 @@ def flags_of(module: ModuleType) -> list[str]:
 
 def words(names: Iterable[str]) -> list[str]:
     """Names as indented lines."""
-    return _wrapped("  ".join(names), indent="  ")
+    return wrapped("  ".join(names), indent="  ")
 
 
 def _row(flag: flags.Flag) -> Row:
@@ -97,10 +97,11 @@ def _row(flag: flags.Flag) -> Row:
     return f"--{flag.name}={value}", help + shown
 
 
-def _listed(rows: Iterable[Row]) -> list[str]:
+def listed(rows: Iterable[Row]) -> list[str]:
+    """Names and what they are, in two columns."""
     lines = []
     for name, help in rows:
-        first, *more = _wrapped(help, indent=" " * (_NAMES + 2))
+        first, *more = wrapped(help, indent=" " * (_NAMES + 2))
         if len(name) < _NAMES:
             lines += [f"  {name:{_NAMES}}{first.lstrip()}", *more]
         else:
@@ -113,7 +114,7 @@ def _usage(usage: str) -> list[str]:
     return [
         line
         for i, way in enumerate(ways)
-        for line in _wrapped(
+        for line in wrapped(
             f"{'       ' if i else 'usage: '}{way}", later=" " * len("usage: m3jax ")
         )
     ]
@@ -126,13 +127,14 @@ def _reflowed(body: str) -> list[str]:
         if line and not line.startswith(" "):
             paragraph.append(line)
             continue
-        lines += _wrapped(" ".join(paragraph)) if paragraph else []
+        lines += wrapped(" ".join(paragraph)) if paragraph else []
         paragraph = []
         lines.append(line)
     return lines[:-1]
 
 
-def _wrapped(line: str, indent: str = "", later: str = "") -> list[str]:
+def wrapped(line: str, indent: str = "", later: str = "") -> list[str]:
+    """A line as lines of a terminal's width; `later` indents all but the first."""
     return textwrap.wrap(
         line,
         WIDTH,

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from m3jax.commands import help
 from m3jax.commands.cli import UsageError, define
-from m3jax.commands.tables import table
 from m3jax.methods import METHODS, TRANSFORMS, Step
 from m3jax.methods.fields import Weights
 from m3jax.recipe import values
@@ -28,13 +29,15 @@ def main(positional: list[str]) -> int:
     if _MARKDOWN.value:
         print(markdown())
         return 0
+    if not positional:
+        rows = ((name, summary(cls)) for name, cls in steps.items())
+        print("\n".join(help.listed(rows)))
     for name, cls in steps.items():
-        if not positional:
-            print(f"{name:20}{summary(cls)}")
-        elif name in positional:
-            print("\n".join([f"{name}: {cls.__doc__ or ''}", *described(cls), ""]))
+        if name in positional:
+            text = inspect.cleandoc(cls.__doc__ or "")
+            print("\n".join([f"{name}: {text}", "", *described(cls), ""]))
             if cls.studies:
-                print(f"Found in use: {cls.studies}\n")
+                print("\n".join(help.wrapped(f"Found in use: {cls.studies}")))
     return 0
 
 
@@ -45,12 +48,14 @@ def summary(cls: type[Step]) -> str:
 
 
 def described(cls: type[Step]) -> list[str]:
-    """The parameters of a step, as lines of a table."""
-    rows = [
-        (f"{cls.name}.{name}", shown(field.default), field.allowed, field.help)
+    """The parameters of a step: meaning, what is allowed, default."""
+    return help.listed(
+        (
+            f"{cls.name}.{name}",
+            f"{field.help}; {field.allowed} [{shown(field.default)}]",
+        )
         for name, field in cls.fields().items()
-    ]
-    return table(("parameter", "default", "allowed", "meaning"), rows, "<<<<")
+    )
 
 
 def source(cls: type[Step]) -> str:

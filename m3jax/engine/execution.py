@@ -66,5 +66,5 @@ class Execution:
 
     @property
     def num_threads(self) -> int:
-        # One more than cores: one of them is always waiting for the disk.
+        # One more than cores: one of them may be waiting for what it reads.
         return self.threads or min(4, available_cores() + 1)

@@ -15,7 +15,7 @@ from m3jax.checkpoints.formats.dtypes import DTYPES, FLOAT32, FLOAT64, Dtype, of
 from m3jax.checkpoints.naming.table import Table
 from m3jax.checkpoints.side_files import size_changes
 from m3jax.checkpoints.source import Converted, Repeated, Source
-from m3jax.engine import layer_config, unmatched, vocabulary
+from m3jax.engine import layer_config, progress, unmatched, vocabulary
 from m3jax.engine.by_token import ByToken, Compared
 from m3jax.engine.inputs import (
     MergeInputs,
@@ -168,6 +168,7 @@ def align(
         for place, (pattern, _) in enumerate(recipe.rules, start=1)
         if place not in used
     ]
+    _note_heads(tensors, notes)
     _note_changes(checkpoints[0], tensors, recipe, changes, notes)
     _note_width(tensors, notes)
     changes |= _resizing(checkpoints[0], tensors, resized, recipe, notes)
@@ -387,6 +388,18 @@ def _note_changes(
         for field in ("dtype", "torch_dtype"):
             if field in config:
                 changes[field] = floats.pop().numpy.name if floats else changes["dtype"]
+
+
+def _note_heads(tensors: list[TensorInputs], notes: list[str]) -> None:
+    """Notes what is kept of each model beside the merge, for its task."""
+    heads = [tensor for tensor in tensors if tensor.file]
+    if heads:
+        names = {tensor.name.rpartition(".")[0] for tensor in heads}
+        kept = progress.size(sum(tensor.written_bytes for tensor in heads))
+        notes.append(
+            f"{len(names)} excluded tensors of each model are kept beside the masks, "
+            f"for its task: {kept} in all"
+        )
 
 
 def _note_width(tensors: list[TensorInputs], notes: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from m3jax.lazy import jax, jnp
@@ -47,22 +48,28 @@ class BalancedTsv(OfMatrices):
     energy: Any = ranks.energy_kept()
 
     def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
-        factors = balance(tasks, p["outliers"].reshape(()))[:, None, None]
-        balanced = rounded_product(tasks, factors)
+        factors = balance(tasks, p["outliers"].reshape(()))
+        pairs = zip(tasks, factors, strict=True)
+        balanced = [rounded_product(task, factor) for task, factor in pairs]
         return combined(balanced, self.rank, p["energy"].reshape(()))
 
 
-def balance(tasks: jax.Array, outliers: jax.Array) -> jax.Array:
-    """w, (K,), of task vectors (K, m, n)."""
-    one, zero = jnp.ones((), tasks.dtype), jnp.zeros((), tasks.dtype)
-    largest = jnp.max(jnp.abs(tasks))
-    tasks = tasks / jnp.where(largest > 0, largest, one)  # squares cannot underflow
-    whole = jnp.sqrt(jnp.mean(tasks * tasks, axis=(1, 2), keepdims=True))
-    inside = jnp.abs(tasks) <= outliers * whole
-    square = jnp.sum(jnp.where(inside, tasks * tasks, zero), axis=(1, 2))
-    count = jnp.sum(inside.astype(tasks.dtype), axis=(1, 2))
-    size = jnp.sqrt(square / jnp.maximum(count, one))
+def balance(tasks: Sequence[jax.Array], outliers: jax.Array) -> jax.Array:
+    """w, (K,), of task vectors (m, n)."""
+    one = jnp.ones((), tasks[0].dtype)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(task)) for task in tasks]))
+    scale = jnp.where(largest > 0, largest, one)  # squares cannot underflow
+    size = jnp.stack([_size(task / scale, outliers) for task in tasks])
     there = size > 0
-    parts = jnp.maximum(sum_over_models(there.astype(tasks.dtype)), one)
+    parts = jnp.maximum(sum_over_models(there.astype(size.dtype)), one)
     average = sum_over_models(size) / parts
     return jnp.where(there, average / jnp.where(there, size, one), one)
+
+
+def _size(task: jax.Array, outliers: jax.Array) -> jax.Array:
+    """ρ: the root mean square of what is no outlier."""
+    square = task * task
+    inside = jnp.abs(task) <= outliers * jnp.sqrt(jnp.mean(square))
+    count = jnp.sum(inside.astype(task.dtype))
+    total = jnp.sum(jnp.where(inside, square, jnp.zeros((), task.dtype)))
+    return jnp.sqrt(total / jnp.maximum(count, jnp.ones((), task.dtype)))

@@ -44,7 +44,7 @@ class IsoCts(OfMatrices):
     def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
         # How many triples count is a number of the recipe, so the shapes are those of
         # the most there may be, and the columns beyond are 0, which P(·) keeps.
-        count, ranks = tasks.shape[0], min(tasks.shape[1:])
+        count, ranks = len(tasks), min(tasks[0].shape)
         common = jnp.floor(p["common_fraction"].reshape(()) * ranks)
         own = jnp.minimum(jnp.round((ranks - common) / count), ranks // count)
         total = sum_over_models(tasks)

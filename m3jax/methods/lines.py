@@ -17,7 +17,8 @@ class Lines(Transform):
     Block l of L has d = l / (L − 1), tensors outside the blocks have d = 0. For one
     task the authors take a = λ, b = 1 − λ; for several a = (Σ_k ‖τ_k‖ / ‖τ‖) / K, norms
     of the whole model (`m3jax measure similarity` tells them), and b from 0 to 1 by
-    validation. That a is not measured here: it has to be given.
+    validation. That a is not measured here: it has to be given. `depth` may be another
+    function of layers and names: a gradient, or rules.
 
     Source: arXiv 2410.17146; wang-kee/LiNeS.
     """

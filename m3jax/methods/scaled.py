@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from m3jax.lazy import jnp
 from m3jax.methods.fields import scaling, weights
 from m3jax.methods.spectral import mean
 from m3jax.methods.step import Method, Numbers, Operands, rounded_product
@@ -34,11 +35,17 @@ class OfMatrices(Scaled):
     scaling: Any = scaling(search=(0.5, 2.0))
     unit: ClassVar[Any] = "matrix"
 
-    def merged(self, tasks: Any, x: Operands, p: Numbers, info: Numbers) -> Any:
-        if tasks.ndim != 3 or 0 in tasks.shape:
-            return mean(tasks)
-        return self.of_matrices(tasks, x, p)
+    def apply(self, x: Operands, p: Numbers, info: Numbers) -> Any:
+        count = len(x.models)
+        weights = jnp.broadcast_to(p["weights"], (count, *(1,) * x.base.ndim))
+        # One by one: a stack of them would be in memory beside them.
+        tasks = [
+            rounded_product(x.models[k] - x.base, weights[k]) for k in range(count)
+        ]
+        matrices = x.base.ndim == 2 and 0 not in x.base.shape
+        merged = self.of_matrices(tasks, x, p) if matrices else mean(tasks)
+        return x.base + rounded_product(merged, p["scaling"])
 
-    def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
-        """The task vector (m, n) of the λ_k τ_k, (K, m, n)."""
+    def of_matrices(self, tasks: list[Any], x: Operands, p: Numbers) -> Any:
+        """The task vector (m, n) of the λ_k τ_k, K of (m, n)."""
         raise NotImplementedError

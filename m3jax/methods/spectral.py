@@ -30,13 +30,14 @@ def svd(matrix: jax.Array, rank: int | None = None) -> Triples:
     if shape[0] < shape[1]:
         left, values, right = svd(matrix.T, rank)
         return right.T, values, left.T
-    squares, vectors = jnp.linalg.eigh(_gram(matrix))  # rising
+    squares, vectors = jnp.linalg.eigh(_gram([matrix]))  # rising
     values = jnp.sqrt(jnp.maximum(squares[::-1], 0))
     inverse = _inverse(values, significant(values, shape))[:rank]
     values, vectors = values[:rank], vectors[:, ::-1][:, :rank]
-    left = _by_rows(matrix, vectors * inverse[None])
-    found = left, values.astype(dtype), vectors.T.astype(dtype)
-    return masked(found, inverse > 0)
+    left = _by_rows([matrix], vectors * inverse[None])
+    real, zero = inverse > 0, jnp.zeros((), dtype)  # the others' U is 0 by it
+    values = jnp.where(real, values.astype(dtype), zero)
+    return left, values, jnp.where(real[:, None], vectors.T.astype(dtype), zero)
 
 
 def significant(values: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -64,14 +65,15 @@ def polar_product(triples: Sequence[Triples]) -> jax.Array:
     times the largest: a partial isometry, and what A does not reach stays 0. Where
     float64 is at hand it is A (AᵀA)^(−½), of which A is multiplied last.
     """
-    lefts, all_values, rights = zip(*triples, strict=True)
-    left, values = jnp.concatenate(lefts, axis=1), jnp.concatenate(all_values)
-    right = jnp.concatenate(rights).T
-    if not _doubled() or 0 in left.shape or 0 in right.shape:
-        return product(_polar(left) * values[None], _polar(right))
-    sizes = [len(own) for own in all_values]
-    inner = _root(left, sizes) * values.astype(jnp.float64)[None]
-    other = product(right.astype(jnp.float64), _root(right, sizes))  # symmetric
+    left = [own for own, _, _ in triples]
+    values = jnp.concatenate([own for _, own, _ in triples])
+    right = [own.T for _, _, own in triples]
+    if not _doubled() or 0 in (len(left[0]), len(values), len(right[0])):
+        sides = [_polar(jnp.concatenate(own, axis=1)) for own in (left, right)]
+        return product(sides[0] * values[None], sides[1])
+    inner = _root(left) * values.astype(jnp.float64)[None]
+    other = jnp.concatenate(right, axis=1).astype(jnp.float64)
+    other = product(other, _root(right))  # which is symmetric
     return _by_rows(left, product(inner, other))
 
 
@@ -83,17 +85,18 @@ def _polar(matrix: jax.Array) -> jax.Array:
     return product(jnp.where(real[None], left, jnp.zeros((), left.dtype)), right.T)
 
 
-def _root(matrix: jax.Array, sizes: Sequence[int]) -> jax.Array:
+def _root(parts: Sequence[jax.Array]) -> jax.Array:
     """(AᵀA)^(−½) over what is significant, float64 (R, R), of A (m, R).
 
-    A is parts of some columns each, orthonormal but for rounding, or 0.
+    A is parts side by side, the columns of each orthonormal but for rounding, or 0.
     """
-    gram = _gram(matrix)
-    if len(sizes) == 2:
-        return _root_of_two(gram, sizes[0], matrix.shape)
+    gram = _gram(parts)
+    shape = len(parts[0]), len(gram)
+    if len(parts) == 2:
+        return _root_of_two(gram, parts[0].shape[1], shape)
     squares, vectors = jnp.linalg.eigh(gram)
     values = jnp.sqrt(jnp.maximum(squares, 0))
-    inverse = _inverse(values, significant(values, matrix.shape))
+    inverse = _inverse(values, significant(values, shape))
     return product(vectors * inverse[None], vectors)
 
 
@@ -141,32 +144,62 @@ def _doubled() -> bool:
     return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
 
-_ROWS = 4096  # that are float64 at once: a vocabulary's matrix is never so whole
+_ROWS = 2048  # that are float64 at once: a vocabulary's matrix is never so whole
 _STRIPS = 4  # of columns, of a Gram matrix: what is left of the diagonal is known
 
 
-def _by_rows(matrix: jax.Array, other: jax.Array) -> jax.Array:
-    """A B, B in float64, in the dtype of A."""
-    starts = range(0, len(matrix), _ROWS)
-    parts = [matrix[row : row + _ROWS].astype(jnp.float64) for row in starts]
-    return jnp.concatenate(
-        [product(part, other.T).astype(matrix.dtype) for part in parts]
-    )
+def _by_rows(parts: Sequence[jax.Array], other: jax.Array) -> jax.Array:
+    """A B, A being parts side by side, B in float64; in the dtype of A."""
+
+    def write(rows: jax.Array, start: Any, done: Any, made: jax.Array) -> jax.Array:
+        own = product(rows, other.T).astype(made.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(made, own, start, 0)
+
+    # Of B's, so that the compiler does not make it before B is there.
+    first = other[:1, :1].astype(parts[0].dtype)
+    made = jnp.broadcast_to(first, (len(parts[0]), other.shape[1]))
+    return _over_rows(parts, write, made)
 
 
-def _gram(matrix: jax.Array) -> jax.Array:
-    """AᵀA in float64."""
-    columns = matrix.shape[1]
+def _gram(parts: Sequence[jax.Array]) -> jax.Array:
+    """AᵀA in float64, A being parts side by side."""
+    columns = sum(part.shape[1] for part in parts)
     width = max(1, -(-columns // _STRIPS))
-    strips = []
-    for start in range(0, columns, width):
-        total: Any = 0.0
-        for row in range(0, len(matrix), _ROWS):
-            part = matrix[row : row + _ROWS, start:].astype(jnp.float64)
-            total = total + product(part[:, :width].T, part.T)
-        strips.append(jnp.pad(total, ((0, 0), (start, 0))))
-    upper = jnp.concatenate(strips)
+    starts = range(0, columns, width)
+
+    def add(rows: jax.Array, start: Any, done: Any, strips: Any) -> list[jax.Array]:
+        new = jax.lax.broadcasted_iota(jnp.int32, (len(rows), 1), 0) >= done
+        rows = jnp.where(new, rows, jnp.zeros((), rows.dtype))
+        return [
+            own + product(rows[:, at : at + width].T, rows[:, at:].T)
+            for own, at in zip(strips, starts, strict=True)
+        ]
+
+    zeros = [
+        jnp.zeros((min(width, columns - at), columns - at), jnp.float64)
+        for at in starts
+    ]
+    strips = zip(_over_rows(parts, add, zeros), starts, strict=True)
+    upper = jnp.concatenate([jnp.pad(own, ((0, 0), (at, 0))) for own, at in strips])
     return jnp.triu(upper) + jnp.triu(upper, 1).T
+
+
+def _over_rows(parts: Sequence[jax.Array], function: Any, state: Any) -> Any:
+    """The state after all function(rows in float64, start, done, state).
+
+    In a loop: the compiler would have all the rows at once otherwise. Of the last rows
+    so many are done already, so that all loops are of one shape.
+    """
+    rows = len(parts[0])
+    count = min(rows, _ROWS)
+
+    def step(i: Any, state: Any) -> Any:
+        start = jnp.minimum(i * count, rows - count)
+        own = [jax.lax.dynamic_slice_in_dim(part, start, count) for part in parts]
+        wide = jnp.concatenate(own, axis=1).astype(jnp.float64)
+        return function(wide, start, (i * count - start).astype(jnp.int32), state)
+
+    return jax.lax.fori_loop(0, -(-rows // count), step, state)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -174,6 +207,6 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def mean(tasks: jax.Array) -> jax.Array:
-    """mean_k τ_k of (K, ...): what becomes of tensors that are no matrices."""
-    return sum_over_models(tasks) / jnp.asarray(tasks.shape[0], tasks.dtype)
+def mean(tasks: Sequence[jax.Array]) -> jax.Array:
+    """mean_k τ_k: what becomes of tensors that are no matrices."""
+    return sum_over_models(tasks) / jnp.asarray(len(tasks), tasks[0].dtype)

@@ -30,7 +30,7 @@ class Star(OfMatrices):
 
     def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
         energy = p["energy"].reshape(())
-        return mean(jnp.stack([_truncated(task, energy) for task in tasks]))
+        return mean([_truncated(task, energy) for task in tasks])
 
 
 def _truncated(task: jax.Array, energy: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import numpy as np
@@ -309,13 +309,13 @@ def _leaves(tree: Any) -> list[Any]:
     return [tree]
 
 
-def sum_over_models(stack: jax.Array) -> jax.Array:
+def sum_over_models(stack: jax.Array | Sequence[jax.Array]) -> jax.Array:
     """Σ_i stack[i], in order of the models.
 
     Written out, because the order is then fixed and XLA's CPU backend fuses it with
     what comes before and after: 15 times faster than its reduction over this axis.
     """
-    return functools.reduce(operator.add, [stack[i] for i in range(stack.shape[0])])
+    return functools.reduce(operator.add, [stack[i] for i in range(len(stack))])
 
 
 def rounded_product(values: jax.Array, factors: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from m3jax.lazy import jax
@@ -37,9 +38,9 @@ class TsvM(OfMatrices):
         return combined(tasks, self.rank, p["energy"].reshape(()))
 
 
-def combined(tasks: jax.Array, rank: str, energy: jax.Array) -> jax.Array:
-    """P(U) S P(V)ᵀ of the triples that a rule keeps of each task vector (K, m, n)."""
-    count, shape = tasks.shape[0], tasks.shape[1:]
+def combined(tasks: Sequence[jax.Array], rank: str, energy: jax.Array) -> jax.Array:
+    """P(U) S P(V)ᵀ of the triples that a rule keeps of each task vector (m, n)."""
+    count, shape = len(tasks), tasks[0].shape
     if rank == "share":  # known beforehand, so that less is computed
         triples = [svd(task, min(shape) // count) for task in tasks]
     else:

@@ -48,7 +48,7 @@ class Wudi(OfMatrices):
     def of_matrices(self, tasks: Any, x: Operands, p: Numbers) -> Any:
         total = sum_over_models(tasks)
         spans = jnp.stack([span(task) for task in tasks])
-        others = zip(total[None] - tasks, spans, strict=True)
+        others = zip([total - task for task in tasks], spans, strict=True)
         start = sum_over_models(jnp.stack([product(*pair) for pair in others]))
         steps = p["steps"].reshape(()).astype(jnp.int32)
         return total + _adam(start, sum_over_models(spans), steps, p["learning_rate"])
