@@ -22,6 +22,11 @@ from m3jax.engine.kernel import Numbers
 from m3jax.recipe import Recipe
 
 
+# Matrices in float32 that a method by matrix holds beside those of the models, at most:
+# of a vocabulary's matrix Balanced TSV takes as many for its float64 rows and vectors.
+_BESIDE = 5
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A merge, planned.
@@ -153,7 +158,7 @@ class Prepared:
         caches = sum(checkpoint.cache_bytes for checkpoint in self.checkpoints)
         if "matrix" in self.units:
             largest = max((self.items[i].size for i in self.merged), default=0)
-            return sum(own) + 4 * largest * (self.num_models + 2) + caches
+            return sum(own) + 4 * largest * (self.num_models + _BESIDE) + caches
         threads = self.execution.num_threads
         result = self.tiles * plan.TILE * 4
         written = any(shard.largest >= direct.LEAST_FILE for shard in self.shards)
