@@ -21,7 +21,6 @@ from m3jax.engine.jobs import Job, jobs
 from m3jax.engine.kernel import Numbers
 from m3jax.recipe import Recipe
 
-
 # Matrices in float32 that a method by matrix holds beside those of the models, at most:
 # of a vocabulary's matrix Balanced TSV takes as many for its float64 rows and vectors.
 _BESIDE = 5
