@@ -42,7 +42,7 @@ SHAPES = {
     "model.layers.1.nothing.weight": (0, 4),
 }
 NAMES = [name for name, shape in SHAPES.items() if 0 not in shape]
-FEW = ("model.layers.0.q_proj.weight", "model.layers.1.norm.weight")
+FEW = ("model.layers.0.q_proj.weight", "model.layers.1.scale")
 # What is merged with each method; the rest of its options are the defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "consensus": {"mask_scale": 0.4},
