@@ -448,7 +448,7 @@ def test_star():
         if len(SHAPES[name]) == 2:
             taus = list(map(truncated, taus))
         expected = base[name] + 0.7 * np.mean(taus, 0)
-        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-6)
     assert_close(run(base, [base, base], "star", {}), base, 0)
 
 
